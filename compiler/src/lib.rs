@@ -1,0 +1,1 @@
+//! Functions between the types of `meshweave-dsl`.
