@@ -1,1 +1,4 @@
 //! Types with a text form.
+
+pub mod diagnostics;
+pub mod units;
