@@ -1,4 +1,15 @@
-//! Types with a text form.
+//! The types of Meshweave that have a text form, in the order in which data flows through them.
+//!
+//! Enters: text. Leaves: text.
+//! In between: graphs, clusters, meshes, layouts, directives, plans, programs, timelines.
 
 pub mod diagnostics;
 pub mod units;
+pub mod name;
+pub mod dtype;
+pub mod op;
+pub mod graph;
+pub mod layout;
+pub mod plan;
+pub mod program;
+pub mod timeline;

@@ -1,0 +1,98 @@
+//! Work of an op: floating-point operations and bytes moved, from the types alone.
+//!
+//! Invariant: numbers are those of one execution on tensors of exactly these types; for a rank's
+//! part, give the types of the part.
+
+use super::OpKind;
+use crate::graph::TensorType;
+
+impl OpKind {
+    /// Floating-point operations: a multiply-add counts 2; a transcendental function counts as the
+    /// handful of multiply-adds of its polynomial. Causal attention counts its lower half.
+    pub fn n_flops(&self, inputs: &[&TensorType], results: &[&TensorType]) -> f64 {
+        let elements = |ty: Option<&&TensorType>| ty.map_or(0.0, |ty| ty.n_elements() as f64);
+        let result = elements(results.first());
+        match self {
+            Self::Contract { .. } => match inputs {
+                [a, b] => {
+                    let extra: usize = b
+                        .shape
+                        .iter()
+                        .filter(|(dim, _)| !a.has(dim))
+                        .map(|(_, size)| size)
+                        .product();
+                    2.0 * a.n_elements() as f64 * extra as f64
+                }
+                _ => 0.0,
+            },
+            Self::Attention(dims) | Self::AttentionGrad(dims) => {
+                let [q, k, v, ..] = inputs else { return 0.0 };
+                let kv_len = k.size_of(&dims.kv_seq).unwrap_or(0) as f64;
+                let width = k.size_of(&dims.head).unwrap_or(1) as f64;
+                let value = v.size_of(&dims.value).unwrap_or(0) as f64;
+                let rows = q.n_elements() as f64 / width;
+                let seq_len = q.size_of(&dims.seq).unwrap_or(0) as f64;
+                let visible = if dims.causal {
+                    dims.offset as f64 + (seq_len + 1.0) / 2.0
+                } else {
+                    kv_len
+                };
+                let forward = 2.0 * rows * visible.min(kv_len) * (width + value);
+                match self {
+                    // S = q kᵀ again, then dP, dV, dQ and dK: 2½ times the forward products.
+                    Self::AttentionGrad(_) => 2.5 * forward,
+                    _ => forward,
+                }
+            }
+            Self::Unary(_) | Self::Binary(_) => 4.0 * result,
+            Self::Softmax { .. } | Self::CrossEntropyGrad { .. } => 16.0 * result,
+            Self::Reduce { .. } => 2.0 * elements(inputs.first()),
+            Self::SoftmaxGrad { .. } | Self::Rope { .. } => 4.0 * result,
+            Self::RmsNorm { .. } | Self::LayerNorm { .. } => 6.0 * result,
+            Self::RmsNormGrad { .. } | Self::LayerNormGrad { .. } => 12.0 * result,
+            Self::Adamw { .. } => 16.0 * result,
+            Self::Sgd { .. } => 2.0 * result,
+            Self::TopK { k, .. } => *k as f64 * elements(inputs.first()),
+            Self::ScatterAdd { .. } => elements(inputs.get(1)),
+            Self::MoeCombine(_) | Self::MoeDispatch(_) | Self::MoeGateGrad(_) => {
+                2.0 * elements(inputs.first())
+            }
+            Self::Gather { .. }
+            | Self::Expand { .. }
+            | Self::Pick { .. }
+            | Self::Transpose { .. }
+            | Self::Rename { .. }
+            | Self::Split { .. }
+            | Self::Merge { .. }
+            | Self::Slice { .. }
+            | Self::Concat { .. }
+            | Self::TopKGrad { .. }
+            | Self::MoeSlots { .. }
+            | Self::AllGather { .. }
+            | Self::AllReduce { .. }
+            | Self::ReduceScatter { .. }
+            | Self::AllToAll { .. }
+            | Self::CollectivePermute { .. }
+            | Self::Broadcast { .. } => 0.0,
+        }
+    }
+
+    /// Bytes read and written, each operand once; relabelings move nothing.
+    pub fn n_bytes_moved(&self, inputs: &[&TensorType], results: &[&TensorType]) -> f64 {
+        let all = |types: &[&TensorType]| types.iter().map(|ty| ty.n_bytes() as f64).sum::<f64>();
+        match self {
+            Self::Rename { .. } | Self::Split { .. } | Self::Merge { .. } => 0.0,
+            Self::Gather { .. } | Self::Slice { .. } => 2.0 * all(results),
+            Self::Pick { .. } => 3.0 * all(results),
+            _ => all(inputs) + all(results),
+        }
+    }
+
+    /// Whether the op runs on the matrix units (a contraction or attention).
+    pub fn is_matmul(&self) -> bool {
+        matches!(
+            self,
+            Self::Contract { .. } | Self::Attention(_) | Self::AttentionGrad(_)
+        )
+    }
+}

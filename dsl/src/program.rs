@@ -1,0 +1,175 @@
+//! Programs: what each rank executes, with every address fixed.
+//!
+//! Enters: the lowering of a partitioned graph. Leaves: instructions over an arena, for the runtime.
+//! Invariant: every buffer lies inside its rank's arena; two buffers overlap only when they are not
+//! alive together or when one is a view of the other; collectives of a group stand in the same order
+//! on all its ranks.
+
+use serde::{Deserialize, Serialize};
+
+use crate::graph::{Role, TensorType};
+use crate::layout::{Interval, Layout, Mesh};
+use crate::op::{AttentionDims, OpKind};
+
+/// Version of the program form; an artifact of another version is refused.
+pub const PROGRAM_VERSION: u32 = 1;
+
+/// Index of a buffer in its rank's program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BufferId(pub u32);
+
+/// Index of a kernel in the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct KernelId(pub u32);
+
+impl BufferId {
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl KernelId {
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A compiled program for all ranks of a mesh.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Program {
+    pub version: u32,
+    pub name: String,
+    pub mesh: Mesh,
+    pub kernels: Vec<KernelSymbol>,
+    /// Inputs, parameters, states and constants of the global graph.
+    pub sources: Vec<GlobalTensor>,
+    /// Outputs (the loss first) and, when asked for, gradients.
+    pub outputs: Vec<GlobalTensor>,
+    pub ranks: Vec<RankProgram>,
+}
+
+/// A generated function `void name(void** args, int64 begin, int64 end)` of the kernel object:
+/// it computes rows `begin..end` of its `n_rows`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KernelSymbol {
+    pub name: String,
+    /// What it computes, for people.
+    pub description: String,
+    /// Whether disjoint row ranges may run at the same time.
+    pub splittable: bool,
+    pub n_rows: usize,
+}
+
+/// A tensor of the global graph and where its parts are.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GlobalTensor {
+    pub name: String,
+    pub ty: TensorType,
+    pub role: Role,
+    pub layout: Layout,
+    /// The buffer that holds the rank's part, one a rank.
+    pub buffers: Vec<BufferId>,
+    /// The part a rank holds, one interval a dim, one list a rank.
+    pub regions: Vec<Vec<Interval>>,
+}
+
+/// One rank's instructions and memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RankProgram {
+    /// Bytes of the arena: the predicted peak, and what the runtime allocates.
+    pub arena_bytes: usize,
+    pub buffers: Vec<Buffer>,
+    pub instructions: Vec<Instruction>,
+}
+
+/// A typed place in the arena.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Buffer {
+    pub name: String,
+    /// Bytes from the start of the arena; a multiple of 64 unless it is a view.
+    pub offset: usize,
+    pub ty: TensorType,
+    /// Kept between steps (sources), not reused within one.
+    pub persistent: bool,
+}
+
+/// One instruction with its price.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Instruction {
+    /// The op it comes from (the first one of a fused fragment).
+    pub name: String,
+    pub action: Action,
+    /// Floating-point operations of one execution.
+    pub n_flops: f64,
+    /// Bytes read and written, or sent by this rank for a collective.
+    pub n_bytes: f64,
+    /// Predicted duration in seconds.
+    pub predicted_s: f64,
+    /// Bytes of the arena alive while it runs (persistent buffers included).
+    pub live_bytes: usize,
+}
+
+/// What an instruction does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// A generated kernel over all its rows.
+    Kernel {
+        kernel: KernelId,
+        args: Vec<BufferId>,
+    },
+    /// c = a · b, or c += a · b.
+    Contract {
+        a: BufferId,
+        b: BufferId,
+        c: BufferId,
+        indices: Vec<ContractIndex>,
+        accumulate: bool,
+    },
+    /// Blockwise attention: products by the contraction library, the softmax by a generated kernel.
+    Attention {
+        dims: AttentionDims,
+        q: BufferId,
+        k: BufferId,
+        v: BufferId,
+        o: BufferId,
+        lse: BufferId,
+        scratch: BufferId,
+        kernel: KernelId,
+    },
+    /// Its gradient, with P recomputed from lse.
+    AttentionGrad {
+        dims: AttentionDims,
+        /// q, k, v, o, lse, do.
+        inputs: [BufferId; 6],
+        /// dq, dk, dv.
+        results: [BufferId; 3],
+        scratch: BufferId,
+        kernel: KernelId,
+    },
+    /// Data-dependent or purely moving ops that the runtime has a routine for: routing, transpose,
+    /// slice, concat.
+    Routine {
+        op: OpKind,
+        inputs: Vec<BufferId>,
+        results: Vec<BufferId>,
+    },
+    /// A collective of the group inside `op`, over the types of the buffers.
+    Collective {
+        op: OpKind,
+        src: BufferId,
+        dst: BufferId,
+    },
+}
+
+/// One loop of a contraction: its length and its strides, in elements, in each operand (0 where
+/// the operand does not have it).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ContractIndex {
+    pub size: usize,
+    pub a: usize,
+    pub b: usize,
+    pub c: usize,
+}
