@@ -1,1 +1,11 @@
-//! Runs programs.
+//! Runs programs: devices, collectives, executor, and the serial reference.
+//!
+//! In: a compiled program, its kernels, weights and data. Out: outputs and a measured timeline.
+//! Invariant: this crate never depends on the compiler; what a worker needs is here alone.
+
+pub mod error;
+
+pub mod contract;
+pub mod pool;
+
+pub use error::{Error, Result};
