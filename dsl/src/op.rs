@@ -14,6 +14,7 @@ mod sharding;
 
 use serde::{Deserialize, Serialize};
 
+pub use cost::ATTENTION_BLOCK_ROWS;
 pub use shape::OpError;
 pub use sharding::{Factor, Spread};
 

@@ -6,6 +6,9 @@
 use super::OpKind;
 use crate::graph::TensorType;
 
+/// Queries that attention on the host works on at once.
+pub const ATTENTION_BLOCK_ROWS: usize = 64;
+
 impl OpKind {
     /// Floating-point operations: a multiply-add counts 2; a transcendental function counts as the
     /// handful of multiply-adds of its polynomial. Causal attention counts its lower half.
@@ -85,6 +88,23 @@ impl OpKind {
             Self::Gather { .. } | Self::Slice { .. } => 2.0 * all(results),
             Self::Pick { .. } => 3.0 * all(results),
             _ => all(inputs) + all(results),
+        }
+    }
+
+    /// Elements of f32 scratch that the host runtime needs for one execution: attention works on
+    /// blocks of [`ATTENTION_BLOCK_ROWS`] queries, holding their scores (and, for the gradient, the
+    /// scores' gradient and one value per query) at once. Everything else needs none.
+    pub fn scratch_elements(&self, inputs: &[&TensorType]) -> usize {
+        let (Self::Attention(dims) | Self::AttentionGrad(dims)) = self else {
+            return 0;
+        };
+        let kv_len = inputs
+            .get(1)
+            .and_then(|k| k.size_of(&dims.kv_seq))
+            .unwrap_or(0);
+        match self {
+            Self::AttentionGrad(_) => ATTENTION_BLOCK_ROWS * (2 * kv_len + 1),
+            _ => ATTENTION_BLOCK_ROWS * kv_len,
         }
     }
 

@@ -1,0 +1,438 @@
+//! Lowering: local graphs to the program that the runtime executes.
+//!
+//! Enters: a partitioned graph. Leaves: instructions over an arena for every rank, and the kernels
+//! that they call, equal kernels once.
+//! Invariant: instructions stand in an order that respects every dependency, all addresses are fixed,
+//! and the arena's size is the peak that the runtime will allocate.
+
+mod memory;
+
+use std::collections::BTreeMap;
+
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
+use meshweave_dsl::layout::{Layout, Mesh};
+use meshweave_dsl::op::OpKind;
+use meshweave_dsl::plan::Plan;
+use meshweave_dsl::program::{
+    Action, Buffer, BufferId, ContractIndex, GlobalTensor, Instruction, KernelId, KernelSymbol, PROGRAM_VERSION, Program,
+    RankProgram,
+};
+
+use crate::codegen::fuse::{FuseError, Item, fuse};
+use crate::codegen::kernel::{Kernel, RowProgram};
+use crate::partition::Partition;
+use crate::plan::cost::{collective_seconds, fragment_seconds, op_seconds};
+use memory::{Access, MemoryPlan, plan_memory};
+
+/// A partition that cannot be lowered.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum LowerError {
+    #[error(transparent)]
+    Fuse(#[from] FuseError),
+    #[error("internal error in lowering: {0}")]
+    Internal(String),
+}
+
+/// A program and the kernels that it calls, in the order of their ids.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    pub program: Program,
+    pub kernels: Vec<Kernel>,
+}
+
+/// Lowers the partition of `graph` under `plan`; prices are those of `cluster`.
+///
+/// # Errors
+/// An op that no instruction can express, or a broken partition.
+pub fn lower(graph: &Graph, plan: &Plan, partition: &Partition, cluster: &Cluster) -> Result<Lowered, LowerError> {
+    let mut kernels = KernelTable::default();
+    let mut ranks = Vec::with_capacity(partition.locals.len());
+    let mut buffers_of = Vec::with_capacity(partition.locals.len());
+    for local in &partition.locals {
+        let (rank, buffers) = RankLowering::new(local, cluster, &mut kernels)?.finish()?;
+        ranks.push(rank);
+        buffers_of.push(buffers);
+    }
+    let site = Globals { graph, mesh: &plan.mesh, locals: &partition.locals, buffers_of: &buffers_of };
+    let sources = site.sources(plan)?;
+    let outputs = site.outputs(partition)?;
+    let symbols = kernels.symbols();
+    let program = Program {
+        version: PROGRAM_VERSION,
+        name: plan.name.clone(),
+        mesh: plan.mesh.clone(),
+        kernels: symbols,
+        sources,
+        outputs,
+        ranks,
+    };
+    Ok(Lowered { program, kernels: kernels.kernels })
+}
+
+/// Kernels by their code: equal code is one kernel.
+#[derive(Default)]
+struct KernelTable {
+    kernels: Vec<Kernel>,
+    descriptions: Vec<String>,
+    ids: BTreeMap<RowProgram, KernelId>,
+}
+
+impl KernelTable {
+    fn id_of(&mut self, kernel: &Kernel, description: &str) -> KernelId {
+        if let Some(id) = self.ids.get(kernel.program()) {
+            return *id;
+        }
+        let id = KernelId(self.kernels.len() as u32);
+        self.ids.insert(kernel.program().clone(), id);
+        self.kernels.push(kernel.clone());
+        self.descriptions.push(description.into());
+        id
+    }
+
+    fn symbols(&self) -> Vec<KernelSymbol> {
+        let named = self.kernels.iter().zip(&self.descriptions);
+        named
+            .map(|(kernel, description)| KernelSymbol {
+                name: kernel.name().into(),
+                description: description.clone(),
+                splittable: kernel.program().is_splittable(),
+                n_rows: kernel.program().n_rows(),
+            })
+            .collect()
+    }
+}
+
+struct RankLowering<'a> {
+    local: &'a Graph,
+    cluster: &'a Cluster,
+    items: Vec<Item>,
+    memory: MemoryPlan,
+    buffers: Vec<Buffer>,
+    buffer_of: BTreeMap<TensorId, BufferId>,
+    kernels: &'a mut KernelTable,
+}
+
+impl<'a> RankLowering<'a> {
+    fn new(local: &'a Graph, cluster: &'a Cluster, kernels: &'a mut KernelTable) -> Result<Self, LowerError> {
+        let items = fuse(local)?;
+        let accesses: Vec<Access> = items.iter().map(|item| access(local, item)).collect();
+        let memory = plan_memory(local, &accesses);
+        let mut buffers = Vec::new();
+        let mut buffer_of = BTreeMap::new();
+        for (tensor_id, offset) in &memory.offsets {
+            let tensor = local.tensor(*tensor_id);
+            buffer_of.insert(*tensor_id, BufferId(buffers.len() as u32));
+            buffers.push(Buffer {
+                name: tensor.name.clone(),
+                offset: *offset,
+                ty: tensor.ty.clone(),
+                persistent: tensor.role != meshweave_dsl::graph::Role::Temp,
+            });
+        }
+        Ok(Self { local, cluster, items, memory, buffers, buffer_of, kernels })
+    }
+
+    fn finish(mut self) -> Result<(RankProgram, BTreeMap<TensorId, BufferId>), LowerError> {
+        let mut instructions = Vec::with_capacity(self.items.len());
+        let items = std::mem::take(&mut self.items);
+        for (item_idx, item) in items.iter().enumerate() {
+            self.add_item(item_idx, item, &mut instructions)?;
+        }
+        for (source, value) in std::mem::take(&mut self.memory.copies) {
+            let copy = self.copy(value, source, self.memory.live_bytes.last().copied().unwrap_or(0))?;
+            instructions.push(copy);
+        }
+        let program =
+            RankProgram { arena_bytes: self.memory.arena_bytes, buffers: self.buffers, instructions };
+        Ok((program, self.buffer_of))
+    }
+
+    fn add_item(&mut self, item_idx: usize, item: &Item, instructions: &mut Vec<Instruction>) -> Result<(), LowerError> {
+        let live_bytes = self.memory.live_bytes[item_idx];
+        let action = match item {
+            Item::View { .. } => return Ok(()),
+            Item::Fragment(fragment) => {
+                let kernel = self.kernels.id_of(&fragment.kernel, &fragment.name);
+                Action::Kernel { kernel, args: self.buffers_of(&fragment.args)? }
+            }
+            Item::Contract { op, a, b, out, onto } => {
+                if let Some(onto) = onto
+                    && self.memory.offsets.get(onto) != self.memory.offsets.get(out)
+                {
+                    instructions.push(self.copy(*onto, *out, live_bytes)?);
+                }
+                let op = self.local.op(*op);
+                let [a_ty, b_ty, c_ty] = [*a, *b, *out].map(|id| self.local.ty(id));
+                Action::Contract {
+                    indices: contract_indices(a_ty, b_ty, self.local.ty(result(op, 0)?), c_ty)?,
+                    a: self.buffer(*a)?,
+                    b: self.buffer(*b)?,
+                    c: self.buffer(*out)?,
+                    accumulate: onto.is_some(),
+                }
+            }
+            Item::Attention { op, softmax } => {
+                let op = self.local.op(*op);
+                let OpKind::Attention(dims) = &op.kind else {
+                    return Err(LowerError::Internal("an attention item of another op".into()));
+                };
+                Action::Attention {
+                    dims: dims.clone(),
+                    q: self.buffer(input(op, 0)?)?,
+                    k: self.buffer(input(op, 1)?)?,
+                    v: self.buffer(input(op, 2)?)?,
+                    o: self.buffer(result(op, 0)?)?,
+                    lse: self.buffer(result(op, 1)?)?,
+                    scratch: self.scratch(item_idx, op)?,
+                    kernel: self.kernels.id_of(softmax, "attention softmax"),
+                }
+            }
+            Item::AttentionGrad { op, softmax } => {
+                let op = self.local.op(*op);
+                let OpKind::AttentionGrad(dims) = &op.kind else {
+                    return Err(LowerError::Internal("an attention gradient item of another op".into()));
+                };
+                let inputs = self.buffers_of(&op.inputs)?;
+                let results = self.buffers_of(&op.results)?;
+                let arity = || LowerError::Internal("attention_grad takes 6 inputs and gives 3 results".into());
+                Action::AttentionGrad {
+                    dims: dims.clone(),
+                    inputs: inputs.try_into().map_err(|_| arity())?,
+                    results: results.try_into().map_err(|_| arity())?,
+                    scratch: self.scratch(item_idx, op)?,
+                    kernel: self.kernels.id_of(softmax, "attention softmax gradient"),
+                }
+            }
+            Item::Routine { op } => {
+                let op = self.local.op(*op);
+                Action::Routine {
+                    op: op.kind.clone(),
+                    inputs: self.buffers_of(&op.inputs)?,
+                    results: self.buffers_of(&op.results)?,
+                }
+            }
+            Item::Collective { op } => {
+                let op = self.local.op(*op);
+                Action::Collective {
+                    op: op.kind.clone(),
+                    src: self.buffer(input(op, 0)?)?,
+                    dst: self.buffer(result(op, 0)?)?,
+                }
+            }
+        };
+        let (n_flops, n_bytes, predicted_s) = self.price(item);
+        let name = self.item_name(item);
+        instructions.push(Instruction { name, action, n_flops, n_bytes, predicted_s, live_bytes });
+        Ok(())
+    }
+
+    /// (flops, bytes, seconds) of one execution.
+    fn price(&self, item: &Item) -> (f64, f64, f64) {
+        let types = |ids: &[TensorId]| ids.iter().map(|id| self.local.ty(*id)).collect::<Vec<&TensorType>>();
+        let flops = |op: &Op| op.kind.n_flops(&types(&op.inputs), &types(&op.results));
+        match item {
+            Item::Fragment(fragment) => {
+                let n_flops = fragment.ops.iter().map(|op| flops(self.local.op(*op))).sum();
+                let n_bytes = types(&fragment.args).iter().map(|ty| ty.n_bytes() as f64).sum();
+                (n_flops, n_bytes, fragment_seconds(n_flops, n_bytes, self.cluster))
+            }
+            Item::Collective { op } => {
+                let op = self.local.op(*op);
+                let (inputs, results) = (types(&op.inputs), types(&op.results));
+                let n_bytes = inputs.iter().chain(&results).map(|ty| ty.n_bytes()).max().unwrap_or(0) as f64;
+                (0.0, n_bytes, collective_seconds(&op.kind, n_bytes, self.cluster))
+            }
+            Item::Contract { op, .. }
+            | Item::Attention { op, .. }
+            | Item::AttentionGrad { op, .. }
+            | Item::Routine { op }
+            | Item::View { op } => {
+                let op = self.local.op(*op);
+                let (inputs, results) = (types(&op.inputs), types(&op.results));
+                let seconds = op_seconds(&op.kind, &inputs, &results, self.cluster);
+                (flops(op), op.kind.n_bytes_moved(&inputs, &results), seconds)
+            }
+        }
+    }
+
+    fn item_name(&self, item: &Item) -> String {
+        match item {
+            Item::Fragment(fragment) => fragment.name.clone(),
+            Item::Contract { op, .. }
+            | Item::Attention { op, .. }
+            | Item::AttentionGrad { op, .. }
+            | Item::Routine { op }
+            | Item::Collective { op }
+            | Item::View { op } => self.local.op_name(self.local.op(*op)).into(),
+        }
+    }
+
+    fn copy(&self, from: TensorId, to: TensorId, live_bytes: usize) -> Result<Instruction, LowerError> {
+        let ty = self.local.ty(from);
+        let kind = OpKind::Transpose { dims: ty.dims().cloned().collect() };
+        let predicted_s = op_seconds(&kind, &[ty], &[ty], self.cluster);
+        Ok(Instruction {
+            name: format!("{}.copy", self.local.tensor(to).name),
+            action: Action::Routine { op: kind, inputs: vec![self.buffer(from)?], results: vec![self.buffer(to)?] },
+            n_flops: 0.0,
+            n_bytes: 2.0 * ty.n_bytes() as f64,
+            predicted_s,
+            live_bytes,
+        })
+    }
+
+    fn scratch(&mut self, item_idx: usize, op: &Op) -> Result<BufferId, LowerError> {
+        let offset = self.memory.scratch[item_idx]
+            .ok_or_else(|| LowerError::Internal("an attention item without scratch".into()))?;
+        let n_elements = scratch_elements(self.local, op);
+        let id = BufferId(self.buffers.len() as u32);
+        self.buffers.push(Buffer {
+            name: format!("{}.scratch", self.local.op_name(op)),
+            offset,
+            ty: TensorType::new(meshweave_dsl::dtype::DType::F32, [("scratch", n_elements)]),
+            persistent: false,
+        });
+        Ok(id)
+    }
+
+    fn buffer(&self, tensor: TensorId) -> Result<BufferId, LowerError> {
+        self.buffer_of.get(&tensor).copied().ok_or_else(|| {
+            LowerError::Internal(format!("`{}` is used but has no storage", self.local.tensor(tensor).name))
+        })
+    }
+
+    fn buffers_of(&self, tensors: &[TensorId]) -> Result<Vec<BufferId>, LowerError> {
+        tensors.iter().map(|tensor| self.buffer(*tensor)).collect()
+    }
+}
+
+/// What an item reads and writes.
+fn access(local: &Graph, item: &Item) -> Access {
+    let of_op = |op: &OpId| {
+        let op = local.op(*op);
+        let pairs = op.kind.in_place().iter();
+        Access {
+            reads: op.inputs.clone(),
+            writes: op.results.clone(),
+            in_place: pairs.map(|(result, input)| (op.results[*result], op.inputs[*input])).collect(),
+            ..Access::default()
+        }
+    };
+    match item {
+        Item::Fragment(fragment) => Access {
+            reads: fragment.args.iter().filter(|arg| !fragment.results.contains(arg)).copied().collect(),
+            writes: fragment.results.clone(),
+            in_place: fragment.in_place.clone(),
+            ..Access::default()
+        },
+        Item::Contract { a, b, out, onto, .. } => Access {
+            reads: [Some(*a), Some(*b), *onto].into_iter().flatten().collect(),
+            writes: vec![*out],
+            in_place: onto.iter().filter(|onto| *onto != a && *onto != b).map(|onto| (*out, *onto)).collect(),
+            ..Access::default()
+        },
+        Item::Attention { op, .. } | Item::AttentionGrad { op, .. } => {
+            Access { scratch_bytes: 4 * scratch_elements(local, local.op(*op)), ..of_op(op) }
+        }
+        Item::Routine { op } | Item::Collective { op } => of_op(op),
+        Item::View { op } => {
+            let op = local.op(*op);
+            let view = op.results.first().copied().zip(op.inputs.first().copied());
+            Access { view, ..Access::default() }
+        }
+    }
+}
+
+fn scratch_elements(local: &Graph, op: &Op) -> usize {
+    let types: Vec<&TensorType> = op.inputs.iter().map(|id| local.ty(*id)).collect();
+    op.kind.scratch_elements(&types)
+}
+
+/// The loops of c = a · b. `op_ty` names the dims of the result; `c_ty` is where it is written
+/// (the same dims, when an addition was folded in).
+fn contract_indices(a: &TensorType, b: &TensorType, op_ty: &TensorType, c: &TensorType) -> Result<Vec<ContractIndex>, LowerError> {
+    if !op_ty.dims().all(|dim| c.has(dim)) || op_ty.shape.len() != c.shape.len() {
+        return Err(LowerError::Internal(format!("a contraction to {op_ty} is written as {c}")));
+    }
+    let stride_of = |ty: &TensorType, dim| ty.position(dim).map_or(0, |position| ty.strides()[position]);
+    let mut indices: Vec<ContractIndex> = Vec::new();
+    let inner = a.shape.iter().chain(&b.shape).filter(|(dim, _)| !c.has(dim));
+    let mut seen: Vec<&meshweave_dsl::name::Dim> = Vec::new();
+    for (dim, size) in c.shape.iter().chain(inner) {
+        if seen.contains(&dim) {
+            continue;
+        }
+        seen.push(dim);
+        indices.push(ContractIndex { size: *size, a: stride_of(a, dim), b: stride_of(b, dim), c: stride_of(c, dim) });
+    }
+    Ok(indices)
+}
+
+fn input(op: &Op, idx: usize) -> Result<TensorId, LowerError> {
+    let name = op.kind.name();
+    op.inputs.get(idx).copied().ok_or_else(|| LowerError::Internal(format!("`{name}` has no input {idx}")))
+}
+
+fn result(op: &Op, idx: usize) -> Result<TensorId, LowerError> {
+    let name = op.kind.name();
+    op.results.get(idx).copied().ok_or_else(|| LowerError::Internal(format!("`{name}` has no result {idx}")))
+}
+
+/// The tensors of the global graph by where their parts lie.
+struct Globals<'a> {
+    graph: &'a Graph,
+    mesh: &'a Mesh,
+    locals: &'a [Graph],
+    buffers_of: &'a [BTreeMap<TensorId, BufferId>],
+}
+
+impl Globals<'_> {
+    fn sources(&self, plan: &Plan) -> Result<Vec<GlobalTensor>, LowerError> {
+        let graph = self.graph;
+        let sources = graph.tensor_ids().filter(|id| graph.tensor(*id).role != meshweave_dsl::graph::Role::Temp);
+        sources
+            .enumerate()
+            .map(|(source_idx, id)| {
+                // Partitioning adds the sources first and in order, the same on every rank.
+                let local_id = TensorId(source_idx as u32);
+                self.tensor(id, &plan.source_layout(id), &vec![local_id; self.locals.len()])
+            })
+            .collect()
+    }
+
+    fn outputs(&self, partition: &Partition) -> Result<Vec<GlobalTensor>, LowerError> {
+        let mut outputs = Vec::new();
+        for (output_idx, (output, layout)) in self.graph.outputs.iter().zip(&partition.output_layouts).enumerate() {
+            let locals: Vec<TensorId> = self.locals.iter().map(|local| local.outputs[output_idx]).collect();
+            outputs.push(self.tensor(*output, layout, &locals)?);
+        }
+        let gradients = self.graph.gradients.values().zip(&partition.gradient_layouts);
+        for (gradient_idx, (gradient, layout)) in gradients.enumerate() {
+            let locals: Option<Vec<TensorId>> =
+                self.locals.iter().map(|local| local.gradients.values().nth(gradient_idx).copied()).collect();
+            let locals = locals.ok_or_else(|| LowerError::Internal("a rank lacks a gradient".into()))?;
+            outputs.push(self.tensor(*gradient, layout, &locals)?);
+        }
+        Ok(outputs)
+    }
+
+    fn tensor(&self, id: TensorId, layout: &Layout, locals: &[TensorId]) -> Result<GlobalTensor, LowerError> {
+        let tensor = self.graph.tensor(id);
+        let buffers = locals
+            .iter()
+            .zip(self.buffers_of)
+            .map(|(local, buffers)| buffers.get(local).copied())
+            .collect::<Option<Vec<BufferId>>>()
+            .ok_or_else(|| LowerError::Internal(format!("`{}` has no storage on some rank", tensor.name)))?;
+        let regions = (0..self.locals.len()).map(|rank| layout.region(&tensor.ty.shape, self.mesh, rank)).collect();
+        Ok(GlobalTensor {
+            name: tensor.name.clone(),
+            ty: tensor.ty.clone(),
+            role: tensor.role.clone(),
+            layout: layout.clone(),
+            buffers,
+            regions,
+        })
+    }
+}
