@@ -1,1 +1,5 @@
 //! Functions between the types of `meshweave-dsl`.
+
+pub mod codegen;
+#[cfg(feature = "mlir")]
+pub mod mlir;

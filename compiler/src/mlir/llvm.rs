@@ -1,0 +1,329 @@
+//! One module: emission, passes, translation to LLVM IR, optimization, machine code.
+//!
+//! Enters: kernels with distinct names. Leaves: an object file and the texts asked for.
+//! Invariant: MLIR's and LLVM's contexts live and die inside one call, so threads share nothing.
+
+use std::cell::RefCell;
+use std::ffi::{CStr, CString, c_char};
+use std::ptr;
+use std::rc::Rc;
+use std::sync::Once;
+
+use llvm_sys::core::{
+    LLVMContextCreate, LLVMContextDispose, LLVMDisposeMemoryBuffer, LLVMDisposeMessage,
+    LLVMDisposeModule, LLVMGetBufferSize, LLVMGetBufferStart, LLVMPrintModuleToString,
+    LLVMSetTarget,
+};
+use llvm_sys::error::{LLVMDisposeErrorMessage, LLVMGetErrorMessage};
+use llvm_sys::prelude::{LLVMContextRef, LLVMModuleRef};
+use llvm_sys::target::{LLVMDisposeTargetData, LLVMSetModuleDataLayout};
+use llvm_sys::target_machine::{
+    LLVMCodeGenFileType, LLVMCodeGenOptLevel, LLVMCodeModel, LLVMCreateTargetDataLayout,
+    LLVMCreateTargetMachine, LLVMDisposeTargetMachine, LLVMGetTargetFromTriple, LLVMRelocMode,
+    LLVMTargetMachineEmitToMemoryBuffer, LLVMTargetMachineRef,
+};
+use llvm_sys::transforms::pass_builder::{
+    LLVMCreatePassBuilderOptions, LLVMDisposePassBuilderOptions, LLVMRunPasses,
+};
+use melior::Context;
+use melior::dialect::DialectRegistry;
+use melior::ir::operation::OperationLike;
+use melior::ir::{Location, Module};
+use melior::utility::{register_all_dialects, register_all_llvm_translations};
+
+use super::emit::{EmitOptions, emit_kernel};
+use super::passes::run_passes;
+use super::target::HostTarget;
+use super::{Error, Stage};
+use crate::codegen::kernel::Kernel;
+
+/// LLVM's passes. Kernels arrive vectorized and unrolled, so the vectorizers and unrollers of the
+/// default pipeline would only cost time: what is left is to simplify addresses and branches.
+const LLVM_PASSES: &str = "default<O2>";
+
+/// Result for one module.
+pub struct CompiledModule {
+    /// The object file.
+    pub object: Vec<u8>,
+    /// The stages asked for.
+    pub stages: Vec<(Stage, String)>,
+}
+
+/// Compiles `kernels` into one object.
+///
+/// # Errors
+/// See [`super::compile`].
+pub fn compile_module(
+    kernels: &[&Kernel],
+    target: &HostTarget,
+    wanted: &[Stage],
+) -> Result<CompiledModule, Error> {
+    let registry = DialectRegistry::new();
+    register_all_dialects(&registry);
+    let context = Context::new_with_registry(&registry, false);
+    context.load_all_available_dialects();
+    register_all_llvm_translations(&context);
+    let diagnostics: Rc<RefCell<Vec<String>>> = Rc::default();
+    let sink = Rc::clone(&diagnostics);
+    context.attach_diagnostic_handler(move |diagnostic| {
+        sink.borrow_mut().push(diagnostic.to_string());
+        true
+    });
+    compile_in(&context, kernels, target, wanted).map_err(|error| match error {
+        Error::Internal { message } => {
+            let said = diagnostics.borrow().join("; ");
+            let names: Vec<&str> = kernels.iter().map(|kernel| kernel.name()).collect();
+            Error::Internal {
+                message: format!("{message}: {said} (kernels {})", names.join(", ")),
+            }
+        }
+        other => other,
+    })
+}
+
+fn compile_in(
+    context: &Context,
+    kernels: &[&Kernel],
+    target: &HostTarget,
+    wanted: &[Stage],
+) -> Result<CompiledModule, Error> {
+    let mut stages = Vec::new();
+    let mut module = Module::new(Location::unknown(context));
+    let options = EmitOptions {
+        width: target.width(),
+        has_fma: target.has_fma,
+    };
+    for kernel in kernels {
+        emit_kernel(context, &module, kernel.name(), kernel.program(), options)?;
+    }
+    if wanted.contains(&Stage::Mlir) {
+        stages.push((Stage::Mlir, module.as_operation().to_string()));
+    }
+    if !module.as_operation().verify() {
+        return Err(Error::Internal {
+            message: "the emitted module does not verify".to_string(),
+        });
+    }
+    run_passes(context, &mut module, |stage, module| {
+        if wanted.contains(&stage) {
+            stages.push((stage, module.as_operation().to_string()));
+        }
+    })?;
+
+    let llvm = LlvmModule::translate(&module)?;
+    let machine = Machine::new(target)?;
+    machine.optimize(&llvm)?;
+    if wanted.contains(&Stage::Llvm) {
+        stages.push((Stage::Llvm, llvm.print()));
+    }
+    if wanted.contains(&Stage::Asm) {
+        let asm = machine.emit(&llvm, LLVMCodeGenFileType::LLVMAssemblyFile)?;
+        stages.push((Stage::Asm, String::from_utf8_lossy(&asm).into_owned()));
+    }
+    let object = machine.emit(&llvm, LLVMCodeGenFileType::LLVMObjectFile)?;
+    Ok(CompiledModule { object, stages })
+}
+
+/// An LLVM module with the context it lives in.
+struct LlvmModule {
+    context: LLVMContextRef,
+    module: LLVMModuleRef,
+}
+
+impl LlvmModule {
+    fn translate(module: &Module) -> Result<Self, Error> {
+        // SAFETY: the context is disposed of exactly once, in `drop`.
+        let context = unsafe { LLVMContextCreate() };
+        // SAFETY: the operation is a live module whose context has all translations registered;
+        // the two crates name the same opaque C types.
+        let raw = unsafe {
+            mlir_sys::mlirTranslateModuleToLLVMIR(
+                module.as_operation().to_raw(),
+                context as mlir_sys::LLVMContextRef,
+            )
+        };
+        let this = Self {
+            context,
+            module: raw as LLVMModuleRef,
+        };
+        if raw.is_null() {
+            return Err(Error::Internal {
+                message: "translation to LLVM IR failed".to_string(),
+            });
+        }
+        Ok(this)
+    }
+
+    fn print(&self) -> String {
+        // SAFETY: the module is live; the string is owned by us and freed by `take_message`.
+        unsafe { take_message(LLVMPrintModuleToString(self.module)) }
+    }
+}
+
+impl Drop for LlvmModule {
+    fn drop(&mut self) {
+        // SAFETY: both were created by `translate` and are not used afterwards.
+        unsafe {
+            if !self.module.is_null() {
+                LLVMDisposeModule(self.module);
+            }
+            LLVMContextDispose(self.context);
+        }
+    }
+}
+
+/// LLVM's code generator for a target.
+struct Machine {
+    raw: LLVMTargetMachineRef,
+    triple: CString,
+}
+
+impl Machine {
+    fn new(target: &HostTarget) -> Result<Self, Error> {
+        initialize_targets()?;
+        let c = |text: &str| {
+            CString::new(text).map_err(|_| Error::Internal {
+                message: format!("a zero byte in {text:?}"),
+            })
+        };
+        let (triple, cpu, features) = (c(&target.triple)?, c(&target.cpu)?, c(&target.features)?);
+        let mut llvm_target = ptr::null_mut();
+        let mut message = ptr::null_mut();
+        // SAFETY: all pointers are valid; the message is only set, and then freed, on failure.
+        unsafe {
+            if LLVMGetTargetFromTriple(triple.as_ptr(), &mut llvm_target, &mut message) != 0 {
+                return Err(Error::Unsupported {
+                    message: format!("target {}: {}", target.triple, take_message(message)),
+                });
+            }
+            let raw = LLVMCreateTargetMachine(
+                llvm_target,
+                triple.as_ptr(),
+                cpu.as_ptr(),
+                features.as_ptr(),
+                LLVMCodeGenOptLevel::LLVMCodeGenLevelDefault,
+                LLVMRelocMode::LLVMRelocPIC,
+                LLVMCodeModel::LLVMCodeModelDefault,
+            );
+            if raw.is_null() {
+                return Err(Error::Unsupported {
+                    message: format!("LLVM has no code generator for {}", target.triple),
+                });
+            }
+            Ok(Self { raw, triple })
+        }
+    }
+
+    fn optimize(&self, llvm: &LlvmModule) -> Result<(), Error> {
+        let passes = CString::new(LLVM_PASSES).map_err(|error| Error::Internal {
+            message: error.to_string(),
+        })?;
+        // SAFETY: module and machine are live; options and layout are freed here.
+        unsafe {
+            LLVMSetTarget(llvm.module, self.triple.as_ptr());
+            let layout = LLVMCreateTargetDataLayout(self.raw);
+            LLVMSetModuleDataLayout(llvm.module, layout);
+            LLVMDisposeTargetData(layout);
+            let options = LLVMCreatePassBuilderOptions();
+            let error = LLVMRunPasses(llvm.module, passes.as_ptr(), self.raw, options);
+            LLVMDisposePassBuilderOptions(options);
+            if !error.is_null() {
+                let text = LLVMGetErrorMessage(error);
+                let message = CStr::from_ptr(text).to_string_lossy().into_owned();
+                LLVMDisposeErrorMessage(text);
+                return Err(Error::Internal {
+                    message: format!("LLVM passes: {message}"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn emit(&self, llvm: &LlvmModule, kind: LLVMCodeGenFileType) -> Result<Vec<u8>, Error> {
+        let mut message = ptr::null_mut();
+        let mut buffer = ptr::null_mut();
+        // SAFETY: module and machine are live; the buffer is set on success and freed after the
+        // copy, the message is set and freed on failure.
+        unsafe {
+            let failed = LLVMTargetMachineEmitToMemoryBuffer(
+                self.raw,
+                llvm.module,
+                kind,
+                &mut message,
+                &mut buffer,
+            );
+            if failed != 0 {
+                return Err(Error::Internal {
+                    message: format!("LLVM code generation: {}", take_message(message)),
+                });
+            }
+            let start = LLVMGetBufferStart(buffer).cast::<u8>();
+            let bytes = std::slice::from_raw_parts(start, LLVMGetBufferSize(buffer)).to_vec();
+            LLVMDisposeMemoryBuffer(buffer);
+            Ok(bytes)
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // SAFETY: created by `new`, not used afterwards.
+        unsafe { LLVMDisposeTargetMachine(self.raw) };
+    }
+}
+
+fn initialize_targets() -> Result<(), Error> {
+    static ONCE: Once = Once::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        use llvm_sys::target::{
+            LLVMInitializeX86AsmPrinter, LLVMInitializeX86Target, LLVMInitializeX86TargetInfo,
+            LLVMInitializeX86TargetMC,
+        };
+        // SAFETY: registration functions without preconditions, run once.
+        ONCE.call_once(|| unsafe {
+            LLVMInitializeX86TargetInfo();
+            LLVMInitializeX86Target();
+            LLVMInitializeX86TargetMC();
+            LLVMInitializeX86AsmPrinter();
+        });
+        Ok(())
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        use llvm_sys::target::{
+            LLVMInitializeAArch64AsmPrinter, LLVMInitializeAArch64Target,
+            LLVMInitializeAArch64TargetInfo, LLVMInitializeAArch64TargetMC,
+        };
+        // SAFETY: registration functions without preconditions, run once.
+        ONCE.call_once(|| unsafe {
+            LLVMInitializeAArch64TargetInfo();
+            LLVMInitializeAArch64Target();
+            LLVMInitializeAArch64TargetMC();
+            LLVMInitializeAArch64AsmPrinter();
+        });
+        Ok(())
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    {
+        let _ = &ONCE;
+        Err(Error::Unsupported {
+            message: "host code is generated for x86-64 and AArch64 only".to_string(),
+        })
+    }
+}
+
+/// # Safety
+/// `text` must be null or a C string that LLVM allocated.
+unsafe fn take_message(text: *mut c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: not null, so it is a C string by the contract above.
+    let owned = unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned();
+    // SAFETY: allocated by LLVM and not used afterwards.
+    unsafe { LLVMDisposeMessage(text) };
+    owned
+}

@@ -1,0 +1,80 @@
+//! The machine that host code is generated for.
+//!
+//! Enters: nothing, or names. Leaves: a [`HostTarget`].
+//! Invariant: the vector width is one that the target's registers have.
+
+use std::ffi::{CStr, c_char};
+
+use llvm_sys::core::LLVMDisposeMessage;
+use llvm_sys::target_machine::{
+    LLVMGetDefaultTargetTriple, LLVMGetHostCPUFeatures, LLVMGetHostCPUName,
+};
+
+/// A CPU as LLVM names it, and what generated code may use of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostTarget {
+    /// LLVM's target triple.
+    pub triple: String,
+    /// LLVM's name of the CPU.
+    pub cpu: String,
+    /// LLVM's feature string (`+avx2,-avx512f,…`).
+    pub features: String,
+    /// Bits of a vector register.
+    pub vector_bits: usize,
+    /// Whether fused multiply-add is one instruction.
+    pub has_fma: bool,
+}
+
+impl HostTarget {
+    /// The machine this runs on.
+    pub fn detect() -> Self {
+        // SAFETY: each call returns an owned C string, freed by `take`.
+        let (triple, cpu, features) = unsafe {
+            (
+                take(LLVMGetDefaultTargetTriple()),
+                take(LLVMGetHostCPUName()),
+                take(LLVMGetHostCPUFeatures()),
+            )
+        };
+        let has = |feature: &str| features.split(',').any(|f| f == feature);
+        let (vector_bits, has_fma) = if cfg!(target_arch = "x86_64") {
+            let bits = if has("+avx512f") && has("+avx512vl") && has("+avx512dq") {
+                512
+            } else if has("+avx2") {
+                256
+            } else {
+                128
+            };
+            (bits, has("+fma"))
+        } else {
+            (128, true)
+        };
+        Self {
+            triple,
+            cpu,
+            features,
+            vector_bits,
+            has_fma,
+        }
+    }
+
+    /// 32-bit lanes of a vector register.
+    pub fn width(&self) -> usize {
+        self.vector_bits / 32
+    }
+}
+
+/// # Safety
+/// `text` must be null or a C string that LLVM allocated.
+unsafe fn take(text: *mut c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: not null, so it is a C string by the contract above.
+    let owned = unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned();
+    // SAFETY: allocated by LLVM and not used afterwards.
+    unsafe { LLVMDisposeMessage(text) };
+    owned
+}

@@ -1,0 +1,339 @@
+//! Generated kernels against plain Rust in f64: every instruction, on odd sizes.
+#![cfg(feature = "mlir")]
+
+use std::ffi::c_void;
+
+use meshweave_compiler::codegen::kernel::{
+    Elem, Kernel, KernelBuilder, Mutability, Predicate, ReduceKind, StartFrom, UnaryOp, Val,
+};
+use meshweave_compiler::mlir::{self, CompileOptions, HostTarget, Stage};
+
+/// Lane counts around the vector widths of all targets.
+const LANES: [usize; 9] = [1, 3, 7, 8, 9, 31, 64, 130, 1000];
+
+type KernelFn = unsafe extern "C" fn(*mut *mut c_void, i64, i64);
+
+/// A loaded shared object with one function per kernel.
+struct Loaded {
+    library: libloading::Library,
+    symbols: Vec<String>,
+    _directory: tempfile::TempDir,
+}
+
+fn load(kernels: &[Kernel]) -> Loaded {
+    let object = mlir::compile(kernels, &HostTarget::detect(), &CompileOptions::default()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("kernels.so");
+    mlir::link(&object, &path).unwrap();
+    // SAFETY: the object has no initializers.
+    let library = unsafe { libloading::Library::new(&path) }.unwrap();
+    Loaded {
+        library,
+        symbols: object.symbols,
+        _directory: directory,
+    }
+}
+
+/// An argument's memory.
+enum Buffer {
+    F(Vec<f32>),
+    I(Vec<i32>),
+}
+
+impl Buffer {
+    fn f(&self) -> &[f32] {
+        match self {
+            Self::F(values) => values,
+            Self::I(_) => panic!("an i32 buffer"),
+        }
+    }
+}
+
+impl Loaded {
+    fn run(&self, idx: usize, args: &mut [Buffer], rows: std::ops::Range<usize>) {
+        let mut pointers: Vec<*mut c_void> = args
+            .iter_mut()
+            .map(|arg| match arg {
+                Buffer::F(values) => values.as_mut_ptr().cast(),
+                Buffer::I(values) => values.as_mut_ptr().cast(),
+            })
+            .collect();
+        // SAFETY: the symbol has this signature, and the buffers have the sizes of the kernel.
+        unsafe {
+            let function: libloading::Symbol<KernelFn> =
+                self.library.get(self.symbols[idx].as_bytes()).unwrap();
+            function(pointers.as_mut_ptr(), rows.start as i64, rows.end as i64);
+        }
+    }
+}
+
+/// Deterministic values in `-scale..scale`.
+fn noise(n: usize, seed: u64, scale: f32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale
+        })
+        .collect()
+}
+
+/// Largest error, relative to `1 + |expected|`... of whole tensors: absolute over the largest value.
+#[track_caller]
+fn assert_close(actual: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(actual.len(), expected.len());
+    let largest = expected.iter().fold(1e-30_f64, |m, v| m.max(v.abs()));
+    for (idx, (&a, &e)) in actual.iter().zip(expected).enumerate() {
+        let error = (f64::from(a) - e).abs() / largest;
+        assert!(
+            error <= tolerance,
+            "element {idx}: {a} instead of {e}, error {error:e} of the largest {largest}"
+        );
+    }
+}
+
+/// Kernel of one input and one output of the same shape.
+fn map(
+    name: &str,
+    rows: usize,
+    lanes: usize,
+    f: impl Fn(&mut KernelBuilder, Val) -> Val,
+) -> Kernel {
+    let mut b = KernelBuilder::new(name, &[rows], lanes);
+    let x = b.arg(Elem::F32, Mutability::Read);
+    let y = b.arg(Elem::F32, Mutability::Write);
+    let access = b.dense(x);
+    let x = b.load(access);
+    let v = f(&mut b, x);
+    let access = b.dense(y);
+    b.store(access, v);
+    b.finish().unwrap()
+}
+
+fn erf(x: f64) -> f64 {
+    // Maclaurin series with compensation of the large terms by f64's width; |x| ≤ 6.
+    if x.abs() > 6.0 {
+        return x.signum();
+    }
+    if x.abs() < 2.5 {
+        let (mut term, mut sum, mut n) = (x, x, 0.0);
+        while term.abs() > 1e-18 * sum.abs().max(1e-300) && n < 200.0 {
+            n += 1.0;
+            term *= -x * x / n;
+            sum += term / (2.0 * n + 1.0);
+        }
+        return sum * 2.0 / std::f64::consts::PI.sqrt();
+    }
+    // Continued fraction of erfc.
+    let a = x.abs();
+    let mut fraction = 0.0;
+    for k in (1..120).rev() {
+        fraction = f64::from(k) / 2.0 / (a + fraction);
+    }
+    let erfc = (-a * a).exp() / std::f64::consts::PI.sqrt() / (a + fraction);
+    x.signum() * (1.0 - erfc)
+}
+
+/// A unary function with its f64 reference and the range of its argument.
+type UnaryCase = (UnaryOp, fn(f64) -> f64, f32, f32, f64);
+
+/// Error in units of the last place over a range, and the limits.
+#[test]
+fn elementary_functions() {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let cases: [UnaryCase; 6] = [
+        (UnaryOp::Exp, f64::exp, -87.0, 88.7, 2.0),
+        (UnaryOp::Exp, f64::exp, -1.0, 1.0, 2.0),
+        (UnaryOp::Log, f64::ln, 1e-30, 1e30, 2.0),
+        (UnaryOp::Tanh, f64::tanh, -9.0, 9.0, 6.0),
+        (UnaryOp::Erf, erf, -5.0, 5.0, 8.0),
+        (UnaryOp::Sigmoid, sigmoid, -20.0, 20.0, 4.0),
+    ];
+    let n = 20_000;
+    let kernels: Vec<Kernel> = cases
+        .iter()
+        .enumerate()
+        .map(|(idx, (op, ..))| map(&format!("f{idx}"), 1, n, |b, x| b.unary(*op, x)))
+        .collect();
+    let loaded = load(&kernels);
+    for (idx, (op, reference, low, high, ulps)) in cases.into_iter().enumerate() {
+        let x: Vec<f32> = if op == UnaryOp::Log {
+            let (low, high) = (low.ln(), high.ln());
+            (0..n)
+                .map(|i| (low + (high - low) * i as f32 / n as f32).exp())
+                .collect()
+        } else {
+            (0..n)
+                .map(|i| low + (high - low) * i as f32 / n as f32)
+                .collect()
+        };
+        let mut args = [Buffer::F(x.clone()), Buffer::F(vec![0.0; n])];
+        loaded.run(idx, &mut args, 0..1);
+        let mut worst = (0.0, 0.0, 0.0);
+        for (&x, &y) in x.iter().zip(args[1].f()) {
+            let expected = reference(f64::from(x));
+            let magnitude = (expected.abs() as f32).max(f32::MIN_POSITIVE);
+            let ulp = f64::from(f32::from_bits(magnitude.to_bits() + 1) - magnitude);
+            let error = (f64::from(y) - expected).abs() / ulp;
+            if !(error <= worst.0) {
+                worst = (error, x, y);
+            }
+        }
+        assert!(
+            worst.0 <= ulps,
+            "{op:?} is off by {:.1} ulp at {}: {}",
+            worst.0,
+            worst.1,
+            worst.2
+        );
+    }
+}
+
+/// Bits at the edges: infinities, zeros, overflow, NaN.
+#[test]
+fn limits() {
+    let ops = [
+        UnaryOp::Exp,
+        UnaryOp::Log,
+        UnaryOp::Tanh,
+        UnaryOp::Erf,
+        UnaryOp::Sigmoid,
+        UnaryOp::Rsqrt,
+    ];
+    let inf = f32::INFINITY;
+    let x = vec![-inf, -200.0, -0.0, 0.0, 200.0, inf, f32::NAN, -1e-40];
+    let mut kernels: Vec<Kernel> = ops
+        .iter()
+        .map(|op| map(&format!("{op:?}"), 1, x.len(), |b, x| b.unary(*op, x)))
+        .collect();
+    kernels.push(map("relu", 1, x.len(), KernelBuilder::relu));
+    let loaded = load(&kernels);
+    let mut table = String::new();
+    for (idx, kernel) in kernels.iter().enumerate() {
+        let mut args = [Buffer::F(x.clone()), Buffer::F(vec![0.0; x.len()])];
+        loaded.run(idx, &mut args, 0..1);
+        table += &format!("{}: {:?}\n", kernel.name(), args[1].f());
+    }
+    insta::assert_snapshot!(format!("x: {x:?}\n{table}"));
+}
+
+#[test]
+fn activations_and_gradients() {
+    let silu = |x: f64| x / (1.0 + (-x).exp());
+    let phi = |x: f64| 0.5 * (1.0 + erf(x / 2f64.sqrt()));
+    let root = (2.0 / std::f64::consts::PI).sqrt();
+    let gelu_tanh = |x: f64| 0.5 * x * (1.0 + (root * (x + 0.044715 * x * x * x)).tanh());
+    type Builder = fn(&mut KernelBuilder, Val, Val) -> Val;
+    let cases: Vec<(&str, Builder, Box<dyn Fn(f64) -> f64>)> = vec![
+        ("silu", |b, x, _| b.silu(x), Box::new(silu)),
+        ("gelu", |b, x, _| b.gelu(x), Box::new(move |x| x * phi(x))),
+        ("gelu_tanh", |b, x, _| b.gelu_tanh(x), Box::new(gelu_tanh)),
+        ("relu", |b, x, _| b.relu(x), Box::new(|x| x.max(0.0))),
+    ];
+    let grads: Vec<Builder> = vec![
+        |b, x, dy| b.silu_grad(x, dy),
+        |b, x, dy| b.gelu_grad(x, dy),
+        |b, x, dy| b.gelu_tanh_grad(x, dy),
+        |b, x, dy| b.relu_grad(x, dy),
+    ];
+    let rows = 3;
+    let mut kernels = Vec::new();
+    for lanes in LANES {
+        for ((name, forward, _), backward) in cases.iter().zip(&grads) {
+            let mut b = KernelBuilder::new(format!("{name}_{lanes}"), &[rows], lanes);
+            let args = [(); 2].map(|()| b.arg(Elem::F32, Mutability::Read));
+            let outs = [(); 2].map(|()| b.arg(Elem::F32, Mutability::Write));
+            let access = args.map(|arg| b.dense(arg));
+            let [x, dy] = access.map(|access| b.load(access));
+            let y = forward(&mut b, x, dy);
+            let dx = backward(&mut b, x, dy);
+            for (out, v) in outs.into_iter().zip([y, dx]) {
+                let access = b.dense(out);
+                b.store(access, v);
+            }
+            kernels.push(b.finish().unwrap());
+        }
+    }
+    let loaded = load(&kernels);
+    let mut idx = 0;
+    for lanes in LANES {
+        let n = rows * lanes;
+        let (x, dy) = (noise(n, 1, 6.0), noise(n, 2, 1.0));
+        for (_, _, reference) in &cases {
+            let mut args = [
+                Buffer::F(x.clone()),
+                Buffer::F(dy.clone()),
+                Buffer::F(vec![7.0; n]),
+                Buffer::F(vec![7.0; n]),
+            ];
+            loaded.run(idx, &mut args, 0..2);
+            assert_eq!(args[2].f()[2 * lanes], 7.0, "row 2 was not asked for");
+            loaded.run(idx, &mut args, 2..3);
+            let y: Vec<f64> = x.iter().map(|&x| reference(f64::from(x))).collect();
+            assert_close(args[2].f(), &y, 1e-6);
+            let h = 1e-6;
+            let dx: Vec<f64> = x
+                .iter()
+                .zip(&dy)
+                .map(|(&x, &dy)| {
+                    let x = f64::from(x);
+                    f64::from(dy) * (reference(x + h) - reference(x - h)) / (2.0 * h)
+                })
+                .collect();
+            assert_close(args[3].f(), &dx, 2e-6);
+            idx += 1;
+        }
+    }
+}
+
+#[test]
+fn equal_programs_share_a_symbol() {
+    let kernels = [
+        map("first", 4, 20, KernelBuilder::relu),
+        map("second", 4, 20, KernelBuilder::relu),
+        map("third", 4, 21, KernelBuilder::relu),
+    ];
+    let object =
+        mlir::compile(&kernels, &HostTarget::detect(), &CompileOptions::default()).unwrap();
+    assert_eq!(object.symbols, ["first", "first", "third"]);
+}
+
+/// Every stage as text, of a kernel with a reduction and of one with a tail.
+#[test]
+fn stages() {
+    let target = HostTarget {
+        triple: "x86_64-unknown-linux-gnu".to_string(),
+        cpu: "x86-64-v3".to_string(),
+        features: String::new(),
+        vector_bits: 256,
+        has_fma: true,
+    };
+    let mut b = KernelBuilder::new("rms", &[4], 32);
+    let (x, y) = (
+        b.arg(Elem::F32, Mutability::Read),
+        b.arg(Elem::F32, Mutability::Write),
+    );
+    let access = b.dense(x);
+    let x = b.load(access);
+    let square = b.mul(x, x);
+    let sum = b.reduce(ReduceKind::Sum, square);
+    let mean = b.scale(sum, 1.0 / 32.0);
+    let rstd = b.unary(UnaryOp::Rsqrt, mean);
+    let v = b.mul(x, rstd);
+    let access = b.dense(y);
+    b.store(access, v);
+    let kernels = [b.finish().unwrap(), map("relu", 1, 11, KernelBuilder::relu)];
+    let options = CompileOptions {
+        n_threads: 1,
+        stages: Stage::all(),
+    };
+    let object = mlir::compile(&kernels, &target, &options).unwrap();
+    let stages: Vec<String> = object.stages.iter().map(|(s, _)| s.to_string()).collect();
+    insta::assert_snapshot!("stage_names", stages.join("\n"));
+    let programs = kernels.map(|kernel| kernel.to_string()).join("\n");
+    insta::assert_snapshot!("stage_kernel", programs);
+    insta::assert_snapshot!("stage_mlir_after_cse", object.stages[1].1);
+    assert!(object.stages.iter().all(|(_, text)| text.contains("rms")));
+}
