@@ -1,5 +1,6 @@
 //! Generated kernels against plain Rust in f64: every instruction, on odd sizes.
 #![cfg(feature = "mlir")]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::ffi::c_void;
 
@@ -80,7 +81,7 @@ fn noise(n: usize, seed: u64, scale: f32) -> Vec<f32> {
         .collect()
 }
 
-/// Largest error, relative to `1 + |expected|`... of whole tensors: absolute over the largest value.
+/// The largest error over the largest expected value.
 #[track_caller]
 fn assert_close(actual: &[f32], expected: &[f64], tolerance: f64) {
     assert_eq!(actual.len(), expected.len());

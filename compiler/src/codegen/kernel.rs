@@ -385,20 +385,10 @@ impl RowProgram {
         let mut writes = Vec::new();
         for inst in &self.body {
             match inst {
-                Inst::Load(access) => {
-                    if access.arg == read {
-                        reads.push(access);
-                    }
-                }
-                Inst::Store(access, _) => {
-                    if access.arg == written {
-                        writes.push(access);
-                    }
-                }
-                Inst::Accumulate { access, .. } => {
-                    if access.arg == read || access.arg == written {
-                        return false;
-                    }
+                Inst::Load(access) if access.arg == read => reads.push(access),
+                Inst::Store(access, _) if access.arg == written => writes.push(access),
+                Inst::Accumulate { access, .. } if access.arg == read || access.arg == written => {
+                    return false;
                 }
                 _ => {}
             }
