@@ -7,5 +7,6 @@ pub mod error;
 
 pub mod contract;
 pub mod pool;
+pub mod reference;
 
 pub use error::{Error, Result};
