@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cost::ATTENTION_BLOCK_ROWS;
 pub use shape::OpError;
-pub use sharding::{Factor, Spread};
+pub use sharding::{Factor, PARTIAL_FACTOR, Spread};
 
 use crate::dtype::Scalar;
 use crate::layout::{Interval, ReduceKind};
