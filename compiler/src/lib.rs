@@ -1,5 +1,6 @@
 //! Functions between the types of `meshweave-dsl`.
 
+pub mod reshard;
 pub mod codegen;
 #[cfg(feature = "mlir")]
 pub mod mlir;
