@@ -5,6 +5,7 @@
 
 pub mod diagnostics;
 pub mod units;
+pub mod weave;
 pub mod name;
 pub mod dtype;
 pub mod op;

@@ -1,0 +1,277 @@
+//! Pipeline schedules as data: order keys, literal rows, CSV files.
+//!
+//! Invariant: the numbers in an [`Expr`] are not negative ([`Expr::Neg`] is), its depth is at most
+//! [`Expr::MAX_DEPTH`].
+
+use serde::{Deserialize, Serialize};
+
+use super::{Block, Name, Spanned};
+
+/// `schedule NAME = …`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ScheduleDef {
+    pub name: Spanned<Name>,
+    pub body: ScheduleBody,
+}
+
+/// The three ways to write a schedule.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleBody {
+    /// `key F:(mb,0) B:(mb+P-r,-1)`: each rank sorts its actions by these keys.
+    Key(Vec<Spanned<OrderKey>>),
+    /// `rows { row 0F0 0F1 … }`: one row a rank, from rank 0.
+    Rows(Block<Row>),
+    /// `csv "file"`
+    Csv(Spanned<String>),
+}
+
+/// The key of one kind of action: tuples compare lexicographically.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OrderKey {
+    pub action: ActionKind,
+    /// At least one.
+    pub key: Vec<Expr>,
+}
+
+/// What one rank does, in order; `None` is a step in which it waits, written `.`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Row {
+    pub actions: Vec<Option<Action>>,
+}
+
+/// `2F0`: stage 2, forward, microbatch 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Action {
+    pub stage: u32,
+    pub kind: ActionKind,
+    pub microbatch: u32,
+}
+
+impl Action {
+    /// Reads `2F0`; nothing may follow.
+    pub fn parse(text: &str) -> Option<Action> {
+        let at = text.find(|c: char| !c.is_ascii_digit())?;
+        let (stage, rest) = text.split_at(at);
+        let kind = ActionKind::parse(rest.get(..1)?)?;
+        let microbatch = rest.get(1..)?;
+        if !microbatch.chars().all(|c| c.is_ascii_digit()) {
+            return None;
+        }
+        Some(Action {
+            stage: stage.parse().ok()?,
+            kind,
+            microbatch: microbatch.parse().ok()?,
+        })
+    }
+}
+
+/// What is done for one microbatch in one stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ActionKind {
+    /// Forward.
+    F,
+    /// Full backward.
+    B,
+    /// Gradient of the input.
+    I,
+    /// Gradient of the weights.
+    W,
+    /// Recompute.
+    R,
+}
+
+impl ActionKind {
+    /// All kinds.
+    pub const ALL: [Self; 5] = [Self::F, Self::B, Self::I, Self::W, Self::R];
+
+    /// The letter.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::F => "F",
+            Self::B => "B",
+            Self::I => "I",
+            Self::W => "W",
+            Self::R => "R",
+        }
+    }
+
+    /// The kind of that letter.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.text() == text)
+    }
+}
+
+/// What an order key may depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Var {
+    Microbatch,
+    Microbatches,
+    Rank,
+    Ranks,
+    Stage,
+    Chunk,
+    Chunks,
+}
+
+impl Var {
+    /// All variables.
+    pub const ALL: [Self; 7] = [
+        Self::Microbatch,
+        Self::Microbatches,
+        Self::Rank,
+        Self::Ranks,
+        Self::Stage,
+        Self::Chunk,
+        Self::Chunks,
+    ];
+
+    /// The spelling in the language.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Microbatch => "mb",
+            Self::Microbatches => "M",
+            Self::Rank => "r",
+            Self::Ranks => "P",
+            Self::Stage => "s",
+            Self::Chunk => "c",
+            Self::Chunks => "v",
+        }
+    }
+
+    /// What it stands for.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Self::Microbatch => "the microbatch",
+            Self::Microbatches => "how many microbatches",
+            Self::Rank => "the rank along the pipeline",
+            Self::Ranks => "how many ranks",
+            Self::Stage => "the stage",
+            Self::Chunk => "the chunk within the rank",
+            Self::Chunks => "how many chunks a rank has",
+        }
+    }
+}
+
+/// Integer arithmetic over [`Var`]s; division and remainder are Euclidean.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Expr {
+    Int(u32),
+    Var(Var),
+    Neg(Box<Expr>),
+    Binary {
+        op: BinaryOp,
+        left: Box<Expr>,
+        right: Box<Expr>,
+    },
+    /// `min(a,b,…)`, `max(a,b,…)`; at least one argument.
+    Extremum {
+        op: ExtremumOp,
+        args: Vec<Expr>,
+    },
+}
+
+/// A binary operator of [`Expr`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BinaryOp {
+    Add,
+    Sub,
+    Mul,
+    Div,
+    Rem,
+}
+
+impl BinaryOp {
+    /// All operators.
+    pub const ALL: [Self; 5] = [Self::Add, Self::Sub, Self::Mul, Self::Div, Self::Rem];
+
+    /// The sign.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Add => "+",
+            Self::Sub => "-",
+            Self::Mul => "*",
+            Self::Div => "/",
+            Self::Rem => "%",
+        }
+    }
+}
+
+/// Smallest or largest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExtremumOp {
+    Min,
+    Max,
+}
+
+impl ExtremumOp {
+    /// The spelling in the language.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Min => "min",
+            Self::Max => "max",
+        }
+    }
+}
+
+/// Why an [`Expr`] has no value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ExprError {
+    /// A division or remainder by zero.
+    #[error("the order key divides by zero")]
+    Invalid,
+    /// The value does not fit 64 bits.
+    #[error("the order key overflows 64-bit integers")]
+    Exhausted,
+}
+
+impl Expr {
+    /// How deep the parser lets expressions nest.
+    pub const MAX_DEPTH: usize = 48;
+
+    /// Its value, given those of the variables. Linear in its size.
+    ///
+    /// # Errors
+    /// [`ExprError::Invalid`] on division by zero, [`ExprError::Exhausted`] on overflow.
+    pub fn eval(&self, value_of: &dyn Fn(Var) -> i64) -> Result<i64, ExprError> {
+        match self {
+            Self::Int(value) => Ok(i64::from(*value)),
+            Self::Var(var) => Ok(value_of(*var)),
+            Self::Neg(inner) => {
+                let value = inner.eval(value_of)?;
+                value.checked_neg().ok_or(ExprError::Exhausted)
+            }
+            Self::Binary { op, left, right } => {
+                let (left, right) = (left.eval(value_of)?, right.eval(value_of)?);
+                if right == 0 && matches!(op, BinaryOp::Div | BinaryOp::Rem) {
+                    return Err(ExprError::Invalid);
+                }
+                let value = match op {
+                    BinaryOp::Add => left.checked_add(right),
+                    BinaryOp::Sub => left.checked_sub(right),
+                    BinaryOp::Mul => left.checked_mul(right),
+                    BinaryOp::Div => left.checked_div_euclid(right),
+                    BinaryOp::Rem => left.checked_rem_euclid(right),
+                };
+                value.ok_or(ExprError::Exhausted)
+            }
+            Self::Extremum { op, args } => {
+                let mut best: Option<i64> = None;
+                for arg in args {
+                    let value = arg.eval(value_of)?;
+                    best = Some(match (op, best) {
+                        (_, None) => value,
+                        (ExtremumOp::Min, Some(best)) => best.min(value),
+                        (ExtremumOp::Max, Some(best)) => best.max(value),
+                    });
+                }
+                best.ok_or(ExprError::Invalid)
+            }
+        }
+    }
+}
