@@ -1,5 +1,6 @@
 //! Functions between the types of `meshweave-dsl`.
 
+pub mod model;
 pub mod reshard;
 pub mod codegen;
 #[cfg(feature = "mlir")]

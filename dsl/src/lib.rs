@@ -10,6 +10,7 @@ pub mod name;
 pub mod dtype;
 pub mod op;
 pub mod graph;
+pub mod build;
 pub mod layout;
 pub mod plan;
 pub mod program;

@@ -1,0 +1,249 @@
+//! The feed-forward blocks: dense, and mixture of experts with its routers.
+//!
+//! Invariant: an expert's rows are grouped by sequence (`[expert, batch, slot, embed]`), so what is
+//! dropped does not depend on the mesh.
+
+use meshweave_dsl::build::GraphBuilder;
+use meshweave_dsl::dtype::Scalar;
+use meshweave_dsl::graph::{ConstInit, Init, TensorId};
+use meshweave_dsl::layout::ReduceKind;
+use meshweave_dsl::op::{MoeDims, OpKind, UnaryFn};
+
+use super::golden::{Part, Stream};
+use super::{Activation, Built, Model, ModelError, MoeConfig, Router};
+
+/// Put under the scores of experts in groups that are not chosen.
+const EXCLUDED: f64 = 1e9;
+
+/// The parts of a gated block: gate, up, down.
+type Parts = [Part; 3];
+
+impl Model<'_> {
+    /// h + ffn(norm(h)), `[batch, seq, embed]`.
+    pub(super) fn mlp(&self, b: &mut GraphBuilder, layer_idx: usize, h: TensorId) -> Built {
+        let x = self.norm(b, "norm", "input", h)?;
+        let parts = [Part::Wg, Part::Wu, Part::Wd];
+        let width = self.config.ffn.width;
+        let out = self.block(b, layer_idx, parts, width, x, None)?;
+        Ok(b.add("residual", h, out)?)
+    }
+
+    /// The block over `embed` in the scope in force; with `experts`, one per expert over their slots.
+    fn block(
+        &self,
+        b: &mut GraphBuilder,
+        layer_idx: usize,
+        parts: Parts,
+        width: usize,
+        x: TensorId,
+        experts: Option<usize>,
+    ) -> Built {
+        let (config, ffn) = (self.config, &self.config.ffn);
+        let rows: &[&'static str] = match experts {
+            None => &["batch", "seq"],
+            Some(_) => &["expert", "batch", "slot"],
+        };
+        let expert_dim = experts.map(|n| ("expert", n));
+        let result = |last| rows.iter().copied().chain([last]);
+        let has_bias = ffn.bias;
+        let mut up = |part, weight: &str, bias: &str, name: &str| -> Built {
+            let shape: Vec<_> = expert_dim
+                .into_iter()
+                .chain([("embed", config.embed), ("ffn", width)])
+                .collect();
+            let init = Stream::layer(layer_idx, part).init(config.embed);
+            let weight = b.param(weight, config.dtype, shape, init)?;
+            let y = b.contract(name, x, weight, result("ffn"))?;
+            self.biased(b, has_bias, bias, &format!("{name}.biased"), y, &["ffn"])
+        };
+        let [gate_part, up_part, down_part] = parts;
+        let hidden = if ffn.gated {
+            let gate = up(gate_part, "wg", "bg", "gate")?;
+            let value = up(up_part, "wu", "bu", "up")?;
+            let active = b.unary("act", activation(ffn.activation), gate)?;
+            b.mul("hidden", active, value)?
+        } else {
+            let value = up(up_part, "wu", "bu", "up")?;
+            b.unary("hidden", activation(ffn.activation), value)?
+        };
+        let shape: Vec<_> = expert_dim
+            .into_iter()
+            .chain([("ffn", width), ("embed", config.embed)])
+            .collect();
+        let init = Stream::layer(layer_idx, down_part).residual(width, config.n_layers);
+        let wd = b.param("wd", config.dtype, shape, init)?;
+        let out = b.contract("out", hidden, wd, result("embed"))?;
+        self.biased(b, has_bias, "bd", "out.biased", out, &["embed"])
+    }
+
+    /// h + moe(norm(h)), `[batch, seq, embed]`.
+    pub(super) fn moe(
+        &self,
+        b: &mut GraphBuilder,
+        layer_idx: usize,
+        moe: &MoeConfig,
+        h: TensorId,
+    ) -> Built {
+        let x = self.norm(b, "norm", "input", h)?;
+        let (expert, gate) = self.route(b, layer_idx, moe, x)?;
+        let capacity = capacity(moe, self.seq);
+        let slots = OpKind::MoeSlots {
+            seq: "seq".into(),
+            choice: "choice".into(),
+            n_experts: moe.n_experts,
+            capacity,
+        };
+        let slot = b.apply("slots", slots, &[expert])?;
+        let dims = MoeDims {
+            seq: "seq".into(),
+            choice: "choice".into(),
+            expert: "expert".into(),
+            slot: "slot".into(),
+            n_experts: moe.n_experts,
+            capacity,
+            offset: 0,
+        };
+        let dispatch = OpKind::MoeDispatch(dims.clone());
+        let rows = b.apply("dispatched", dispatch, &[x, expert, slot])?;
+        let parts = [Part::ExpertsWg, Part::ExpertsWu, Part::ExpertsWd];
+        let out = b.within("experts", |b| {
+            self.block(b, layer_idx, parts, moe.ffn, rows, Some(moe.n_experts))
+        })?;
+        let mut out = b.apply(
+            "combined",
+            OpKind::MoeCombine(dims),
+            &[out, expert, slot, gate],
+        )?;
+        if let Some(shared) = &moe.shared {
+            let parts = [Part::SharedWg, Part::SharedWu, Part::SharedWd];
+            let dense = b.within("shared", |b| {
+                let y = self.block(b, layer_idx, parts, shared.ffn, x, None)?;
+                if !shared.gated {
+                    return Ok(y);
+                }
+                let score =
+                    self.projection(b, layer_idx, Part::SharedGate, "s", x, "embed", &[])?;
+                let gate = b.unary("sigmoid", UnaryFn::Sigmoid, score)?;
+                Ok::<_, ModelError>(b.mul("gated", y, gate)?)
+            })?;
+            out = b.add("out", out, dense)?;
+        }
+        Ok(b.add("residual", h, out)?)
+    }
+
+    /// (expert, gate), both `[batch, seq, choice]`.
+    fn route(
+        &self,
+        b: &mut GraphBuilder,
+        layer_idx: usize,
+        moe: &MoeConfig,
+        x: TensorId,
+    ) -> Result<(TensorId, TensorId), ModelError> {
+        let config = self.config;
+        let shape = [("embed", config.embed), ("expert", moe.n_experts)];
+        let init = Stream::layer(layer_idx, Part::Router).init(config.embed);
+        let router = b.param("router", config.dtype, shape, init)?;
+        let scores = b.contract("scores", x, router, ["batch", "seq", "expert"])?;
+        let (normalize, scale) = match &moe.router {
+            Router::Softmax {
+                normalize, scale, ..
+            }
+            | Router::Sigmoid {
+                normalize, scale, ..
+            } => (*normalize, *scale),
+        };
+        let (expert, mut gate) = match &moe.router {
+            Router::Softmax { groups, .. } => {
+                let probs = b.softmax("probs", scores, "expert")?;
+                let (values, expert) = match groups {
+                    None => b.top_k("chosen", probs, "expert", "choice", moe.top_k)?,
+                    Some(groups) => {
+                        // A group counts by its best expert; the rest of the others' is set to 0.
+                        let mask = self.group_mask(b, moe, *groups, 1, probs)?;
+                        let masked = b.mul("probs.masked", probs, mask)?;
+                        b.top_k("chosen", masked, "expert", "choice", moe.top_k)?
+                    }
+                };
+                (expert, values)
+            }
+            Router::Sigmoid { groups, .. } => {
+                let probs = b.unary("probs", UnaryFn::Sigmoid, scores)?;
+                let shape = [("expert", moe.n_experts)];
+                let bias = b.param("router_bias", config.dtype, shape, Init::Zeros)?;
+                let mut biased = b.add("probs.biased", probs, bias)?;
+                if let Some(groups) = groups {
+                    let mask = self.group_mask(b, moe, *groups, 2, biased)?;
+                    let kept = b.mul("probs.kept", biased, mask)?;
+                    let floor = b.scale("mask.scaled", mask, EXCLUDED)?;
+                    let floor = b.shift("mask.floor", floor, -EXCLUDED)?;
+                    biased = b.add("probs.masked", kept, floor)?;
+                }
+                let (_, expert) = b.top_k("chosen", biased, "expert", "choice", moe.top_k)?;
+                // The gate is the score without the bias, which therefore takes no gradient.
+                let mut shape = b.ty(expert).shape.clone();
+                shape.push(("expert".into(), moe.n_experts));
+                let wide = b.expand("probs.wide", probs, shape)?;
+                (expert, b.pick("gates.chosen", wide, expert, "expert")?)
+            }
+        };
+        if normalize {
+            let sum = b.reduce("gates.sum", ReduceKind::Sum, gate, ["choice"])?;
+            gate = b.div("gates", gate, sum)?;
+        }
+        if scale != 1.0 {
+            gate = b.scale("gates.scaled", gate, scale)?;
+        }
+        Ok((expert, gate))
+    }
+
+    /// 1 for the experts of the chosen groups, else 0: `[batch, seq, expert]`.
+    ///
+    /// A group is judged by the sum of its `n_best` greatest scores.
+    fn group_mask(
+        &self,
+        b: &mut GraphBuilder,
+        moe: &MoeConfig,
+        (n_groups, kept): (usize, usize),
+        n_best: usize,
+        scores: TensorId,
+    ) -> Built {
+        let members = [
+            ("expert_group", n_groups),
+            ("member", moe.n_experts / n_groups),
+        ];
+        let grouped = b.split("groups.scores", scores, "expert", members)?;
+        let (best, _) = b.top_k("groups.best", grouped, "member", "best", n_best)?;
+        let score = b.reduce("groups.score", ReduceKind::Sum, best, ["best"])?;
+        let (_, index) = b.top_k("groups.chosen", score, "expert_group", "best", kept)?;
+        let ones = ConstInit::Fill(Scalar(1.0));
+        let shape = b.ty(index).shape.clone();
+        let ones = b.constant("groups.ones", self.config.dtype, shape, ones)?;
+        let scatter = OpKind::TopKGrad {
+            dim: "expert_group".into(),
+            choice: "best".into(),
+            size: n_groups,
+        };
+        let mask = b.apply("groups.mask", scatter, &[ones, index])?;
+        let shape = b.ty(grouped).shape.clone();
+        let mask = b.expand("groups.mask.wide", mask, shape)?;
+        Ok(b.merge("mask", mask, ["expert_group", "member"], "expert")?)
+    }
+}
+
+/// Slots of an expert for one sequence; more than `seq` are never used.
+fn capacity(moe: &MoeConfig, seq: usize) -> usize {
+    if moe.capacity_factor == 0.0 {
+        return seq;
+    }
+    let share = moe.capacity_factor * (moe.top_k * seq) as f64 / moe.n_experts as f64;
+    (share.ceil() as usize).clamp(1, seq)
+}
+
+fn activation(activation: Activation) -> UnaryFn {
+    match activation {
+        Activation::Silu => UnaryFn::Silu,
+        Activation::Gelu => UnaryFn::Gelu,
+        Activation::GeluTanh => UnaryFn::GeluTanh,
+        Activation::Relu => UnaryFn::Relu,
+    }
+}
