@@ -5,8 +5,10 @@
 
 pub mod error;
 
+pub mod collective;
 pub mod contract;
 pub mod pool;
 pub mod reference;
+pub mod strided;
 
 pub use error::{Error, Result};

@@ -1,0 +1,229 @@
+//! Collectives: what the ranks of a group do together.
+//!
+//! In: on every member the same call in the same order, with its own buffers. Out: the members'
+//! results. Invariant: all members of a group receive the same bits where they receive the same
+//! tensor, whatever the timing: reductions add in the order of the group's ranks.
+//!
+//! Tensors are of 32-bit elements. A dim that is divided or joined need not be the outermost one:
+//! a [`Division`] says how many elements lie around it.
+
+pub mod threads;
+
+use meshweave_dsl::layout::ReduceKind;
+
+use crate::error::{Error, Result};
+
+/// A group that a communicator has joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct GroupIdx(pub(crate) usize);
+
+/// A tensor `[outer, Σ counts, inner]` divided along its middle dim, part `i` being `counts[i]` long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Division {
+    /// Elements before the divided dim.
+    pub outer: usize,
+    /// Length of each member's part.
+    pub counts: Vec<usize>,
+    /// Elements after the divided dim.
+    pub inner: usize,
+}
+
+impl Division {
+    /// Length of the whole dim.
+    pub fn total(&self) -> usize {
+        self.counts.iter().sum()
+    }
+
+    /// Elements of the whole tensor.
+    pub fn n_elements(&self) -> usize {
+        self.outer * self.total() * self.inner
+    }
+
+    /// Elements of one part.
+    pub fn n_part_elements(&self, part_idx: usize) -> usize {
+        self.outer * self.counts[part_idx] * self.inner
+    }
+
+    /// Where a part begins along the divided dim.
+    pub fn start(&self, part_idx: usize) -> usize {
+        self.counts[..part_idx].iter().sum()
+    }
+}
+
+/// How an all-to-all divides what is sent and joins what is received.
+///
+/// The tensors are `[outer, first, mid, second, inner]`; `split` and `concat` stand at `first` and
+/// `second`, in the order said by `split_first`, or are one dim (`mid` and the other being 1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Crossing {
+    /// Elements before both dims.
+    pub outer: usize,
+    /// Elements between them.
+    pub mid: usize,
+    /// Elements after both.
+    pub inner: usize,
+    /// What this member sends: part `j` of `split` goes to member `j`.
+    pub split_counts: Vec<usize>,
+    /// What this member receives: `concat_counts[j]` elements of `concat` come from member `j`.
+    pub concat_counts: Vec<usize>,
+    /// Which of the dims is the outer one, or that they are the same.
+    pub order: CrossingOrder,
+}
+
+/// The relative order of an all-to-all's dims.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CrossingOrder {
+    /// `split` is outside of `concat`.
+    SplitFirst,
+    /// `concat` is outside of `split`.
+    ConcatFirst,
+    /// Both are one dim.
+    SameDim,
+}
+
+/// What collectives cost a rank so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct CollectiveStats {
+    /// Collectives executed.
+    pub n_calls: u64,
+    /// Bytes received from other ranks.
+    pub received_bytes: u64,
+    /// Seconds spent waiting for other ranks.
+    pub wait_s: f64,
+}
+
+/// One rank's access to the others.
+///
+/// Every member of a group calls the same collectives of the group in the same order. A group of one
+/// member is legal everywhere and copies. All errors of one rank reach the others: a rank that fails
+/// calls [`Communicator::abort`], after which every pending and later call returns `Exhausted` or the
+/// failure's own variant, naming the rank.
+pub trait Communicator: Send {
+    /// This rank.
+    fn rank(&self) -> usize;
+
+    /// Number of ranks of the world.
+    fn n_ranks(&self) -> usize;
+
+    /// Joins the group of these ranks, in the order of their shards; the same list gives the same
+    /// group. Does not wait for the others.
+    ///
+    /// # Errors
+    /// `Invalid` when the list is empty, repeats a rank, names one that does not exist, or lacks this one.
+    fn join(&mut self, ranks: &[usize]) -> Result<GroupIdx>;
+
+    /// Number of members of a group.
+    ///
+    /// # Errors
+    /// `Internal` when the group was not joined here.
+    fn group_size(&self, group: GroupIdx) -> Result<usize>;
+
+    /// Every member receives all parts: `src` is this member's part of `division`, `dst` the whole.
+    ///
+    /// # Errors
+    /// `Invalid` on sizes that do not fit; `Exhausted` when members do not arrive in time.
+    fn all_gather(
+        &mut self,
+        group: GroupIdx,
+        src: &[u32],
+        dst: &mut [u32],
+        division: &Division,
+    ) -> Result<()>;
+
+    /// `dst` becomes the reduction of all members' `src` (of their `dst`, when `src` is `None`).
+    ///
+    /// # Errors
+    /// As for [`Communicator::all_gather`].
+    fn all_reduce(
+        &mut self,
+        group: GroupIdx,
+        kind: ReduceKind,
+        src: Option<&[f32]>,
+        dst: &mut [f32],
+    ) -> Result<()>;
+
+    /// `dst` becomes this member's part of the reduction of all members' whole `src`.
+    ///
+    /// # Errors
+    /// As for [`Communicator::all_gather`].
+    fn reduce_scatter(
+        &mut self,
+        group: GroupIdx,
+        kind: ReduceKind,
+        src: &[f32],
+        dst: &mut [f32],
+        division: &Division,
+    ) -> Result<()>;
+
+    /// Member `j` receives part `j` of this member's `src`; see [`Crossing`].
+    ///
+    /// # Errors
+    /// As for [`Communicator::all_gather`].
+    fn all_to_all(
+        &mut self,
+        group: GroupIdx,
+        src: &[u32],
+        dst: &mut [u32],
+        crossing: &Crossing,
+    ) -> Result<()>;
+
+    /// `dst` becomes the `src` of the rank `from`; this rank's `src` goes to the rank that names it.
+    ///
+    /// # Errors
+    /// As for [`Communicator::all_gather`].
+    fn collective_permute(
+        &mut self,
+        group: GroupIdx,
+        from: usize,
+        src: &[u32],
+        dst: &mut [u32],
+    ) -> Result<()>;
+
+    /// `dst` becomes the first member's `src`.
+    ///
+    /// # Errors
+    /// As for [`Communicator::all_gather`].
+    fn broadcast(&mut self, group: GroupIdx, src: &[u32], dst: &mut [u32]) -> Result<()>;
+
+    /// Returns when every member has called it.
+    ///
+    /// # Errors
+    /// `Exhausted` when members do not arrive in time.
+    fn barrier(&mut self, group: GroupIdx) -> Result<()>;
+
+    /// Sends a copy of `src` to another rank; messages between two ranks arrive in order.
+    ///
+    /// # Errors
+    /// `Invalid` when the rank does not exist.
+    fn send(&mut self, to: usize, src: &[u32]) -> Result<()>;
+
+    /// Receives the next message of another rank.
+    ///
+    /// # Errors
+    /// `Invalid` when the rank does not exist or the message has another length; `Exhausted` when
+    /// nothing arrives in time.
+    fn recv(&mut self, from: usize, dst: &mut [u32]) -> Result<()>;
+
+    /// Tells every other rank that this one has failed.
+    fn abort(&self, error: &Error);
+
+    /// What the calls so far have cost this rank.
+    fn stats(&self) -> CollectiveStats;
+}
+
+/// The reduction of two elements that is folded over a group.
+pub(crate) fn combine(kind: ReduceKind, x: f32, y: f32) -> f32 {
+    match kind {
+        ReduceKind::Sum => x + y,
+        ReduceKind::Max => x.max(y),
+        ReduceKind::Lse => {
+            let top = x.max(y);
+            // Two empty sums stay empty; without this, ∞ − ∞ would follow.
+            if top == f32::NEG_INFINITY {
+                top
+            } else {
+                top + ((x - top).exp() + (y - top).exp()).ln()
+            }
+        }
+    }
+}
