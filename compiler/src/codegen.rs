@@ -9,3 +9,7 @@ pub mod kernel;
 pub mod kernel_builder;
 pub mod lanes;
 pub mod recipes;
+pub mod attention;
+pub mod space;
+pub mod row_ops;
+pub mod fuse;

@@ -367,7 +367,7 @@ impl RowProgram {
 
     /// May disjoint row ranges run at the same time? Not with accumulators, which carry a value
     /// from row to row, nor with stores at computed places, which may collide.
-    pub fn splittable(&self) -> bool {
+    pub fn is_splittable(&self) -> bool {
         self.body.iter().all(|inst| match inst {
             Inst::Accumulate { .. } => false,
             Inst::Store(access, _) => access.indexed.is_none(),
@@ -378,8 +378,8 @@ impl RowProgram {
     /// Whether the memory of `read` may be given to `written`: the program touches both at the
     /// same addresses only, and each address is loaded before it is stored.
     ///
-    /// True by construction when all accesses are equal and not indirect, because stores come in
-    /// the last pass over a row and after the loads of their lanes.
+    /// Stores come in the last pass over a row and after the loads of their lanes, so this holds
+    /// when all accesses walk alike and start at the same offsets, at least a row apart.
     pub fn in_place(&self, read: ArgId, written: ArgId) -> bool {
         let mut reads = Vec::new();
         let mut writes = Vec::new();
@@ -393,23 +393,31 @@ impl RowProgram {
                 _ => {}
             }
         }
-        let [first, others @ ..] = reads.as_slice() else {
+        let [first, ..] = reads.as_slice() else {
             return false;
         };
-        let same = |a: &Access| {
-            a.indexed.is_none()
-                && a.outer == first.outer
-                && a.lane == first.lane
-                && a.offset == first.offset
-        };
-        // Row values are loaded before the lanes and stored after them; a broadcast address
-        // would be read again by a later row.
+        // A broadcast address would be read again by a later row.
         let moves = first
             .outer
             .iter()
             .zip(&self.rows)
             .all(|(&stride, &size)| stride != 0 || size == 1);
-        moves && same(first) && !writes.is_empty() && others.iter().chain(&writes).all(|a| same(a))
+        let alike = reads.iter().chain(&writes).all(|access| {
+            access.indexed.is_none() && access.outer == first.outer && access.lane == first.lane
+        });
+        let offsets = |accesses: &[&Access]| {
+            let mut offsets: Vec<i64> = accesses.iter().map(|access| access.offset).collect();
+            offsets.sort_unstable();
+            offsets.dedup();
+            offsets
+        };
+        let (read_at, written_at) = (offsets(&reads), offsets(&writes));
+        let row_span = match first.span() {
+            Span::Row => 1,
+            Span::Lane => first.lane.abs() * self.lanes as i64,
+        };
+        let apart = read_at.windows(2).all(|pair| pair[1] - pair[0] >= row_span);
+        moves && alike && apart && read_at == written_at
     }
 
     /// Bytes that one call over all rows moves from and to memory, each access counted once.

@@ -5,10 +5,27 @@
 //! the caller, so methods never fail: the first mistake is kept and comes out of
 //! [`KernelBuilder::finish`].
 
+use std::hash::{Hash, Hasher};
+
 use super::kernel::{
     Access, Arg, ArgId, BinaryOp, Elem, Inst, Kernel, LaneLimit, Mutability, Predicate, ReduceKind,
     RowProgram, Span, StartFrom, UnaryOp, Val, ValueType,
 };
+
+/// Fowler–Noll–Vo hash, the same in every build (RFC draft-eastlake-fnv, 64 bit, variant 1a).
+struct Fnv(u64);
+
+impl Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+}
 
 /// A row program that breaks a rule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -329,6 +346,18 @@ impl KernelBuilder {
                 elem: Elem::F32,
             },
         }
+    }
+
+    /// The kernel, its name followed by a hash of the code, so that different programs with the
+    /// same wished name get different symbols.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub fn finish_hashed(mut self) -> Result<Kernel, KernelError> {
+        let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
+        self.program.hash(&mut hasher);
+        self.name = format!("{}_{:016x}", self.name, hasher.0);
+        self.finish()
     }
 
     /// The kernel.

@@ -1,0 +1,297 @@
+//! From a local graph to what its rank executes, item by item.
+//!
+//! Enters: the local graph of one rank. Leaves: [`Item`]s in a legal execution order: fused
+//! fragments with their kernels, contractions, attention, routines, collectives and views.
+//! Invariants: an item's inputs are made by items before it; collectives keep the graph's order,
+//! which is the same on all ranks; every tensor that another item reads, or that outlives the step,
+//! is a result of the item that makes it.
+
+use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
+use meshweave_dsl::op::OpKind;
+
+use super::attention::{attention_softmax, attention_softmax_grad};
+use super::kernel::{Kernel, KernelError};
+use super::row_ops::lower_group;
+use super::space::Space;
+
+/// A graph that cannot be turned into items.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FuseError {
+    /// An op that host kernels do not compute yet.
+    #[error("`{op}`: {reason}")]
+    Unsupported {
+        /// Name of the op.
+        op: String,
+        /// Why, and what to do instead.
+        reason: String,
+    },
+    /// Our bug.
+    #[error("internal error in fusion: {message}")]
+    Internal {
+        /// What is wrong.
+        message: String,
+    },
+}
+
+impl From<KernelError> for FuseError {
+    fn from(error: KernelError) -> Self {
+        Self::Internal {
+            message: error.to_string(),
+        }
+    }
+}
+
+/// One step of a rank.
+#[derive(Clone, Debug)]
+pub enum Item {
+    /// A generated kernel for a group of ops.
+    Fragment(Fragment),
+    /// out = a · b, or with `onto`: out = onto + a · b, where out may take over the memory of
+    /// `onto` if nobody reads that later.
+    Contract {
+        op: OpId,
+        a: TensorId,
+        b: TensorId,
+        out: TensorId,
+        onto: Option<TensorId>,
+    },
+    /// Blockwise attention with the softmax kernel of [`super::attention`].
+    Attention { op: OpId, softmax: Kernel },
+    /// Its gradient.
+    AttentionGrad { op: OpId, softmax: Kernel },
+    /// An op that the runtime has a routine for.
+    Routine { op: OpId },
+    /// A collective.
+    Collective { op: OpId },
+    /// The result is the input's memory.
+    View { op: OpId },
+}
+
+/// A fused group.
+#[derive(Clone, Debug)]
+pub struct Fragment {
+    /// Name of its first op.
+    pub name: String,
+    /// Its ops, in order.
+    pub ops: Vec<OpId>,
+    /// The code.
+    pub kernel: Kernel,
+    /// The tensor of each kernel argument, in argument order.
+    pub args: Vec<TensorId>,
+    /// The tensors that it writes; those of its ops that nobody else reads are never in memory.
+    pub results: Vec<TensorId>,
+    /// (result, input): may share memory, because each element is read before it is written.
+    pub in_place: Vec<(TensorId, TensorId)>,
+}
+
+/// Groups the ops of `graph`.
+///
+/// # Errors
+/// `Unsupported` for ops that neither a kernel nor a routine computes, `Internal` for a broken graph.
+pub fn fuse(graph: &Graph) -> Result<Vec<Item>, FuseError> {
+    let uses = Uses::new(graph);
+    let mut drafts: Vec<Draft> = Vec::with_capacity(graph.ops.len());
+    for (op_id, op) in graph.ops() {
+        drafts.push(draft(graph, op_id, op)?);
+    }
+    drafts
+        .into_iter()
+        .map(|draft| finish(graph, &uses, draft))
+        .collect()
+}
+
+/// An item before its kernel is made.
+#[derive(Clone, Debug)]
+enum Draft {
+    Group(Group),
+    Other(Item),
+}
+
+#[derive(Clone, Debug)]
+struct Group {
+    ops: Vec<OpId>,
+    space: Space,
+}
+
+fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
+    let inputs: Vec<&TensorType> = op.inputs.iter().map(|id| graph.ty(*id)).collect();
+    let results: Vec<&TensorType> = op.results.iter().map(|id| graph.ty(*id)).collect();
+    if let Some(space) = Space::of(&op.kind, &inputs, &results) {
+        return Ok(Draft::Group(Group {
+            ops: vec![op_id],
+            space,
+        }));
+    }
+    let arity = || FuseError::Internal {
+        message: format!(
+            "`{}` has {} inputs and {} results",
+            graph.op_name(op),
+            op.inputs.len(),
+            op.results.len()
+        ),
+    };
+    let item = match &op.kind {
+        OpKind::Contract { .. } => match (op.inputs.as_slice(), op.results.as_slice()) {
+            (&[a, b], &[out]) => Item::Contract {
+                op: op_id,
+                a,
+                b,
+                out,
+                onto: None,
+            },
+            _ => return Err(arity()),
+        },
+        OpKind::Attention(dims) => match (inputs.as_slice(), results.as_slice()) {
+            ([_, k, _], [_, lse]) => Item::Attention {
+                op: op_id,
+                softmax: attention_softmax(dims, k, lse)?,
+            },
+            _ => return Err(arity()),
+        },
+        OpKind::AttentionGrad(dims) => match inputs.as_slice() {
+            [_, k, _, _, lse, _] => Item::AttentionGrad {
+                op: op_id,
+                softmax: attention_softmax_grad(dims, k, lse)?,
+            },
+            _ => return Err(arity()),
+        },
+        OpKind::Rename { .. } | OpKind::Split { .. } | OpKind::Merge { .. } => {
+            Item::View { op: op_id }
+        }
+        OpKind::Transpose { .. }
+        | OpKind::Slice { .. }
+        | OpKind::Concat { .. }
+        | OpKind::TopK { .. }
+        | OpKind::TopKGrad { .. }
+        | OpKind::MoeSlots { .. }
+        | OpKind::MoeDispatch(_)
+        | OpKind::MoeCombine(_)
+        | OpKind::MoeGateGrad(_) => Item::Routine { op: op_id },
+        OpKind::AllGather { .. }
+        | OpKind::AllReduce { .. }
+        | OpKind::ReduceScatter { .. }
+        | OpKind::AllToAll { .. }
+        | OpKind::CollectivePermute { .. }
+        | OpKind::Broadcast { .. } => Item::Collective { op: op_id },
+        OpKind::Gather { .. }
+        | OpKind::ScatterAdd { .. }
+        | OpKind::Unary(_)
+        | OpKind::Binary(_)
+        | OpKind::Reduce { .. }
+        | OpKind::Expand { .. }
+        | OpKind::RmsNorm { .. }
+        | OpKind::RmsNormGrad { .. }
+        | OpKind::LayerNorm { .. }
+        | OpKind::LayerNormGrad { .. }
+        | OpKind::Softmax { .. }
+        | OpKind::SoftmaxGrad { .. }
+        | OpKind::Rope { .. }
+        | OpKind::Pick { .. }
+        | OpKind::CrossEntropyGrad { .. }
+        | OpKind::Adamw { .. }
+        | OpKind::Sgd { .. } => return Err(arity()),
+    };
+    Ok(Draft::Other(item))
+}
+
+fn finish(graph: &Graph, uses: &Uses, draft: Draft) -> Result<Item, FuseError> {
+    let group = match draft {
+        Draft::Other(item) => return Ok(item),
+        Draft::Group(group) => group,
+    };
+    let made: Vec<TensorId> = group
+        .ops
+        .iter()
+        .flat_map(|op| graph.op(*op).results.iter().copied())
+        .collect();
+    let mut stored: Vec<TensorId> = made
+        .iter()
+        .copied()
+        .filter(|tensor| uses.outside(*tensor, &group.ops))
+        .collect();
+    if stored.is_empty() {
+        // Nobody reads anything: keep one result, so that the kernel has an effect.
+        stored.extend(made.last());
+    }
+    let lowered = lower_group(graph, &group.ops, &group.space, &stored)?;
+    let mut in_place = Vec::new();
+    for result in &lowered.results {
+        for arg in &lowered.args {
+            if lowered.results.contains(arg)
+                || graph.ty(*arg).n_bytes() != graph.ty(*result).n_bytes()
+            {
+                continue;
+            }
+            // Another argument that shows the same memory in another shape would see new values.
+            let has_view = lowered
+                .args
+                .iter()
+                .any(|other| other != arg && uses.memory_of(*other) == uses.memory_of(*arg));
+            let program = lowered.kernel.program();
+            if !has_view && program.in_place(lowered.arg_of[arg], lowered.arg_of[result]) {
+                in_place.push((*result, *arg));
+            }
+        }
+    }
+    let name = group
+        .ops
+        .first()
+        .map_or("", |op| graph.op_name(graph.op(*op)))
+        .to_string();
+    Ok(Item::Fragment(Fragment {
+        name,
+        ops: group.ops,
+        kernel: lowered.kernel,
+        args: lowered.args,
+        results: lowered.results,
+        in_place,
+    }))
+}
+
+/// Who reads what, and what is memory of what.
+struct Uses {
+    readers: Vec<Vec<OpId>>,
+    /// Outputs, gradients and updates: read after the step.
+    outlives: Vec<bool>,
+    /// The tensor whose memory each tensor is.
+    memory: Vec<TensorId>,
+}
+
+impl Uses {
+    fn new(graph: &Graph) -> Self {
+        let mut outlives = vec![false; graph.tensors.len()];
+        let kept = graph.outputs.iter().chain(graph.gradients.values());
+        for tensor in kept.chain(graph.updates.values()) {
+            outlives[tensor.index()] = true;
+        }
+        let mut memory: Vec<TensorId> = graph.tensor_ids().collect();
+        for op in &graph.ops {
+            let is_view = matches!(
+                op.kind,
+                OpKind::Rename { .. } | OpKind::Split { .. } | OpKind::Merge { .. }
+            );
+            if let (true, [input], [result]) =
+                (is_view, op.inputs.as_slice(), op.results.as_slice())
+            {
+                memory[result.index()] = memory[input.index()];
+            }
+        }
+        Self {
+            readers: graph.consumers(),
+            outlives,
+            memory,
+        }
+    }
+
+    /// Is `tensor` read by ops other than `ops`, or after the step?
+    fn outside(&self, tensor: TensorId, ops: &[OpId]) -> bool {
+        self.outlives[tensor.index()]
+            || self.readers[tensor.index()]
+                .iter()
+                .any(|reader| !ops.contains(reader))
+    }
+
+    fn memory_of(&self, tensor: TensorId) -> TensorId {
+        self.memory[tensor.index()]
+    }
+}
