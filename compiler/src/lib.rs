@@ -5,3 +5,4 @@ pub mod reshard;
 pub mod codegen;
 #[cfg(feature = "mlir")]
 pub mod mlir;
+pub mod show;
