@@ -1,6 +1,7 @@
 //! Functions between the types of `meshweave-dsl`.
 
 pub mod model;
+pub mod differentiate;
 pub mod reshard;
 pub mod codegen;
 #[cfg(feature = "mlir")]
