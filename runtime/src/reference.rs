@@ -41,7 +41,7 @@ pub enum ReferenceError {
     #[error(transparent)]
     Op(#[from] OpError),
     /// The graph breaks an invariant of its type.
-    #[error("internal: {0}")]
+    #[error("internal error: {0}")]
     Internal(String),
 }
 

@@ -122,7 +122,13 @@ fn golden_forward() -> Graph {
         let wg = hashed(&mut g, &name("wg"), &dims, stream(6), fan_in(D));
         let wu = hashed(&mut g, &name("wu"), &dims, stream(7), fan_in(D));
         let dims = [("ffn", 512), ("embed", D)];
-        let wd = hashed(&mut g, &name("wd"), &dims, stream(8), fan_in(512) * residual);
+        let wd = hashed(
+            &mut g,
+            &name("wd"),
+            &dims,
+            stream(8),
+            fan_in(512) * residual,
+        );
         let gate = contract(&mut g, &name("gate"), m, wg, &["batch", "seq", "ffn"]);
         let gate = op(&mut g, &name("silu"), OpKind::Unary(UnaryFn::Silu), &[gate]);
         let up = contract(&mut g, &name("up"), m, wu, &["batch", "seq", "ffn"]);
