@@ -2,8 +2,8 @@
 
 pub mod model;
 pub mod differentiate;
+pub mod plan;
 pub mod reshard;
 pub mod codegen;
 #[cfg(feature = "mlir")]
 pub mod mlir;
-pub mod show;

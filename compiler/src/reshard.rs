@@ -12,9 +12,12 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt;
 
+use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
 use meshweave_dsl::name::{Axis, Dim};
+
+use crate::plan::cost::{axis_groups, step_seconds};
 
 /// One move between layouts, over the ranks of one axis.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -98,8 +101,20 @@ impl fmt::Display for Step {
     }
 }
 
+/// The type of the part of a tensor of type `ty` that `rank` holds.
+pub fn local_type(ty: &TensorType, layout: &Layout, mesh: &Mesh, rank: usize) -> TensorType {
+    TensorType {
+        dtype: ty.dtype,
+        shape: ty
+            .shape
+            .iter()
+            .map(|(dim, size)| (dim.clone(), layout.interval(dim, *size, mesh, rank).len))
+            .collect(),
+    }
+}
+
 /// The type of the largest part of a tensor of type `ty` that a rank holds.
-pub fn local_type(layout: &Layout, ty: &TensorType, mesh: &Mesh) -> TensorType {
+pub fn largest_local_type(ty: &TensorType, layout: &Layout, mesh: &Mesh) -> TensorType {
     TensorType {
         dtype: ty.dtype,
         shape: ty
@@ -131,13 +146,37 @@ pub fn is_legal(layout: &Layout, ty: &TensorType, mesh: &Mesh) -> bool {
     })
 }
 
+/// The cheapest steps that turn `from` into `to` on this cluster, with their seconds; empty when the
+/// layouts are the same on this mesh. `None` as for [`reshard_path_by`].
+pub fn reshard_path(
+    from: &Layout,
+    to: &Layout,
+    ty: &TensorType,
+    mesh: &Mesh,
+    cluster: &Cluster,
+) -> Option<(f64, Vec<Step>)> {
+    let shapes = axis_groups(mesh, cluster);
+    let price = |step: &Step, local: &TensorType| {
+        let group = shapes.get(step.axis()).copied().unwrap_or_default();
+        step_seconds(step, local, group, cluster)
+    };
+    let steps = reshard_path_by(from, to, ty, mesh, price)?;
+    let mut layout = without_trivial(from, mesh);
+    let mut seconds = 0.0;
+    for step in &steps {
+        seconds += price(step, &largest_local_type(ty, &layout, mesh));
+        layout = step.apply(&layout)?;
+    }
+    Some((seconds, steps))
+}
+
 /// The cheapest steps that turn `from` into `to`, empty when they are the same on this mesh.
 ///
 /// `price` is given a step and the largest local type before it, and returns seconds (at least 0).
 /// Among paths of one price the shortest, then the first in the order of layouts, is taken.
 /// `None` when there is no way: `to` holds partial values that `from` does not, or has an empty
 /// chunk, or partial values of different kinds would have to be combined.
-pub fn reshard_path(
+pub fn reshard_path_by(
     from: &Layout,
     to: &Layout,
     ty: &TensorType,
@@ -176,7 +215,7 @@ pub fn reshard_path(
         if reached.layout == to {
             return Some(trace(&settled, &to));
         }
-        let local = local_type(&reached.layout, ty, mesh);
+        let local = largest_local_type(ty, &reached.layout, mesh);
         for step in steps_from(&reached.layout, &to, ty, mesh) {
             let Some(next) = step.apply(&reached.layout) else {
                 continue;
@@ -348,7 +387,7 @@ mod tests {
     }
 
     fn path(from: Layout, to: Layout) -> Vec<String> {
-        reshard_path(&from, &to, &ty(), &mesh(), price)
+        reshard_path_by(&from, &to, &ty(), &mesh(), price)
             .unwrap()
             .iter()
             .map(Step::to_string)
@@ -384,7 +423,7 @@ mod tests {
     fn moves_only_minor_axes() {
         let from = Layout::replicated().shard("seq", "dp").shard("seq", "tp");
         let to = Layout::replicated().shard("seq", "tp");
-        let steps = reshard_path(&from, &to, &ty(), &mesh(), price).unwrap();
+        let steps = reshard_path_by(&from, &to, &ty(), &mesh(), price).unwrap();
         let end = steps
             .iter()
             .try_fold(from, |layout, step| step.apply(&layout));
@@ -395,7 +434,7 @@ mod tests {
     fn refuses_what_cannot_be() {
         let none = Layout::replicated;
         let refused = |from: Layout, to: Layout| {
-            assert_eq!(reshard_path(&from, &to, &ty(), &mesh(), price), None);
+            assert_eq!(reshard_path_by(&from, &to, &ty(), &mesh(), price), None);
         };
         refused(none(), none().partial("tp", ReduceKind::Sum));
         refused(none(), none().shard("heads", "tp"));
@@ -428,7 +467,7 @@ mod tests {
         #[test]
         fn every_path_ends_where_it_should(from in layouts(true), to in layouts(false)) {
             prop_assume!(is_legal(&from, &ty(), &mesh()) && is_legal(&to, &ty(), &mesh()));
-            let steps = reshard_path(&from, &to, &ty(), &mesh(), price).unwrap();
+            let steps = reshard_path_by(&from, &to, &ty(), &mesh(), price).unwrap();
             let mut layout = from;
             for step in &steps {
                 layout = step.apply(&layout).unwrap();

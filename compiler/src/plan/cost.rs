@@ -1,0 +1,245 @@
+//! Prices: seconds of an op, a fused fragment, a collective and a reshard step on a cluster.
+//!
+//! Enters: local types (one rank's part) and the actual ranks of a group. Leaves: seconds.
+//! Invariant: prices are nonnegative, and grow with bytes and with operations.
+//!
+//! Compute is a roofline (Williams et al., CACM 2009): the slower of arithmetic and memory traffic at
+//! the efficiencies of the device, after a fixed cost. Communication is α–β (Hockney) on rings, as
+//! NCCL's tuning model prices them, with links within and between nodes apart: `docs/cost-model.md`.
+
+use std::collections::BTreeMap;
+
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::dtype::DType;
+use meshweave_dsl::graph::TensorType;
+use meshweave_dsl::layout::Mesh;
+use meshweave_dsl::name::Axis;
+use meshweave_dsl::op::OpKind;
+
+use crate::reshard::Step;
+
+/// Seconds of one op on local types; collectives are priced by [`collective_seconds`].
+pub fn op_seconds(
+    kind: &OpKind,
+    inputs: &[&TensorType],
+    results: &[&TensorType],
+    cluster: &Cluster,
+) -> f64 {
+    let n_flops = kind.n_flops(inputs, results);
+    let n_bytes = kind.n_bytes_moved(inputs, results);
+    if kind.is_matmul() {
+        let dtype = inputs.first().map_or(DType::F32, |ty| ty.dtype);
+        return contract_seconds(n_flops, n_bytes, dtype, cluster);
+    }
+    if n_flops == 0.0 && n_bytes == 0.0 {
+        return 0.0;
+    }
+    fragment_seconds(n_flops, n_bytes, cluster)
+}
+
+/// Seconds of a contraction or attention of so many operations and bytes.
+pub fn contract_seconds(n_flops: f64, n_bytes: f64, dtype: DType, cluster: &Cluster) -> f64 {
+    let device = &cluster.device;
+    let arithmetic = n_flops / (device.matmul_peak(dtype) * device.matmul_efficiency);
+    let traffic = n_bytes / (device.memory_bytes_per_s * device.vector_efficiency);
+    device.launch_s + arithmetic.max(traffic)
+}
+
+/// Seconds of a fused fragment that runs on the vector units and moves its arguments once.
+pub fn fragment_seconds(n_flops: f64, n_bytes: f64, cluster: &Cluster) -> f64 {
+    let device = &cluster.device;
+    let arithmetic = n_flops / (device.vector_flops_per_s * device.vector_efficiency);
+    let traffic = n_bytes / (device.memory_bytes_per_s * device.vector_efficiency);
+    device.launch_s + arithmetic.max(traffic)
+}
+
+/// How the ranks of a group lie on nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GroupShape {
+    pub n_ranks: usize,
+    pub n_nodes: usize,
+    /// Ranks on the node that has the fewest: they are its way to the network.
+    pub per_node: usize,
+}
+
+impl GroupShape {
+    /// The shape of a group of ranks.
+    pub fn of(ranks: &[usize], cluster: &Cluster) -> Self {
+        let mut per_node: BTreeMap<usize, usize> = BTreeMap::new();
+        for rank in ranks {
+            *per_node.entry(cluster.node_of(*rank)).or_default() += 1;
+        }
+        Self {
+            n_ranks: ranks.len(),
+            n_nodes: per_node.len(),
+            per_node: per_node.values().copied().min().unwrap_or(0),
+        }
+    }
+}
+
+/// The worst group of every axis of a mesh: the one on the most nodes.
+pub fn axis_groups(mesh: &Mesh, cluster: &Cluster) -> BTreeMap<Axis, GroupShape> {
+    mesh.axes()
+        .iter()
+        .map(|(axis, _)| {
+            let shapes = (0..mesh.n_ranks())
+                .filter(|rank| mesh.coordinate(*rank, axis) == 0)
+                .map(|rank| GroupShape::of(&mesh.group(rank, std::slice::from_ref(axis)), cluster));
+            let worst = shapes.max_by_key(|shape| (shape.n_nodes, usize::MAX - shape.per_node));
+            (axis.clone(), worst.unwrap_or_default())
+        })
+        .collect()
+}
+
+/// What a collective does, for its price.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traffic {
+    AllGather,
+    ReduceScatter,
+    AllReduce,
+    AllToAll,
+    Permute,
+    Broadcast,
+}
+
+/// Seconds of a collective op of a local graph; `n_bytes` is the greater of its input and its result.
+/// 0 for every other op.
+pub fn collective_seconds(kind: &OpKind, n_bytes: f64, cluster: &Cluster) -> f64 {
+    let traffic = match kind {
+        OpKind::AllGather { .. } => Traffic::AllGather,
+        OpKind::ReduceScatter { .. } => Traffic::ReduceScatter,
+        OpKind::AllReduce { .. } => Traffic::AllReduce,
+        OpKind::AllToAll { .. } => Traffic::AllToAll,
+        OpKind::CollectivePermute { .. } => Traffic::Permute,
+        OpKind::Broadcast { .. } => Traffic::Broadcast,
+        _ => return 0.0,
+    };
+    kind.group().map_or(0.0, |group| {
+        traffic_seconds(
+            traffic,
+            n_bytes,
+            GroupShape::of(&group.ranks, cluster),
+            cluster,
+        )
+    })
+}
+
+/// Seconds of one reshard step on the largest local type before it.
+pub fn step_seconds(step: &Step, local: &TensorType, group: GroupShape, cluster: &Cluster) -> f64 {
+    let n_bytes = local.n_bytes() as f64;
+    let n_ranks = group.n_ranks.max(1) as f64;
+    match step {
+        // Read a chunk and write it: one pass of the vector units.
+        Step::Slice { .. } => fragment_seconds(0.0, 2.0 * n_bytes / n_ranks, cluster),
+        Step::AllGather { .. } => {
+            traffic_seconds(Traffic::AllGather, n_bytes * n_ranks, group, cluster)
+        }
+        Step::ReduceScatter { .. } => {
+            traffic_seconds(Traffic::ReduceScatter, n_bytes, group, cluster)
+        }
+        Step::AllReduce { .. } => traffic_seconds(Traffic::AllReduce, n_bytes, group, cluster),
+        Step::AllToAll { .. } => traffic_seconds(Traffic::AllToAll, n_bytes, group, cluster),
+    }
+}
+
+/// Seconds of a collective over a group. `n_bytes` is the whole gathered or reduced tensor of a rank
+/// (all_gather: the result; the others: the input).
+///
+/// A ring of k ranks takes k − 1 steps and moves (k − 1)/k of the bytes through every rank
+/// (Thakur, Rabenseifner, Gropp 2005, §4). Over m nodes of p ranks each, (m − 1)/m of the bytes enter
+/// every node, through the p network links of its ranks; the slower of node and network counts.
+pub fn traffic_seconds(
+    traffic: Traffic,
+    n_bytes: f64,
+    group: GroupShape,
+    cluster: &Cluster,
+) -> f64 {
+    if group.n_ranks < 2 {
+        return 0.0;
+    }
+    let launch_s = cluster.device.launch_s;
+    let (node, network) = (&cluster.within_node, &cluster.between_nodes);
+    let (k, m, p) = (
+        group.n_ranks as f64,
+        group.n_nodes as f64,
+        group.per_node.max(1) as f64,
+    );
+    let inside = if group.per_node > 1 || group.n_nodes == 1 {
+        n_bytes * (k - 1.0) / k / node.bytes_per_s
+    } else {
+        0.0
+    };
+    let ring_bytes_s = inside.max(n_bytes * (m - 1.0) / m / (p * network.bytes_per_s));
+    let ring_latency_s = (k - m) * node.latency_s + (m - 1.0) * network.latency_s;
+    let tree_latency_s =
+        2.0 * ((k / m).log2().ceil() * node.latency_s + m.log2().ceil() * network.latency_s);
+    let latency_s = if group.n_nodes > 1 {
+        network.latency_s
+    } else {
+        node.latency_s
+    };
+    launch_s
+        + match traffic {
+            Traffic::AllGather | Traffic::ReduceScatter => ring_latency_s + ring_bytes_s,
+            // The ring is a reduce_scatter and an all_gather; a double binary tree has as many bytes
+            // and logarithmic latency (NCCL 2.4).
+            Traffic::AllReduce => (2.0 * ring_latency_s).min(tree_latency_s) + 2.0 * ring_bytes_s,
+            // Every rank sends (k − p)/k of its bytes over its own link to the network.
+            Traffic::AllToAll => {
+                let outside = n_bytes * (k - p) / k / network.bytes_per_s;
+                let bytes_s = if group.n_nodes > 1 {
+                    outside.max(n_bytes * (p - 1.0) / k / node.bytes_per_s)
+                } else {
+                    inside
+                };
+                latency_s * k.log2().ceil() + bytes_s
+            }
+            Traffic::Permute | Traffic::Broadcast => {
+                let link = if group.n_nodes > 1 { network } else { node };
+                latency_s + n_bytes / link.bytes_per_s
+            }
+        }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(n_ranks: usize, cluster: &Cluster) -> GroupShape {
+        GroupShape::of(&(0..n_ranks).collect::<Vec<_>>(), cluster)
+    }
+
+    #[test]
+    fn the_network_is_dearer_than_the_node() {
+        let cluster = Cluster::preset("h100:16").unwrap();
+        let inner = traffic_seconds(Traffic::AllReduce, 1e8, shape(8, &cluster), &cluster);
+        let strided: Vec<usize> = (0..8).map(|idx| idx * 2).collect();
+        let both = GroupShape::of(&strided, &cluster);
+        assert_eq!((both.n_nodes, both.per_node), (2, 4));
+        let outer = traffic_seconds(Traffic::AllReduce, 1e8, both, &cluster);
+        // 2 · 7/8 · 1e8 / 450e9 and 2 · 1/2 · 1e8 / (4 · 50e9), besides latency.
+        assert!((3.8e-4..4.6e-4).contains(&inner), "{inner}");
+        assert!((5.0e-4..6.0e-4).contains(&outer), "{outer}");
+    }
+
+    #[test]
+    fn an_all_reduce_is_a_reduce_scatter_and_an_all_gather() {
+        let cluster = Cluster::preset("a100-80:8").unwrap();
+        let seconds = |traffic| traffic_seconds(traffic, 1e9, shape(8, &cluster), &cluster);
+        let parts = seconds(Traffic::ReduceScatter) + seconds(Traffic::AllGather);
+        assert!((seconds(Traffic::AllReduce) / parts - 1.0).abs() < 0.02);
+    }
+
+    #[test]
+    fn large_contractions_run_at_the_peak() {
+        let cluster = Cluster::preset("h100:1").unwrap();
+        let ty = |a: &str, b: &str| TensorType::new(DType::Bf16, [(a, 8192), (b, 8192)]);
+        let (x, y, z) = (ty("m", "k"), ty("k", "n"), ty("m", "n"));
+        let kind = OpKind::Contract {
+            out: vec!["m".into(), "n".into()],
+        };
+        let seconds = op_seconds(&kind, &[&x, &y], &[&z], &cluster);
+        let tflops = 2.0 * 8192f64.powi(3) / seconds / 1e12;
+        assert!((750.0..800.0).contains(&tflops), "{tflops}");
+    }
+}
