@@ -326,6 +326,16 @@ impl Backward {
     ) -> Rule {
         let reached = |dim: &&Dim| self.ty(other).has(dim) || self.ty(dy).has(dim);
         let out: Vec<Dim> = self.ty(of).dims().filter(reached).cloned().collect();
+        // The operand with the result's outermost dim first, as in a row-major matrix product.
+        let [left, right] = operands;
+        let swapped = out
+            .first()
+            .is_some_and(|dim| !self.ty(left).has(dim) && self.ty(right).has(dim));
+        let operands = if swapped {
+            [right, left]
+        } else {
+            [left, right]
+        };
         let d = self.one(OpKind::Contract { out }, &operands, of)?;
         // Dims that are only in `of` were summed: each of their elements has the same gradient.
         let shape = self.ty(of).shape.clone();
@@ -421,8 +431,9 @@ impl Backward {
                 Sub => Some(self.unary(UnaryFn::Neg, dy, b)?),
                 Mul => Some(self.binary(Mul, dy, a, b)?),
                 Div => {
-                    // −a / b² = −y / b
+                    // −a / b² = −y / b, where b is the same along the dims that it lacks.
                     let part = self.binary(Mul, dy, y, b)?;
+                    let part = self.unbroadcast(part, b)?;
                     let part = self.binary(Div, part, b, b)?;
                     Some(self.unary(UnaryFn::Neg, part, b)?)
                 }
