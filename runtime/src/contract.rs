@@ -331,7 +331,7 @@ unsafe impl Sync for SendPtr {}
 ///
 /// # Safety
 /// The operands are valid over what `m`, `n` and `k` walk; `c` for writes, disjoint from both.
-unsafe fn product(
+pub(crate) unsafe fn product(
     (m, n, k): (&ContractIndex, &ContractIndex, &ContractIndex),
     (a, b, c): (*const f32, *const f32, *mut f32),
     options: ContractOptions,

@@ -5,10 +5,11 @@
 
 pub mod error;
 
-pub mod collective;
-pub mod contract;
 pub mod pool;
-pub mod reference;
 pub mod strided;
+pub mod contract;
+pub mod attention;
+pub mod collective;
+pub mod reference;
 
 pub use error::{Error, Result};
