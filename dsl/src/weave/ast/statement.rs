@@ -113,7 +113,8 @@ pub struct SettingLine {
     pub settings: Vec<Spanned<Setting>>,
 }
 
-/// A key and its values: the first may be anything, the others are not words.
+/// A key and its values: the first may be anything, the others are neither words nor choices of
+/// words (a word there is the next key).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Setting {
     /// Never the name of a unit.

@@ -15,7 +15,7 @@ const ROWS: BlockKind = BlockKind {
 
 impl<'a> Parser<'a> {
     /// `NAME = key … | rows { … } | csv "file"`
-    pub(super) fn schedule(&mut self) -> Parse<ScheduleDef> {
+    pub(in crate::weave) fn schedule(&mut self) -> Parse<ScheduleDef> {
         let name = self.spanned(|p| p.name_as("the name of the schedule"))?;
         if !self.is_sign("=") {
             let diagnostic = self.unexpected_diagnostic("`=`").help(

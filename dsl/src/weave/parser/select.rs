@@ -104,7 +104,7 @@ impl<'a> Parser<'a> {
     }
 
     /// `SELECTOR.key`, as the selector and the key.
-    pub(super) fn keyed_selector(&mut self) -> Parse<(Spanned<Selector>, Spanned<Name>)> {
+    pub(in crate::weave) fn keyed_selector(&mut self) -> Parse<(Spanned<Selector>, Spanned<Name>)> {
         let mut selector = self.spanned(Self::selector)?;
         let last = selector.node.segments.pop();
         let key = match &last {

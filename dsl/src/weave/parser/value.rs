@@ -99,7 +99,7 @@ impl<'a> Parser<'a> {
     }
 
     /// `tp` or `main.tp`.
-    pub(super) fn axis_ref(&mut self) -> Parse<AxisRef> {
+    pub(in crate::weave) fn axis_ref(&mut self) -> Parse<AxisRef> {
         let first = self.name_as("an axis, such as `tp` or `main.tp`")?;
         if !self.eat(".") {
             return Ok(AxisRef {
@@ -216,7 +216,7 @@ impl<'a> Parser<'a> {
     }
 
     /// A value, or `auto`, `auto{a,b}`, each with `:= witness`.
-    pub(super) fn choice<T: PartialEq>(
+    pub(in crate::weave) fn choice<T: PartialEq>(
         &mut self,
         mut item: impl FnMut(&mut Self) -> Parse<T>,
     ) -> Parse<Choice<T>> {
@@ -275,6 +275,14 @@ impl<'a> Parser<'a> {
         }
     }
 
+    /// A value behind the first one of a setting: a word there would be the next key.
+    fn further_value(&mut self) -> Parse<Value> {
+        if *self.peek() == Tok::Word {
+            return Err(self.unexpected("a number or a quoted text"));
+        }
+        self.value()
+    }
+
     /// A key, its value, and further values that are not words.
     pub(super) fn setting(&mut self) -> Parse<Setting> {
         let start = self.span();
@@ -295,7 +303,7 @@ impl<'a> Parser<'a> {
         while matches!(self.peek(), Tok::Number | Tok::Text(_) | Tok::Sign("-"))
             || self.is_word("auto")
         {
-            values.push(self.spanned(|p| p.choice(Self::value))?);
+            values.push(self.spanned(|p| p.choice(Self::further_value))?);
         }
         Ok(Setting { key, values })
     }
@@ -321,7 +329,7 @@ impl<'a> Parser<'a> {
     }
 
     /// An argument of a tactic.
-    pub(super) fn arg(&mut self) -> Parse<Arg> {
+    pub(in crate::weave) fn arg(&mut self) -> Parse<Arg> {
         match self.peek() {
             Tok::Text(_) => self.text_value("an argument").map(Arg::Text),
             Tok::Word => self.axis_ref().map(Arg::Axis),
