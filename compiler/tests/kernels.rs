@@ -5,7 +5,7 @@
 use std::ffi::c_void;
 
 use meshweave_compiler::codegen::kernel::{
-    Elem, Kernel, KernelBuilder, Mutability, Predicate, ReduceKind, StartFrom, UnaryOp, Val,
+    Elem, Kernel, KernelBuilder, Mutability, ReduceKind, UnaryOp, Val,
 };
 use meshweave_compiler::mlir::{self, CompileOptions, HostTarget, Stage};
 
@@ -337,4 +337,110 @@ fn stages() {
     insta::assert_snapshot!("stage_kernel", programs);
     insta::assert_snapshot!("stage_mlir_after_cse", object.stages[1].1);
     assert!(object.stages.iter().all(|(_, text)| text.contains("rms")));
+}
+
+/// The softmax kernels of blockwise attention against the formulas, block after block.
+#[test]
+fn attention_softmax_blocks() {
+    use meshweave_compiler::codegen::attention::{attention_softmax, attention_softmax_grad};
+    use meshweave_dsl::dtype::{DType, Scalar};
+    use meshweave_dsl::graph::TensorType;
+    use meshweave_dsl::op::{ATTENTION_BLOCK_ROWS, AttentionDims};
+
+    let mut cases = Vec::new();
+    let mut kernels = Vec::new();
+    for (kv_len, offset, causal) in [
+        (5, 0, true),
+        (64, 0, true),
+        (150, 10, true),
+        (150, 0, false),
+        (31, 2, false),
+    ] {
+        let dims = AttentionDims {
+            seq: "seq".into(),
+            kv_seq: "kv_seq".into(),
+            head: "head".into(),
+            value: "value".into(),
+            scale: Scalar(0.3),
+            causal,
+            offset,
+        };
+        let seq = kv_len - offset;
+        let k = TensorType::new(DType::F32, [("kv_seq", kv_len), ("heads", 3), ("head", 4)]);
+        let lse = TensorType::new(DType::F32, [("seq", seq), ("heads", 3)]);
+        kernels.push(attention_softmax(&dims, &k, &lse).unwrap());
+        kernels.push(attention_softmax_grad(&dims, &k, &lse).unwrap());
+        cases.push((kv_len, seq, offset, causal));
+    }
+    let loaded = load(&kernels);
+    for (case_idx, (kv_len, seq, offset, causal)) in cases.into_iter().enumerate() {
+        let products = noise(seq * kv_len, 5, 20.0);
+        let dp = noise(seq * kv_len, 6, 1.0);
+        let d = noise(seq, 7, 1.0);
+        let visible = |row: usize| if causal { offset + row + 1 } else { kv_len };
+        let mut lse = vec![0.0_f32; seq * 3];
+        for first in (0..seq).step_by(ATTENTION_BLOCK_ROWS) {
+            let rows = first..(first + ATTENTION_BLOCK_ROWS).min(seq);
+            let extent = visible(rows.end - 1).div_ceil(8) * 8;
+            let extent = extent.min(kv_len);
+            let place = vec![(first + offset) as i32, extent as i32];
+            let block = |values: &[f32]| {
+                let mut block = values[rows.start * kv_len..rows.end * kv_len].to_vec();
+                // What is not visible must not be read.
+                for (row, values) in block.chunks_mut(kv_len).enumerate() {
+                    values[visible(rows.start + row)..].fill(f32::NAN);
+                }
+                block
+            };
+            let mut args = [
+                Buffer::F(block(&products)),
+                Buffer::F(lse[first * 3..].to_vec()),
+                Buffer::I(place.clone()),
+            ];
+            loaded.run(2 * case_idx, &mut args, 0..rows.len());
+            let mut expected_p = Vec::new();
+            let mut expected_ds = Vec::new();
+            let mut expected_lse = Vec::new();
+            for row in rows.clone() {
+                let scores: Vec<f64> = products[row * kv_len..][..visible(row)]
+                    .iter()
+                    .map(|&s| f64::from(s) * 0.3)
+                    .collect();
+                let max = scores.iter().fold(f64::MIN, |m, s| m.max(*s));
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                expected_lse.push(max + sum.ln());
+                for column in 0..extent {
+                    let p = scores.get(column).map_or(0.0, |s| (s - max).exp() / sum);
+                    expected_p.push(p);
+                    let dp = f64::from(dp[row * kv_len + column]);
+                    expected_ds.push(0.3 * p * (dp - f64::from(d[row])));
+                }
+            }
+            let written = |buffer: &Buffer| -> Vec<f32> {
+                buffer
+                    .f()
+                    .chunks(kv_len)
+                    .flat_map(|row| row[..extent].to_vec())
+                    .collect()
+            };
+            assert_close(&written(&args[0]), &expected_p, 2e-6);
+            let lse_block: Vec<f32> = args[1].f().iter().step_by(3).copied().collect();
+            assert_close(&lse_block[..rows.len()], &expected_lse, 1e-6);
+            let Buffer::F(values) = &args[1] else {
+                panic!()
+            };
+            lse[first * 3..].copy_from_slice(values);
+
+            let mut args = [
+                Buffer::F(block(&products)),
+                Buffer::F(block(&dp)),
+                Buffer::F(lse[first * 3..].to_vec()),
+                Buffer::F(d[rows.clone()].to_vec()),
+                Buffer::I(place),
+            ];
+            loaded.run(2 * case_idx + 1, &mut args, 0..rows.len());
+            assert_close(&written(&args[0]), &expected_p, 5e-6);
+            assert_close(&written(&args[1]), &expected_ds, 5e-6);
+        }
+    }
 }
