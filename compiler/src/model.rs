@@ -24,7 +24,7 @@ pub use config::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, Mla, MoeConfig, Norm,
     NormKind, Positions, Router, SharedExperts,
 };
-pub use golden::{GoldenSize, golden_tokens};
+pub use golden::GoldenSize;
 
 use golden::Stream;
 

@@ -1,6 +1,6 @@
-//! Weights and data without a random generator: the golden model, and the same scheme for all others.
+//! Weights without a random generator: the golden model, and the same scheme for all others.
 //!
-//! Enters: sizes and tensor numbers. Leaves: configs, inits and tokens that other frameworks reproduce
+//! Enters: sizes and tensor numbers. Leaves: configs and inits that other frameworks reproduce
 //! from 32-bit integers alone.
 //! Invariant: for the golden architecture, numbers and scales are those that are published with it;
 //! tensors it does not have take numbers above all of its own.
@@ -104,30 +104,6 @@ impl DecoderConfig {
     }
 }
 
-/// The golden data: (tokens, targets), both row-major `[batch, seq]`; the same batch at every step.
-pub fn golden_tokens(batch: usize, seq: usize, vocab: usize) -> (Vec<i32>, Vec<i32>) {
-    let token = |row: usize, column: usize| {
-        let flat = (row * (seq + 1) + column) as u32;
-        (hash(flat, Stream::TOKENS.0) as usize % vocab.max(1)) as i32
-    };
-    let part = |shift: usize| {
-        (0..batch)
-            .flat_map(|row| (0..seq).map(move |column| token(row, column + shift)))
-            .collect()
-    };
-    (part(0), part(1))
-}
-
-/// lowbias32 of an index in a stream.
-fn hash(index: u32, stream: u32) -> u32 {
-    let mut x = index.wrapping_add(stream.wrapping_mul(0x9E37_79B9));
-    x ^= x >> 16;
-    x = x.wrapping_mul(0x7feb_352d);
-    x ^= x >> 15;
-    x = x.wrapping_mul(0x846c_a68b);
-    x ^ (x >> 16)
-}
-
 /// The number of a tensor, from which its start values follow.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stream(u32);
@@ -135,7 +111,7 @@ pub(super) struct Stream(u32);
 impl Stream {
     pub const WTE: Self = Self(0);
     pub const HEAD: Self = Self(2);
-    pub const TOKENS: Self = Self(3);
+    // 3 is the stream of the golden tokens.
     pub const WPE: Self = Self(4);
 
     /// Weight `part` of a layer.

@@ -68,14 +68,6 @@ fn golden_sizes() {
     assert_eq!(tied.n_params(), 21_238_272 - 8192 * 512);
 }
 
-#[test]
-fn golden_data_is_shifted_by_one() {
-    let (tokens, targets) = golden_tokens(2, 4, 512);
-    assert_eq!(tokens[1..4], targets[0..3]);
-    assert_eq!(tokens[5..8], targets[4..7]);
-    assert!(tokens.iter().all(|token| (0..512).contains(token)));
-}
-
 /// A small model of the DeepSeek-V3 kind.
 fn deepseek() -> DecoderConfig {
     let mut config = DecoderConfig::golden(&tiny(), Some(0.0));
