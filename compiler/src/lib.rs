@@ -4,6 +4,8 @@ pub mod model;
 pub mod differentiate;
 pub mod plan;
 pub mod reshard;
+pub mod partition;
 pub mod codegen;
+pub mod lower;
 #[cfg(feature = "mlir")]
 pub mod mlir;

@@ -15,8 +15,8 @@ use meshweave_dsl::layout::{Layout, Mesh};
 use meshweave_dsl::op::OpKind;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::{
-    Action, Buffer, BufferId, ContractIndex, GlobalTensor, Instruction, KernelId, KernelSymbol, PROGRAM_VERSION, Program,
-    RankProgram,
+    Action, Buffer, BufferId, ContractIndex, GlobalTensor, Instruction, KernelId, KernelSymbol,
+    PROGRAM_VERSION, Program, RankProgram,
 };
 
 use crate::codegen::fuse::{FuseError, Item, fuse};
@@ -45,7 +45,12 @@ pub struct Lowered {
 ///
 /// # Errors
 /// An op that no instruction can express, or a broken partition.
-pub fn lower(graph: &Graph, plan: &Plan, partition: &Partition, cluster: &Cluster) -> Result<Lowered, LowerError> {
+pub fn lower(
+    graph: &Graph,
+    plan: &Plan,
+    partition: &Partition,
+    cluster: &Cluster,
+) -> Result<Lowered, LowerError> {
     let mut kernels = KernelTable::default();
     let mut ranks = Vec::with_capacity(partition.locals.len());
     let mut buffers_of = Vec::with_capacity(partition.locals.len());
@@ -54,7 +59,12 @@ pub fn lower(graph: &Graph, plan: &Plan, partition: &Partition, cluster: &Cluste
         ranks.push(rank);
         buffers_of.push(buffers);
     }
-    let site = Globals { graph, mesh: &plan.mesh, locals: &partition.locals, buffers_of: &buffers_of };
+    let site = Globals {
+        graph,
+        mesh: &plan.mesh,
+        locals: &partition.locals,
+        buffers_of: &buffers_of,
+    };
     let sources = site.sources(plan)?;
     let outputs = site.outputs(partition)?;
     let symbols = kernels.symbols();
@@ -67,7 +77,10 @@ pub fn lower(graph: &Graph, plan: &Plan, partition: &Partition, cluster: &Cluste
         outputs,
         ranks,
     };
-    Ok(Lowered { program, kernels: kernels.kernels })
+    Ok(Lowered {
+        program,
+        kernels: kernels.kernels,
+    })
 }
 
 /// Kernels by their code: equal code is one kernel.
@@ -114,7 +127,11 @@ struct RankLowering<'a> {
 }
 
 impl<'a> RankLowering<'a> {
-    fn new(local: &'a Graph, cluster: &'a Cluster, kernels: &'a mut KernelTable) -> Result<Self, LowerError> {
+    fn new(
+        local: &'a Graph,
+        cluster: &'a Cluster,
+        kernels: &'a mut KernelTable,
+    ) -> Result<Self, LowerError> {
         let items = fuse(local)?;
         let accesses: Vec<Access> = items.iter().map(|item| access(local, item)).collect();
         let memory = plan_memory(local, &accesses);
@@ -130,7 +147,15 @@ impl<'a> RankLowering<'a> {
                 persistent: tensor.role != meshweave_dsl::graph::Role::Temp,
             });
         }
-        Ok(Self { local, cluster, items, memory, buffers, buffer_of, kernels })
+        Ok(Self {
+            local,
+            cluster,
+            items,
+            memory,
+            buffers,
+            buffer_of,
+            kernels,
+        })
     }
 
     fn finish(mut self) -> Result<(RankProgram, BTreeMap<TensorId, BufferId>), LowerError> {
@@ -140,23 +165,44 @@ impl<'a> RankLowering<'a> {
             self.add_item(item_idx, item, &mut instructions)?;
         }
         for (source, value) in std::mem::take(&mut self.memory.copies) {
-            let copy = self.copy(value, source, self.memory.live_bytes.last().copied().unwrap_or(0))?;
+            let copy = self.copy(
+                value,
+                source,
+                self.memory.live_bytes.last().copied().unwrap_or(0),
+            )?;
             instructions.push(copy);
         }
-        let program =
-            RankProgram { arena_bytes: self.memory.arena_bytes, buffers: self.buffers, instructions };
+        let program = RankProgram {
+            arena_bytes: self.memory.arena_bytes,
+            buffers: self.buffers,
+            instructions,
+        };
         Ok((program, self.buffer_of))
     }
 
-    fn add_item(&mut self, item_idx: usize, item: &Item, instructions: &mut Vec<Instruction>) -> Result<(), LowerError> {
+    fn add_item(
+        &mut self,
+        item_idx: usize,
+        item: &Item,
+        instructions: &mut Vec<Instruction>,
+    ) -> Result<(), LowerError> {
         let live_bytes = self.memory.live_bytes[item_idx];
         let action = match item {
             Item::View { .. } => return Ok(()),
             Item::Fragment(fragment) => {
                 let kernel = self.kernels.id_of(&fragment.kernel, &fragment.name);
-                Action::Kernel { kernel, args: self.buffers_of(&fragment.args)? }
+                Action::Kernel {
+                    kernel,
+                    args: self.buffers_of(&fragment.args)?,
+                }
             }
-            Item::Contract { op, a, b, out, onto } => {
+            Item::Contract {
+                op,
+                a,
+                b,
+                out,
+                onto,
+            } => {
                 if let Some(onto) = onto
                     && self.memory.offsets.get(onto) != self.memory.offsets.get(out)
                 {
@@ -175,7 +221,9 @@ impl<'a> RankLowering<'a> {
             Item::Attention { op, softmax } => {
                 let op = self.local.op(*op);
                 let OpKind::Attention(dims) = &op.kind else {
-                    return Err(LowerError::Internal("an attention item of another op".into()));
+                    return Err(LowerError::Internal(
+                        "an attention item of another op".into(),
+                    ));
                 };
                 Action::Attention {
                     dims: dims.clone(),
@@ -191,11 +239,15 @@ impl<'a> RankLowering<'a> {
             Item::AttentionGrad { op, softmax } => {
                 let op = self.local.op(*op);
                 let OpKind::AttentionGrad(dims) = &op.kind else {
-                    return Err(LowerError::Internal("an attention gradient item of another op".into()));
+                    return Err(LowerError::Internal(
+                        "an attention gradient item of another op".into(),
+                    ));
                 };
                 let inputs = self.buffers_of(&op.inputs)?;
                 let results = self.buffers_of(&op.results)?;
-                let arity = || LowerError::Internal("attention_grad takes 6 inputs and gives 3 results".into());
+                let arity = || {
+                    LowerError::Internal("attention_grad takes 6 inputs and gives 3 results".into())
+                };
                 Action::AttentionGrad {
                     dims: dims.clone(),
                     inputs: inputs.try_into().map_err(|_| arity())?,
@@ -223,25 +275,56 @@ impl<'a> RankLowering<'a> {
         };
         let (n_flops, n_bytes, predicted_s) = self.price(item);
         let name = self.item_name(item);
-        instructions.push(Instruction { name, action, n_flops, n_bytes, predicted_s, live_bytes });
+        instructions.push(Instruction {
+            name,
+            action,
+            n_flops,
+            n_bytes,
+            predicted_s,
+            live_bytes,
+        });
         Ok(())
     }
 
     /// (flops, bytes, seconds) of one execution.
     fn price(&self, item: &Item) -> (f64, f64, f64) {
-        let types = |ids: &[TensorId]| ids.iter().map(|id| self.local.ty(*id)).collect::<Vec<&TensorType>>();
+        let types = |ids: &[TensorId]| {
+            ids.iter()
+                .map(|id| self.local.ty(*id))
+                .collect::<Vec<&TensorType>>()
+        };
         let flops = |op: &Op| op.kind.n_flops(&types(&op.inputs), &types(&op.results));
         match item {
             Item::Fragment(fragment) => {
-                let n_flops = fragment.ops.iter().map(|op| flops(self.local.op(*op))).sum();
-                let n_bytes = types(&fragment.args).iter().map(|ty| ty.n_bytes() as f64).sum();
-                (n_flops, n_bytes, fragment_seconds(n_flops, n_bytes, self.cluster))
+                let n_flops = fragment
+                    .ops
+                    .iter()
+                    .map(|op| flops(self.local.op(*op)))
+                    .sum();
+                let n_bytes = types(&fragment.args)
+                    .iter()
+                    .map(|ty| ty.n_bytes() as f64)
+                    .sum();
+                (
+                    n_flops,
+                    n_bytes,
+                    fragment_seconds(n_flops, n_bytes, self.cluster),
+                )
             }
             Item::Collective { op } => {
                 let op = self.local.op(*op);
                 let (inputs, results) = (types(&op.inputs), types(&op.results));
-                let n_bytes = inputs.iter().chain(&results).map(|ty| ty.n_bytes()).max().unwrap_or(0) as f64;
-                (0.0, n_bytes, collective_seconds(&op.kind, n_bytes, self.cluster))
+                let n_bytes = inputs
+                    .iter()
+                    .chain(&results)
+                    .map(|ty| ty.n_bytes())
+                    .max()
+                    .unwrap_or(0) as f64;
+                (
+                    0.0,
+                    n_bytes,
+                    collective_seconds(&op.kind, n_bytes, self.cluster),
+                )
             }
             Item::Contract { op, .. }
             | Item::Attention { op, .. }
@@ -268,13 +351,24 @@ impl<'a> RankLowering<'a> {
         }
     }
 
-    fn copy(&self, from: TensorId, to: TensorId, live_bytes: usize) -> Result<Instruction, LowerError> {
+    fn copy(
+        &self,
+        from: TensorId,
+        to: TensorId,
+        live_bytes: usize,
+    ) -> Result<Instruction, LowerError> {
         let ty = self.local.ty(from);
-        let kind = OpKind::Transpose { dims: ty.dims().cloned().collect() };
+        let kind = OpKind::Transpose {
+            dims: ty.dims().cloned().collect(),
+        };
         let predicted_s = op_seconds(&kind, &[ty], &[ty], self.cluster);
         Ok(Instruction {
             name: format!("{}.copy", self.local.tensor(to).name),
-            action: Action::Routine { op: kind, inputs: vec![self.buffer(from)?], results: vec![self.buffer(to)?] },
+            action: Action::Routine {
+                op: kind,
+                inputs: vec![self.buffer(from)?],
+                results: vec![self.buffer(to)?],
+            },
             n_flops: 0.0,
             n_bytes: 2.0 * ty.n_bytes() as f64,
             predicted_s,
@@ -298,7 +392,10 @@ impl<'a> RankLowering<'a> {
 
     fn buffer(&self, tensor: TensorId) -> Result<BufferId, LowerError> {
         self.buffer_of.get(&tensor).copied().ok_or_else(|| {
-            LowerError::Internal(format!("`{}` is used but has no storage", self.local.tensor(tensor).name))
+            LowerError::Internal(format!(
+                "`{}` is used but has no storage",
+                self.local.tensor(tensor).name
+            ))
         })
     }
 
@@ -315,31 +412,48 @@ fn access(local: &Graph, item: &Item) -> Access {
         Access {
             reads: op.inputs.clone(),
             writes: op.results.clone(),
-            in_place: pairs.map(|(result, input)| (op.results[*result], op.inputs[*input])).collect(),
+            in_place: pairs
+                .map(|(result, input)| (op.results[*result], op.inputs[*input]))
+                .collect(),
             ..Access::default()
         }
     };
     match item {
         Item::Fragment(fragment) => Access {
-            reads: fragment.args.iter().filter(|arg| !fragment.results.contains(arg)).copied().collect(),
+            reads: fragment
+                .args
+                .iter()
+                .filter(|arg| !fragment.results.contains(arg))
+                .copied()
+                .collect(),
             writes: fragment.results.clone(),
             in_place: fragment.in_place.clone(),
             ..Access::default()
         },
-        Item::Contract { a, b, out, onto, .. } => Access {
+        Item::Contract {
+            a, b, out, onto, ..
+        } => Access {
             reads: [Some(*a), Some(*b), *onto].into_iter().flatten().collect(),
             writes: vec![*out],
-            in_place: onto.iter().filter(|onto| *onto != a && *onto != b).map(|onto| (*out, *onto)).collect(),
+            in_place: onto
+                .iter()
+                .filter(|onto| *onto != a && *onto != b)
+                .map(|onto| (*out, *onto))
+                .collect(),
             ..Access::default()
         },
-        Item::Attention { op, .. } | Item::AttentionGrad { op, .. } => {
-            Access { scratch_bytes: 4 * scratch_elements(local, local.op(*op)), ..of_op(op) }
-        }
+        Item::Attention { op, .. } | Item::AttentionGrad { op, .. } => Access {
+            scratch_bytes: 4 * scratch_elements(local, local.op(*op)),
+            ..of_op(op)
+        },
         Item::Routine { op } | Item::Collective { op } => of_op(op),
         Item::View { op } => {
             let op = local.op(*op);
             let view = op.results.first().copied().zip(op.inputs.first().copied());
-            Access { view, ..Access::default() }
+            Access {
+                view,
+                ..Access::default()
+            }
         }
     }
 }
@@ -351,32 +465,57 @@ fn scratch_elements(local: &Graph, op: &Op) -> usize {
 
 /// The loops of c = a · b. `op_ty` names the dims of the result; `c_ty` is where it is written
 /// (the same dims, when an addition was folded in).
-fn contract_indices(a: &TensorType, b: &TensorType, op_ty: &TensorType, c: &TensorType) -> Result<Vec<ContractIndex>, LowerError> {
+fn contract_indices(
+    a: &TensorType,
+    b: &TensorType,
+    op_ty: &TensorType,
+    c: &TensorType,
+) -> Result<Vec<ContractIndex>, LowerError> {
     if !op_ty.dims().all(|dim| c.has(dim)) || op_ty.shape.len() != c.shape.len() {
-        return Err(LowerError::Internal(format!("a contraction to {op_ty} is written as {c}")));
+        return Err(LowerError::Internal(format!(
+            "a contraction to {op_ty} is written as {c}"
+        )));
     }
-    let stride_of = |ty: &TensorType, dim| ty.position(dim).map_or(0, |position| ty.strides()[position]);
+    let stride_of = |ty: &TensorType, dim| {
+        ty.position(dim)
+            .map_or(0, |position| ty.strides()[position])
+    };
     let mut indices: Vec<ContractIndex> = Vec::new();
-    let inner = a.shape.iter().chain(&b.shape).filter(|(dim, _)| !c.has(dim));
+    let inner = a
+        .shape
+        .iter()
+        .chain(&b.shape)
+        .filter(|(dim, _)| !c.has(dim));
     let mut seen: Vec<&meshweave_dsl::name::Dim> = Vec::new();
     for (dim, size) in c.shape.iter().chain(inner) {
         if seen.contains(&dim) {
             continue;
         }
         seen.push(dim);
-        indices.push(ContractIndex { size: *size, a: stride_of(a, dim), b: stride_of(b, dim), c: stride_of(c, dim) });
+        indices.push(ContractIndex {
+            size: *size,
+            a: stride_of(a, dim),
+            b: stride_of(b, dim),
+            c: stride_of(c, dim),
+        });
     }
     Ok(indices)
 }
 
 fn input(op: &Op, idx: usize) -> Result<TensorId, LowerError> {
     let name = op.kind.name();
-    op.inputs.get(idx).copied().ok_or_else(|| LowerError::Internal(format!("`{name}` has no input {idx}")))
+    op.inputs
+        .get(idx)
+        .copied()
+        .ok_or_else(|| LowerError::Internal(format!("`{name}` has no input {idx}")))
 }
 
 fn result(op: &Op, idx: usize) -> Result<TensorId, LowerError> {
     let name = op.kind.name();
-    op.results.get(idx).copied().ok_or_else(|| LowerError::Internal(format!("`{name}` has no result {idx}")))
+    op.results
+        .get(idx)
+        .copied()
+        .ok_or_else(|| LowerError::Internal(format!("`{name}` has no result {idx}")))
 }
 
 /// The tensors of the global graph by where their parts lie.
@@ -390,42 +529,75 @@ struct Globals<'a> {
 impl Globals<'_> {
     fn sources(&self, plan: &Plan) -> Result<Vec<GlobalTensor>, LowerError> {
         let graph = self.graph;
-        let sources = graph.tensor_ids().filter(|id| graph.tensor(*id).role != meshweave_dsl::graph::Role::Temp);
+        let sources = graph
+            .tensor_ids()
+            .filter(|id| graph.tensor(*id).role != meshweave_dsl::graph::Role::Temp);
         sources
             .enumerate()
             .map(|(source_idx, id)| {
                 // Partitioning adds the sources first and in order, the same on every rank.
                 let local_id = TensorId(source_idx as u32);
-                self.tensor(id, &plan.source_layout(id), &vec![local_id; self.locals.len()])
+                self.tensor(
+                    id,
+                    &plan.source_layout(id),
+                    &vec![local_id; self.locals.len()],
+                )
             })
             .collect()
     }
 
     fn outputs(&self, partition: &Partition) -> Result<Vec<GlobalTensor>, LowerError> {
         let mut outputs = Vec::new();
-        for (output_idx, (output, layout)) in self.graph.outputs.iter().zip(&partition.output_layouts).enumerate() {
-            let locals: Vec<TensorId> = self.locals.iter().map(|local| local.outputs[output_idx]).collect();
+        for (output_idx, (output, layout)) in self
+            .graph
+            .outputs
+            .iter()
+            .zip(&partition.output_layouts)
+            .enumerate()
+        {
+            let locals: Vec<TensorId> = self
+                .locals
+                .iter()
+                .map(|local| local.outputs[output_idx])
+                .collect();
             outputs.push(self.tensor(*output, layout, &locals)?);
         }
-        let gradients = self.graph.gradients.values().zip(&partition.gradient_layouts);
+        let gradients = self
+            .graph
+            .gradients
+            .values()
+            .zip(&partition.gradient_layouts);
         for (gradient_idx, (gradient, layout)) in gradients.enumerate() {
-            let locals: Option<Vec<TensorId>> =
-                self.locals.iter().map(|local| local.gradients.values().nth(gradient_idx).copied()).collect();
-            let locals = locals.ok_or_else(|| LowerError::Internal("a rank lacks a gradient".into()))?;
+            let locals: Option<Vec<TensorId>> = self
+                .locals
+                .iter()
+                .map(|local| local.gradients.values().nth(gradient_idx).copied())
+                .collect();
+            let locals =
+                locals.ok_or_else(|| LowerError::Internal("a rank lacks a gradient".into()))?;
             outputs.push(self.tensor(*gradient, layout, &locals)?);
         }
         Ok(outputs)
     }
 
-    fn tensor(&self, id: TensorId, layout: &Layout, locals: &[TensorId]) -> Result<GlobalTensor, LowerError> {
+    fn tensor(
+        &self,
+        id: TensorId,
+        layout: &Layout,
+        locals: &[TensorId],
+    ) -> Result<GlobalTensor, LowerError> {
         let tensor = self.graph.tensor(id);
         let buffers = locals
             .iter()
             .zip(self.buffers_of)
             .map(|(local, buffers)| buffers.get(local).copied())
             .collect::<Option<Vec<BufferId>>>()
-            .ok_or_else(|| LowerError::Internal(format!("`{}` has no storage on some rank", tensor.name)))?;
-        let regions = (0..self.locals.len()).map(|rank| layout.region(&tensor.ty.shape, self.mesh, rank)).collect();
+            .ok_or_else(|| {
+                LowerError::Internal(format!("`{}` has no storage on some rank", tensor.name))
+            })?;
+        let regions = (0..self.locals.len())
+            .map(|rank| layout.region(&tensor.ty.shape, self.mesh, rank))
+            .collect();
         Ok(GlobalTensor {
             name: tensor.name.clone(),
             ty: tensor.ty.clone(),

@@ -58,7 +58,12 @@ pub struct Partition {
 /// # Errors
 /// `Invalid` when the plan has another number of placements than the graph has ops, or divides an op
 /// along a factor that it does not have or over more ranks than the factor has elements.
-pub fn partition(graph: &Graph, plan: &Plan, keep: Keep, cluster: &Cluster) -> Result<Partition, PartitionError> {
+pub fn partition(
+    graph: &Graph,
+    plan: &Plan,
+    keep: Keep,
+    cluster: &Cluster,
+) -> Result<Partition, PartitionError> {
     if plan.placements.len() != graph.ops.len() {
         let (n_placements, n_ops) = (plan.placements.len(), graph.ops.len());
         return Err(PartitionError::Invalid(format!(
@@ -137,7 +142,11 @@ struct Partitioner<'a> {
 
 impl<'a> Partitioner<'a> {
     fn new(graph: &'a Graph, plan: &'a Plan, cluster: &'a Cluster) -> Self {
-        let mut names: BTreeSet<String> = graph.tensors.iter().map(|tensor| tensor.name.clone()).collect();
+        let mut names: BTreeSet<String> = graph
+            .tensors
+            .iter()
+            .map(|tensor| tensor.name.clone())
+            .collect();
         names.insert(String::new());
         Self {
             graph,
@@ -169,7 +178,10 @@ impl<'a> Partitioner<'a> {
                     )));
                 }
                 None => {
-                    return Err(PartitionError::Invalid(format!("`{}` has no dim `{dim}` to shard", tensor.name)));
+                    return Err(PartitionError::Invalid(format!(
+                        "`{}` has no dim `{dim}` to shard",
+                        tensor.name
+                    )));
                 }
             }
         }
@@ -178,14 +190,26 @@ impl<'a> Partitioner<'a> {
         for (rank, local) in self.locals.iter_mut().enumerate() {
             let role = match &tensor.role {
                 Role::State { of } => {
-                    let owner = self.versions[of.index()].first().map(|version| version.locals[rank]);
-                    Role::State { of: owner.unwrap_or(*of) }
+                    let owner = self.versions[of.index()]
+                        .first()
+                        .map(|version| version.locals[rank]);
+                    Role::State {
+                        of: owner.unwrap_or(*of),
+                    }
                 }
                 role => role.clone(),
             };
-            locals.push(local.add_source(&tensor.name, local_type(&tensor.ty, &layout, mesh, rank), role));
+            locals.push(local.add_source(
+                &tensor.name,
+                local_type(&tensor.ty, &layout, mesh, rank),
+                role,
+            ));
         }
-        self.versions[tensor_id.index()].push(Version { layout, locals, phase: None });
+        self.versions[tensor_id.index()].push(Version {
+            layout,
+            locals,
+            phase: None,
+        });
         Ok(())
     }
 
@@ -203,14 +227,23 @@ impl<'a> Partitioner<'a> {
         let name = self.graph.op_name(op);
         let mut results: Vec<Vec<TensorId>> = vec![Vec::new(); op.results.len()];
         for rank in 0..self.locals.len() {
-            let kind = op.kind.localize(|dim, size| self.interval(op, &layouts, dim, size, rank));
+            let kind = op
+                .kind
+                .localize(|dim, size| self.interval(op, &layouts, dim, size, rank));
             let local_inputs: Vec<TensorId> = inputs.iter().map(|locals| locals[rank]).collect();
             let local = &mut self.locals[rank];
             let local_results = local
                 .add_op(name, kind, &local_inputs)
                 .map_err(|error| PartitionError::Internal(format!("rank {rank}: {error}")))?;
-            for (result_idx, (result, local_result)) in op.results.iter().zip(local_results).enumerate() {
-                let expected = local_type(self.graph.ty(*result), &layouts.results[result_idx], &self.plan.mesh, rank);
+            for (result_idx, (result, local_result)) in
+                op.results.iter().zip(local_results).enumerate()
+            {
+                let expected = local_type(
+                    self.graph.ty(*result),
+                    &layouts.results[result_idx],
+                    &self.plan.mesh,
+                    rank,
+                );
                 let ty = local.ty(local_result);
                 if *ty != expected {
                     return Err(PartitionError::Internal(format!(
@@ -221,13 +254,24 @@ impl<'a> Partitioner<'a> {
             }
         }
         for ((result, locals), layout) in op.results.iter().zip(results).zip(layouts.results) {
-            self.versions[result.index()].push(Version { layout, locals, phase: None });
+            self.versions[result.index()].push(Version {
+                layout,
+                locals,
+                phase: None,
+            });
         }
         Ok(())
     }
 
     /// The part of a dim of an op's iteration space that a rank works on.
-    fn interval(&self, op: &Op, layouts: &OpLayouts, dim: &Dim, size: usize, rank: usize) -> Interval {
+    fn interval(
+        &self,
+        op: &Op,
+        layouts: &OpLayouts,
+        dim: &Dim,
+        size: usize,
+        rank: usize,
+    ) -> Interval {
         let results = op.results.iter().zip(&layouts.results);
         let inputs = op.inputs.iter().zip(&layouts.inputs);
         for (tensor, layout) in results.chain(inputs) {
@@ -235,14 +279,25 @@ impl<'a> Partitioner<'a> {
                 return layout.interval(dim, size, self.mesh(), rank);
             }
         }
-        Interval { start: 0, len: size }
+        Interval {
+            start: 0,
+            len: size,
+        }
     }
 
     /// The local tensors of `tensor_id` in `layout`, resharded where no version has it yet.
-    fn version_in(&mut self, tensor_id: TensorId, layout: &Layout) -> Result<Vec<TensorId>, PartitionError> {
+    fn version_in(
+        &mut self,
+        tensor_id: TensorId,
+        layout: &Layout,
+    ) -> Result<Vec<TensorId>, PartitionError> {
         let versions = &self.versions[tensor_id.index()];
         let usable = |version: &&Version| version.phase.is_none_or(|phase| phase == self.phase);
-        if let Some(version) = versions.iter().filter(usable).find(|version| version.layout == *layout) {
+        if let Some(version) = versions
+            .iter()
+            .filter(usable)
+            .find(|version| version.layout == *layout)
+        {
             return Ok(version.locals.clone());
         }
         let ty = self.graph.ty(tensor_id);
@@ -257,7 +312,10 @@ impl<'a> Partitioner<'a> {
             }
         }
         let Some((_, start, steps)) = best else {
-            let from = versions.first().map(|version| version.layout.display(ty.dims())).unwrap_or_default();
+            let from = versions
+                .first()
+                .map(|version| version.layout.display(ty.dims()))
+                .unwrap_or_default();
             return Err(PartitionError::Internal(format!(
                 "`{name}` in {from} cannot be brought to {}",
                 layout.display(ty.dims())
@@ -268,27 +326,50 @@ impl<'a> Partitioner<'a> {
         for step in &steps {
             version = self.add_step(tensor_id, version, step)?;
             let known = &mut self.versions[tensor_id.index()];
-            if !known.iter().any(|other| other.layout == version.layout && other.phase == version.phase) {
+            if !known
+                .iter()
+                .any(|other| other.layout == version.layout && other.phase == version.phase)
+            {
                 known.push(version.clone());
             }
         }
         Ok(version.locals)
     }
 
-    fn add_step(&mut self, tensor_id: TensorId, from: Version, step: &Step) -> Result<Version, PartitionError> {
+    fn add_step(
+        &mut self,
+        tensor_id: TensorId,
+        from: Version,
+        step: &Step,
+    ) -> Result<Version, PartitionError> {
         let global = self.graph.tensor(tensor_id);
-        let layout = step.apply(&from.layout);
+        let layout = step.apply(&from.layout).ok_or_else(|| {
+            PartitionError::Internal(format!(
+                "`{}`: the step {step} does not apply to its layout",
+                global.name
+            ))
+        })?;
         let name = self.fresh_name(&format!("{}.{step}", global.name));
         let mesh = self.mesh();
         let mut locals = Vec::with_capacity(self.locals.len());
         for (rank, local) in self.locals.iter_mut().enumerate() {
             let input = from.locals[rank];
             let ty = local_type(&global.ty, &layout, mesh, rank);
-            let site = Site { ty: &global.ty, from: &from.layout, to: &layout, mesh, rank };
+            let site = Site {
+                ty: &global.ty,
+                from: &from.layout,
+                to: &layout,
+                mesh,
+                rank,
+            };
             let kind = site.lower(step);
             locals.push(local.add_typed_op(&name, kind, &[input], ty));
         }
-        Ok(Version { layout, locals, phase: from.phase })
+        Ok(Version {
+            layout,
+            locals,
+            phase: from.phase,
+        })
     }
 
     fn fresh_name(&mut self, base: &str) -> String {
@@ -331,12 +412,19 @@ impl<'a> Partitioner<'a> {
                 gradient_layouts.push(layout);
             }
         }
-        Ok(Partition { locals: self.locals, output_layouts, gradient_layouts })
+        Ok(Partition {
+            locals: self.locals,
+            output_layouts,
+            gradient_layouts,
+        })
     }
 
     /// The producer's layout of a tensor, without partial values.
     fn reduced_layout(&self, tensor_id: TensorId) -> Layout {
-        let mut layout = self.versions[tensor_id.index()].first().map(|version| version.layout.clone()).unwrap_or_default();
+        let mut layout = self.versions[tensor_id.index()]
+            .first()
+            .map(|version| version.layout.clone())
+            .unwrap_or_default();
         layout.partial.clear();
         layout
     }
@@ -374,8 +462,15 @@ impl Site<'_> {
                 group: self.group(axis),
             },
             Step::Slice { dim, .. } => {
-                let (from, to) = (self.interval(self.from, dim, self.rank), self.interval(self.to, dim, self.rank));
-                OpKind::Slice { dim: dim.clone(), start: to.start - from.start, len: to.len }
+                let (from, to) = (
+                    self.interval(self.from, dim, self.rank),
+                    self.interval(self.to, dim, self.rank),
+                );
+                OpKind::Slice {
+                    dim: dim.clone(),
+                    start: to.start - from.start,
+                    len: to.len,
+                }
             }
             Step::AllToAll { from, to, axis } => OpKind::AllToAll {
                 split: to.clone(),
@@ -384,7 +479,10 @@ impl Site<'_> {
                 concat_counts: self.counts(self.from, from, axis),
                 group: self.group(axis),
             },
-            Step::AllReduce { axis, kind } => OpKind::AllReduce { kind: *kind, group: self.group(axis) },
+            Step::AllReduce { axis, kind } => OpKind::AllReduce {
+                kind: *kind,
+                group: self.group(axis),
+            },
             Step::ReduceScatter { axis, kind, dim } => OpKind::ReduceScatter {
                 kind: *kind,
                 dim: dim.clone(),
@@ -395,13 +493,19 @@ impl Site<'_> {
     }
 
     fn group(&self, axis: &Axis) -> Group {
-        Group { axes: vec![axis.clone()], ranks: self.mesh.group(self.rank, std::slice::from_ref(axis)) }
+        Group {
+            axes: vec![axis.clone()],
+            ranks: self.mesh.group(self.rank, std::slice::from_ref(axis)),
+        }
     }
 
     /// Elements along `dim` of each member of the axis's group, in `layout`.
     fn counts(&self, layout: &Layout, dim: &Dim, axis: &Axis) -> Vec<usize> {
         let group = self.mesh.group(self.rank, std::slice::from_ref(axis));
-        group.into_iter().map(|member| self.interval(layout, dim, member).len).collect()
+        group
+            .into_iter()
+            .map(|member| self.interval(layout, dim, member).len)
+            .collect()
     }
 
     fn interval(&self, layout: &Layout, dim: &Dim, rank: usize) -> Interval {

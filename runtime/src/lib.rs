@@ -10,6 +10,7 @@ pub mod strided;
 pub mod contract;
 pub mod attention;
 pub mod collective;
+pub mod profile;
 pub mod reference;
 
 pub use error::{Error, Result};

@@ -13,7 +13,9 @@ pub struct Numbers {
 
 impl Numbers {
     pub fn new(seed: u32) -> Self {
-        Self { state: seed.wrapping_mul(0x9E37_79B9) }
+        Self {
+            state: seed.wrapping_mul(0x9E37_79B9),
+        }
     }
 
     /// A number below `bound`.
@@ -34,7 +36,10 @@ pub fn random_plan(graph: &Graph, mesh: &Mesh, seed: u32) -> Plan {
     let mut numbers = Numbers::new(seed);
     let mut plan = Plan::replicated("random", graph, mesh.clone());
     let mut layouts: Vec<Layout> = vec![Layout::replicated(); graph.tensors.len()];
-    for id in graph.tensor_ids().filter(|id| graph.tensor(*id).role != Role::Temp) {
+    for id in graph
+        .tensor_ids()
+        .filter(|id| graph.tensor(*id).role != Role::Temp)
+    {
         let mut layout = Layout::replicated();
         for (axis, degree) in mesh.axes() {
             let shape = &graph.ty(id).shape;
@@ -42,7 +47,11 @@ pub fn random_plan(graph: &Graph, mesh: &Mesh, seed: u32) -> Plan {
                 continue;
             }
             let (dim, size) = &shape[numbers.below(shape.len())];
-            let taken: usize = layout.axes_of(dim).iter().map(|axis| mesh.degree(axis)).product();
+            let taken: usize = layout
+                .axes_of(dim)
+                .iter()
+                .map(|axis| mesh.degree(axis))
+                .product();
             if taken * degree <= *size {
                 layout = layout.shard(dim, axis);
             }
@@ -59,7 +68,9 @@ pub fn random_plan(graph: &Graph, mesh: &Mesh, seed: u32) -> Plan {
                 layouts[id.index()].partial.get(axis) == Some(&ReduceKind::Sum)
             };
             let choice = numbers.below(factors.len() + 1);
-            let Some(factor) = factors.get(choice) else { continue };
+            let Some(factor) = factors.get(choice) else {
+                continue;
+            };
             let all = degrees.get(&factor.name).copied().unwrap_or(1) * degree;
             let carries_partial = factor.name.as_str() == meshweave_dsl::op::PARTIAL_FACTOR;
             if !factor.admits(all) || (carries_partial && !op.inputs.iter().all(is_partial)) {

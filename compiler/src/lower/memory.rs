@@ -70,21 +70,33 @@ pub fn plan_memory(graph: &Graph, accesses: &[Access]) -> MemoryPlan {
         if access.scratch_bytes > 0 {
             scratch_idx[item_idx] = Some(all.len());
             temporary.push(all.len());
-            all.push(Storage { n_bytes: align(access.scratch_bytes), first: item_idx, last: item_idx });
+            all.push(Storage {
+                n_bytes: align(access.scratch_bytes),
+                first: item_idx,
+                last: item_idx,
+            });
             offsets.push(0);
         }
     }
     let temporary_end = place(&all, temporary, persistent_end, &mut offsets);
     let live_bytes = (0..accesses.len())
         .map(|item_idx| {
-            let alive = all.iter().filter(|storage| storage.first <= item_idx && item_idx <= storage.last);
+            let alive = all
+                .iter()
+                .filter(|storage| storage.first <= item_idx && item_idx <= storage.last);
             alive.map(|storage| storage.n_bytes).sum()
         })
         .collect();
     MemoryPlan {
         arena_bytes: temporary_end,
-        offsets: storage_of.into_iter().map(|(tensor, storage_idx)| (tensor, offsets[storage_idx])).collect(),
-        scratch: scratch_idx.into_iter().map(|idx| idx.map(|idx| offsets[idx])).collect(),
+        offsets: storage_of
+            .into_iter()
+            .map(|(tensor, storage_idx)| (tensor, offsets[storage_idx]))
+            .collect(),
+        scratch: scratch_idx
+            .into_iter()
+            .map(|idx| idx.map(|idx| offsets[idx]))
+            .collect(),
         live_bytes,
         copies,
     }
@@ -92,14 +104,22 @@ pub fn plan_memory(graph: &Graph, accesses: &[Access]) -> MemoryPlan {
 
 /// Places storages greatest first at the lowest free offset; returns the end of the highest.
 fn place(storages: &[Storage], mut order: Vec<usize>, base: usize, offsets: &mut [usize]) -> usize {
-    order.sort_by_key(|idx| (std::cmp::Reverse(storages[*idx].n_bytes), storages[*idx].first, *idx));
+    order.sort_by_key(|idx| {
+        (
+            std::cmp::Reverse(storages[*idx].n_bytes),
+            storages[*idx].first,
+            *idx,
+        )
+    });
     let mut placed: Vec<usize> = Vec::new();
     let mut end = base;
     for idx in order {
         let storage = &storages[idx];
         let mut conflicts: Vec<(usize, usize)> = placed
             .iter()
-            .filter(|other| storages[**other].first <= storage.last && storage.first <= storages[**other].last)
+            .filter(|other| {
+                storages[**other].first <= storage.last && storage.first <= storages[**other].last
+            })
             .map(|other| (offsets[*other], offsets[*other] + storages[*other].n_bytes))
             .collect();
         conflicts.sort_unstable();
@@ -227,7 +247,10 @@ impl<'a> Sharing<'a> {
                 continue;
             }
             let same_size = self.graph.ty(*source).n_bytes() == self.graph.ty(*value).n_bytes();
-            if same_size && !self.is_source_class(value_root) && self.read_end[source_root] <= self.first[value_root] {
+            if same_size
+                && !self.is_source_class(value_root)
+                && self.read_end[source_root] <= self.first[value_root]
+            {
                 self.join(*value, *source);
             } else {
                 self.touch(*value, usize::MAX - 1);
@@ -247,7 +270,11 @@ impl<'a> Sharing<'a> {
                 continue;
             }
             let storage_idx = *by_root.entry(root).or_insert_with(|| {
-                storages.push(Storage { n_bytes: 0, first: self.first[root], last: self.last[root] });
+                storages.push(Storage {
+                    n_bytes: 0,
+                    first: self.first[root],
+                    last: self.last[root],
+                });
                 storages.len() - 1
             });
             let n_bytes = align(self.graph.ty(tensor).n_bytes());
