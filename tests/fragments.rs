@@ -551,3 +551,116 @@ fn optimizers() {
     }
     case.check(1e-6);
 }
+
+/// Names of the kernels' ops, fragment by fragment.
+fn fragments(graph: &Graph, items: &[Item]) -> Vec<String> {
+    items
+        .iter()
+        .filter_map(|item| match item {
+            Item::Fragment(fragment) => Some(
+                fragment
+                    .ops
+                    .iter()
+                    .map(|op| graph.op(*op).kind.name())
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            ),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn a_gated_unit_is_one_kernel_around_its_contractions() {
+    let mut case = Case::new();
+    let x = case.noise(&[("seq", 6), ("embed", 16)]);
+    let residual = case.noise(&[("seq", 6), ("embed", 16)]);
+    let w = case.noise(&[("embed", 16)]);
+    let (wg, wu) = (
+        case.noise(&[("embed", 16), ("ffn", 40)]),
+        case.noise(&[("embed", 16), ("ffn", 40)]),
+    );
+    let wd = case.noise(&[("ffn", 40), ("embed", 16)]);
+    let h = case.op(OpKind::Binary(BinaryFn::Add), &[x, residual])[0];
+    let eps = Scalar(1e-5);
+    let n = case.op(
+        OpKind::RmsNorm {
+            dim: dim("embed"),
+            eps,
+        },
+        &[h, w],
+    )[0];
+    let out = |names: [&str; 2]| OpKind::Contract {
+        out: names.map(dim).to_vec(),
+    };
+    let g = case.op(out(["seq", "ffn"]), &[n, wg])[0];
+    let s = case.op(OpKind::Unary(UnaryFn::Silu), &[g])[0];
+    let u = case.op(out(["seq", "ffn"]), &[n, wu])[0];
+    let m = case.op(OpKind::Binary(BinaryFn::Mul), &[s, u])[0];
+    let d = case.op(out(["seq", "embed"]), &[m, wd])[0];
+    let y = case.op(OpKind::Binary(BinaryFn::Add), &[h, d])[0];
+    case.output(&[y]);
+    let graph = case.graph.clone();
+    let items = case.check(2e-6);
+    assert_eq!(fragments(&graph, &items), ["add rms_norm", "silu mul"]);
+    let n_onto = items
+        .iter()
+        .filter(|item| matches!(item, Item::Contract { onto: Some(_), .. }))
+        .count();
+    assert_eq!(n_onto, 1, "the residual is what the last product adds onto");
+}
+
+#[test]
+fn a_loss_is_one_kernel_over_the_logits() {
+    let mut case = Case::new();
+    let logits = case.noise(&[("batch", 2), ("seq", 6), ("vocab", 37)]);
+    let target = case.indices(&[("batch", 2), ("seq", 6)], 37);
+    let kind = ReduceKind::Lse;
+    let dims = vec![dim("vocab")];
+    let lse = case.op(OpKind::Reduce { kind, dims }, &[logits])[0];
+    let kind = OpKind::Pick {
+        dim: dim("vocab"),
+        offset: 0,
+    };
+    let picked = case.op(kind, &[logits, target])[0];
+    let losses = case.op(OpKind::Binary(BinaryFn::Sub), &[lse, picked])[0];
+    let kind = ReduceKind::Sum;
+    let dims = vec![dim("batch"), dim("seq")];
+    let loss = case.op(OpKind::Reduce { kind, dims }, &[losses])[0];
+    let mean = case.op(OpKind::Unary(UnaryFn::Scale(Scalar(1.0 / 12.0))), &[loss])[0];
+    case.output(&[mean, lse]);
+    let graph = case.graph.clone();
+    let items = case.check(2e-6);
+    insta::assert_snapshot!(fragments(&graph, &items).join("\n"));
+}
+
+/// Forward passes of whole decoders.
+#[test]
+fn decoders_forward() {
+    use meshweave_compiler::model::{
+        DecoderConfig, Goal, GoldenSize, build_decoder, golden_tokens,
+    };
+    for capacity in [None, Some(1.5)] {
+        let size = GoldenSize::named("tiny").unwrap();
+        let config = DecoderConfig::golden(&size, capacity);
+        let graph = build_decoder(&config, 2, 16, Goal::Training).unwrap();
+        let (tokens, targets) = golden_tokens(2, 16, config.vocab);
+        let inputs = ["tokens", "targets"]
+            .into_iter()
+            .zip([tokens, targets])
+            .map(|(name, ids)| {
+                let id = graph.find(name).unwrap();
+                let data = ids.into_iter().map(f64::from).collect();
+                (id, Value::new(graph.ty(id).clone(), data).unwrap())
+            })
+            .collect();
+        let items = check(&graph, &inputs, 1e-5);
+        insta::assert_snapshot!(
+            format!(
+                "decoder_forward_{}",
+                if capacity.is_some() { "moe" } else { "dense" }
+            ),
+            fragments(&graph, &items).join("\n")
+        );
+    }
+}

@@ -10,6 +10,7 @@ use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
 use meshweave_dsl::op::OpKind;
 
 use super::attention::{attention_softmax, attention_softmax_grad};
+use super::group::{Draft, Group, Grouping};
 use super::kernel::{Kernel, KernelError};
 use super::row_ops::lower_group;
 use super::space::Space;
@@ -90,27 +91,15 @@ pub struct Fragment {
 /// `Unsupported` for ops that neither a kernel nor a routine computes, `Internal` for a broken graph.
 pub fn fuse(graph: &Graph) -> Result<Vec<Item>, FuseError> {
     let uses = Uses::new(graph);
-    let mut drafts: Vec<Draft> = Vec::with_capacity(graph.ops.len());
+    let mut grouping = Grouping::new(graph, &uses);
     for (op_id, op) in graph.ops() {
-        drafts.push(draft(graph, op_id, op)?);
+        grouping.push(op_id, draft(graph, op_id, op)?);
     }
-    drafts
+    grouping
+        .finish()
         .into_iter()
         .map(|draft| finish(graph, &uses, draft))
         .collect()
-}
-
-/// An item before its kernel is made.
-#[derive(Clone, Debug)]
-enum Draft {
-    Group(Group),
-    Other(Item),
-}
-
-#[derive(Clone, Debug)]
-struct Group {
-    ops: Vec<OpId>,
-    space: Space,
 }
 
 fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
@@ -248,13 +237,17 @@ fn finish(graph: &Graph, uses: &Uses, draft: Draft) -> Result<Item, FuseError> {
     }))
 }
 
-/// Who reads what, and what is memory of what.
-struct Uses {
+/// Who makes and reads what, and what is memory of what.
+pub(super) struct Uses {
+    makers: Vec<Option<OpId>>,
     readers: Vec<Vec<OpId>>,
     /// Outputs, gradients and updates: read after the step.
     outlives: Vec<bool>,
     /// The tensor whose memory each tensor is.
     memory: Vec<TensorId>,
+    /// The last op that reads the memory of each tensor that owns some; `None` if that is read
+    /// after the step or never.
+    last_read: Vec<Option<OpId>>,
 }
 
 impl Uses {
@@ -265,7 +258,8 @@ impl Uses {
             outlives[tensor.index()] = true;
         }
         let mut memory: Vec<TensorId> = graph.tensor_ids().collect();
-        for op in &graph.ops {
+        let mut last_read = vec![None; graph.tensors.len()];
+        for (op_id, op) in graph.ops() {
             let is_view = matches!(
                 op.kind,
                 OpKind::Rename { .. } | OpKind::Split { .. } | OpKind::Merge { .. }
@@ -275,23 +269,44 @@ impl Uses {
             {
                 memory[result.index()] = memory[input.index()];
             }
+            for input in &op.inputs {
+                last_read[memory[input.index()].index()] = Some(op_id);
+            }
+        }
+        for tensor in graph.tensor_ids() {
+            if outlives[tensor.index()] {
+                last_read[memory[tensor.index()].index()] = None;
+            }
         }
         Self {
+            makers: graph.producers(),
             readers: graph.consumers(),
             outlives,
             memory,
+            last_read,
         }
     }
 
+    /// The op that makes `tensor`; `None` for sources.
+    pub(super) fn maker(&self, tensor: TensorId) -> Option<OpId> {
+        self.makers[tensor.index()]
+    }
+
     /// Is `tensor` read by ops other than `ops`, or after the step?
-    fn outside(&self, tensor: TensorId, ops: &[OpId]) -> bool {
+    pub(super) fn outside(&self, tensor: TensorId, ops: &[OpId]) -> bool {
         self.outlives[tensor.index()]
             || self.readers[tensor.index()]
                 .iter()
                 .any(|reader| !ops.contains(reader))
     }
 
-    fn memory_of(&self, tensor: TensorId) -> TensorId {
+    /// The tensor whose memory `tensor` is.
+    pub(super) fn memory_of(&self, tensor: TensorId) -> TensorId {
         self.memory[tensor.index()]
+    }
+
+    /// The last op that reads the memory owned by `owner`; `None` if it is read after the step.
+    pub(super) fn last_read(&self, owner: TensorId) -> Option<OpId> {
+        self.last_read[owner.index()]
     }
 }

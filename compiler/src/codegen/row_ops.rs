@@ -514,6 +514,7 @@ impl Lowering<'_> {
         } else {
             // All reduced dims have one element.
             self.b.store(access, value);
+            self.values.insert(result, value);
         }
         self.written.push(result);
         Ok(())
