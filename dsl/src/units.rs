@@ -20,7 +20,7 @@ pub enum UnitError {
     #[error("`{text}` is not a quantity; write a number and a unit, such as `{example}`")]
     Invalid { text: String, example: &'static str },
     /// The unit exists but measures something else.
-    #[error("`{text}` is a quantity of {found}, but {expected} is needed, such as `{example}`")]
+    #[error("`{text}` is {found}, but {expected} is needed, such as `{example}`")]
     WrongMeasure {
         text: String,
         found: Measure,
@@ -28,7 +28,7 @@ pub enum UnitError {
         example: &'static str,
     },
     /// The value is negative, fractional in base units, or too large.
-    #[error("`{text}` is out of range: {expected} must be between {lowest} and {highest}")]
+    #[error("`{text}` is out of range: {expected} lies between {lowest} and {highest}")]
     OutOfRange {
         text: String,
         expected: Measure,
@@ -66,12 +66,12 @@ impl Measure {
 impl fmt::Display for Measure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Bytes => "bytes",
-            Self::Time => "time",
-            Self::Bandwidth => "bandwidth",
-            Self::Flops => "work",
-            Self::Throughput => "throughput",
-            Self::Ratio => "ratio",
+            Self::Bytes => "a size in bytes",
+            Self::Time => "a time",
+            Self::Bandwidth => "a bandwidth",
+            Self::Flops => "an amount of work",
+            Self::Throughput => "a throughput",
+            Self::Ratio => "a percentage",
         })
     }
 }
@@ -594,7 +594,7 @@ mod tests {
         let message = "60 s".parse::<Bytes>().map_err(|error| error.to_string());
         assert_eq!(
             message,
-            Err("`60 s` is a quantity of time, but bytes is needed, such as `72 GiB`".to_owned())
+            Err("`60 s` is a time, but a size in bytes is needed, such as `72 GiB`".to_owned())
         );
     }
 

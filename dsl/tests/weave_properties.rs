@@ -1,6 +1,9 @@
 //! Properties of the language: print and parse are inverse, formatting is idempotent, JSON is
 //! lossless, freezing and thawing are projections, and no text makes the parser panic.
 
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 #[path = "weave_properties/strategy.rs"]
 mod strategy;
 

@@ -43,15 +43,37 @@ impl Parsed {
 pub fn parse(text: &str, source: SourceId) -> Parsed {
     let mut parser = Parser::new(text, source);
     let document = parser.document();
-    let mut diagnostics = parser.diagnostics;
-    diagnostics.sort_by_key(|diagnostic| {
-        let start = diagnostic.primary.as_ref().map(|label| label.span.start);
-        (start.is_none(), start)
-    });
     Parsed {
         document,
-        diagnostics,
+        diagnostics: without_echoes(text, parser.diagnostics),
     }
+}
+
+/// Sorts by place, and of a line with something that is no token keeps that finding alone: what
+/// the parser says about the rest of such a line only follows from it.
+fn without_echoes(text: &str, mut diagnostics: Vec<Diagnostic>) -> Vec<Diagnostic> {
+    let place = |diagnostic: &Diagnostic| diagnostic.primary.as_ref().map(|label| label.span.start);
+    let is_lexical = |diagnostic: &Diagnostic| diagnostic.code.as_deref() == Some("W001");
+    let is_echo =
+        |diagnostic: &Diagnostic| matches!(diagnostic.code.as_deref(), Some("W001" | "W002"));
+    let line_start = |diagnostic: &Diagnostic| {
+        let before = text.get(..place(diagnostic)?)?;
+        Some(before.rfind('\n').map_or(0, |newline| newline + 1))
+    };
+    diagnostics.sort_by_key(|diagnostic| (place(diagnostic).is_none(), place(diagnostic)));
+    let mut damaged: Vec<(Option<usize>, Option<usize>)> = Vec::new();
+    for diagnostic in diagnostics.iter().filter(|d| is_lexical(d)) {
+        let line = line_start(diagnostic);
+        if damaged.iter().all(|(other, _)| *other != line) {
+            damaged.push((line, place(diagnostic)));
+        }
+    }
+    diagnostics.retain(|diagnostic| {
+        let line = line_start(diagnostic);
+        let first = damaged.iter().find(|(other, _)| *other == line);
+        first.is_none_or(|(_, first)| !is_echo(diagnostic) || place(diagnostic) == *first)
+    });
+    diagnostics
 }
 
 /// Parses all of `text` by one rule; the first error is the result.
@@ -76,6 +98,13 @@ pub(super) fn whole<'a, T>(
 /// The statement cannot be understood; its diagnostic is recorded.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stop;
+
+/// Whether a list in parentheses may have no items.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Empty {
+    Allowed,
+    Refused,
+}
 
 /// What a rule yields.
 pub(super) type Parse<T> = Result<T, Stop>;
@@ -277,6 +306,32 @@ impl<'a> Parser<'a> {
         let start = self.span();
         let node = rule(self)?;
         Ok(Spanned::new(node, start.to(self.last_span())))
+    }
+
+    /// The end of a list that `opened`.
+    fn close(&mut self, sign: &str, opened: Span) -> Parse<()> {
+        if self.eat(sign) {
+            return Ok(());
+        }
+        let diagnostic = self
+            .unexpected_diagnostic(&format!("`,` or `{sign}`"))
+            .also(opened, "opened here");
+        Err(self.report(diagnostic))
+    }
+
+    /// `(item, item, …)`
+    fn parenthesized<T>(
+        &mut self,
+        is_empty_allowed: Empty,
+        item: impl FnMut(&mut Self) -> Parse<T>,
+    ) -> Parse<Vec<T>> {
+        let opened = self.expect("(")?;
+        if is_empty_allowed == Empty::Allowed && self.eat(")") {
+            return Ok(Vec::new());
+        }
+        let items = self.comma_list(item)?;
+        self.close(")", opened)?;
+        Ok(items)
     }
 
     /// `item, item, …`, at least one.

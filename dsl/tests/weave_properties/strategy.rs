@@ -366,7 +366,7 @@ fn tactic() -> impl Strategy<Value = TacticDef> {
     let body = block(vec(item, 0..4), true);
     (spanned(name()), maybe_list(name()), body).prop_map(|(name, params, body)| TacticDef {
         name,
-        params,
+        params: unique(params, |param| param.node.clone()),
         body,
     })
 }

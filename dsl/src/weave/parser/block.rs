@@ -5,6 +5,11 @@ use crate::diagnostics::{Diagnostic, Span, did_you_mean};
 use crate::weave::ast::{Block, Comment, Document, Line, Statement, Trivia};
 use crate::weave::lexer::Tok;
 
+/// The words by which a statement can go on.
+const CLAUSES: [&str; 8] = [
+    "except", "override", "over", "within", "refolds", "weight", "trace", "seed",
+];
+
 /// What a block is: for messages, and to tell its lines from statements.
 #[derive(Clone, Copy)]
 pub(super) struct BlockKind {
@@ -109,6 +114,8 @@ impl<'a> Parser<'a> {
         let mut diagnostic = self.unexpected_diagnostic("the end of the line");
         if keyword {
             diagnostic = diagnostic.help("one statement a line");
+        } else if *self.peek() == Tok::Word {
+            diagnostic = diagnostic.maybe_help(did_you_mean(self.here(), CLAUSES));
         }
         self.report(diagnostic);
     }

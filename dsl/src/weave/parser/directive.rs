@@ -1,7 +1,8 @@
 //! Directives: use, tactics, apply, pin, forbid, prefer.
 
 use super::block::BlockKind;
-use super::{Parse, Parser};
+use super::{Empty, Parse, Parser};
+use crate::diagnostics::Diagnostic;
 use crate::weave::ast::{
     Apply, Call, Forbid, Name, Pin, Prefer, Shard, Spanned, TacticDef, TacticItem, UseMesh,
 };
@@ -28,12 +29,20 @@ impl<'a> Parser<'a> {
     /// `NAME(PARAMS) { … }`
     pub(super) fn tactic(&mut self) -> Parse<TacticDef> {
         let name = self.spanned(|p| p.name_as("the name of the tactic"))?;
-        self.expect("(")?;
-        let mut params = Vec::new();
-        if !self.is_sign(")") {
-            params = self.comma_list(|p| p.spanned(|p| p.name_as("a parameter")))?;
+        let params =
+            self.parenthesized(Empty::Allowed, |p| p.spanned(|p| p.name_as("a parameter")))?;
+        for (nth, param) in params.iter().enumerate() {
+            let first = params.iter().take(nth).find(|other| other == &param);
+            if let Some(first) = first {
+                let message = format!("tactic `{}` has two parameters `{}`", name.node, param.node);
+                let diagnostic = Diagnostic::invalid(message).code("W006");
+                self.diagnostics.push(
+                    diagnostic
+                        .at(param.span, "again here")
+                        .also(first.span, "first here"),
+                );
+            }
         }
-        self.expect(")")?;
         let body = self.block(TACTIC, Self::tactic_item)?;
         Ok(TacticDef { name, params, body })
     }
@@ -76,12 +85,7 @@ impl<'a> Parser<'a> {
     /// `TACTIC(ARGS) [except SELECTORS]`
     pub(super) fn apply(&mut self) -> Parse<Apply> {
         let tactic = self.spanned(|p| p.name_as("the name of a tactic"))?;
-        self.expect("(")?;
-        let mut args = Vec::new();
-        if !self.is_sign(")") {
-            args = self.comma_list(|p| p.spanned(|p| p.choice(Self::arg)))?;
-        }
-        self.expect(")")?;
+        let args = self.parenthesized(Empty::Allowed, |p| p.spanned(|p| p.choice(Self::arg)))?;
         let except = self.except()?;
         Ok(Apply {
             tactic,
@@ -150,9 +154,8 @@ impl<'a> Parser<'a> {
     pub(in crate::weave) fn call(&mut self) -> Parse<Call> {
         let name = self.name_as("a choice, such as `ring(cp)`")?;
         let mut args = Vec::new();
-        if self.eat("(") {
-            args = self.comma_list(Self::axis_ref)?;
-            self.expect(")")?;
+        if self.is_sign("(") {
+            args = self.parenthesized(Empty::Refused, Self::axis_ref)?;
         }
         Ok(Call { name, args })
     }

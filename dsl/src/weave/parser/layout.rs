@@ -1,6 +1,6 @@
 //! Meshes and layouts.
 
-use super::{Parse, Parser};
+use super::{Empty, Parse, Parser};
 use crate::diagnostics::Diagnostic;
 use crate::weave::ast::{
     Axis, AxisRef, Choice, Degree, DimSplit, Layout, MeshDef, Partial, Reduce, Split,
@@ -56,7 +56,7 @@ impl<'a> Parser<'a> {
     }
 
     fn degree(&mut self) -> Parse<Degree> {
-        const WHAT: &str = "a degree: a number from 1, `auto`, `rest` or `same`";
+        const WHAT: &str = "a degree (a number, `auto`, `rest` or `same`)";
         if self.eat_word("rest") {
             let witness = self.degree_witness()?;
             return Ok(Degree::Rest { witness });
@@ -115,18 +115,15 @@ impl<'a> Parser<'a> {
         if !self.is_sign("]") {
             dims = self.comma_list(Self::dim_split)?;
         }
-        if !self.eat("]") {
-            let diagnostic = self
-                .unexpected_diagnostic("`,` or `]`")
-                .also(opened, "the layout begins here");
-            return Err(self.report(diagnostic));
+        if dims.is_empty() {
+            self.expect("]")?;
+        } else {
+            self.close("]", opened)?;
         }
         let mut partial = Vec::new();
         while self.eat("+") {
             let reduce = self.one_of("a way to reduce", &Reduce::ALL, Reduce::text)?;
-            self.expect("(")?;
-            let axes = self.comma_list(Self::axis_ref)?;
-            self.expect(")")?;
+            let axes = self.parenthesized(Empty::Refused, Self::axis_ref)?;
             partial.push(Partial { reduce, axes });
         }
         Ok(Layout { dims, partial })
@@ -163,14 +160,9 @@ impl<'a> Parser<'a> {
 
     /// `tp`, `(cp,tp)`, `()`.
     fn split_axes(&mut self) -> Parse<Vec<AxisRef>> {
-        if !self.eat("(") {
-            return Ok(vec![self.axis_ref()?]);
+        if self.is_sign("(") {
+            return self.parenthesized(Empty::Allowed, Self::axis_ref);
         }
-        if self.eat(")") {
-            return Ok(Vec::new());
-        }
-        let axes = self.comma_list(Self::axis_ref)?;
-        self.expect(")")?;
-        Ok(axes)
+        Ok(vec![self.axis_ref()?])
     }
 }

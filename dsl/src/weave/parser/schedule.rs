@@ -1,7 +1,7 @@
 //! Schedules: order keys with their expressions, rows of actions.
 
 use super::block::BlockKind;
-use super::{Parse, Parser, Stop};
+use super::{Empty, Parse, Parser, Stop};
 use crate::diagnostics::{Diagnostic, did_you_mean};
 use crate::weave::ast::{
     Action, ActionKind, BinaryOp, Expr, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef, Var,
@@ -57,9 +57,7 @@ impl<'a> Parser<'a> {
     fn order_key(&mut self) -> Parse<OrderKey> {
         let action = self.one_of("an action", &ActionKind::ALL, ActionKind::text)?;
         self.expect(":")?;
-        self.expect("(")?;
-        let key = self.comma_list(Self::expr)?;
-        self.expect(")")?;
+        let key = self.parenthesized(Empty::Refused, Self::expr)?;
         Ok(OrderKey { action, key })
     }
 
@@ -160,9 +158,7 @@ impl<'a> Parser<'a> {
         }
         for op in [ExtremumOp::Min, ExtremumOp::Max] {
             if self.eat_word(op.text()) {
-                self.expect("(")?;
-                let args = self.comma_list(|p| p.sum(depth + 1))?;
-                self.expect(")")?;
+                let args = self.parenthesized(Empty::Refused, |p| p.sum(depth + 1))?;
                 return Ok(Expr::Extremum { op, args });
             }
         }

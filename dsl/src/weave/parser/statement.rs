@@ -1,7 +1,7 @@
 //! Top-level statements, and the blocks that only they have.
 
 use super::block::BlockKind;
-use super::{Parse, Parser};
+use super::{Empty, Parse, Parser};
 use crate::diagnostics::{Diagnostic, nearest};
 use crate::units::Measure;
 use crate::weave::ast::{
@@ -204,12 +204,10 @@ impl<'a> Parser<'a> {
     /// A list of selectors; among the choices of an `auto` each list stands in parentheses.
     fn cuts(&mut self) -> Parse<crate::weave::ast::Choice<Vec<Spanned<Selector>>>> {
         self.choice(|p| {
-            if !p.eat("(") {
-                return p.selectors();
+            if p.is_sign("(") {
+                return p.parenthesized(Empty::Refused, |p| p.spanned(Self::selector));
             }
-            let cuts = p.selectors()?;
-            p.expect(")")?;
-            Ok(cuts)
+            p.selectors()
         })
     }
 

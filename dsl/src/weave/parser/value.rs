@@ -186,7 +186,7 @@ impl<'a> Parser<'a> {
     pub(super) fn quantity(&mut self, measure: Measure) -> Parse<Quantity> {
         let start = self.span();
         let example = measure.example();
-        let value = self.number(&format!("a {measure} such as `{example}`"))?;
+        let value = self.number(&format!("{measure} such as `{example}`"))?;
         let Some(unit) = self.unit() else {
             let known = Unit::ALL.iter().filter(|unit| unit.measure() == measure);
             let near = match self.peek() {
@@ -194,8 +194,8 @@ impl<'a> Parser<'a> {
                 _ => None,
             };
             let diagnostic = self
-                .unexpected_diagnostic(&format!("a unit of {measure} behind {value}"))
-                .help(near.unwrap_or_else(|| format!("write a unit, as in `{example}`")));
+                .unexpected_diagnostic(&format!("a unit behind {value}"))
+                .help(near.unwrap_or_else(|| format!("write {measure}, as in `{example}`")));
             return Err(self.report(diagnostic));
         };
         let quantity = Quantity { value, unit };
@@ -204,7 +204,7 @@ impl<'a> Parser<'a> {
             return Err(self.fail("W005", error.to_string(), span));
         }
         if value.as_f64() < 0.0 {
-            let message = format!("a {measure} cannot be negative, found {quantity}");
+            let message = format!("{measure} cannot be negative, found {quantity}");
             return Err(self.fail("W005", message, span));
         }
         if measure == Measure::Bytes
@@ -233,6 +233,7 @@ impl<'a> Parser<'a> {
             return Ok(Choice::Fixed(value));
         }
         let mut among = Vec::new();
+        let mut listed = "";
         if self.is_sign("{") {
             let opened = self.span();
             self.advance();
@@ -241,18 +242,16 @@ impl<'a> Parser<'a> {
                 return Err(self.fail("W002", message, opened.to(self.span())));
             }
             among = self.comma_list(&mut item)?;
-            if !self.eat("}") {
-                let diagnostic = self
-                    .unexpected_diagnostic("`,` or `}`")
-                    .also(opened, "the choices begin here");
-                return Err(self.report(diagnostic));
-            }
+            self.close("}", opened)?;
+            listed = self.text_from(opened.start);
         }
         let mut witness = None;
         if self.eat(":=") {
             let value = self.spanned(&mut item)?;
             if !among.is_empty() && !among.contains(&value.node) {
-                let message = "the witness is not among the choices";
+                let written = self.text_from(value.span.start);
+                let message =
+                    format!("the witness `{written}` is not among the choices `{listed}`");
                 return Err(self.fail("W005", message, value.span));
             }
             witness = Some(value.node);
