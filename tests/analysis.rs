@@ -1,0 +1,150 @@
+//! The analyses of graphs, on models as they are planned.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use meshweave_compiler::differentiate::{Optimizer, differentiate};
+use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
+use meshweave_dsl::graph::Graph;
+use meshweave_dsl::graph::analysis::{
+    articulation_ops, cuts, dominators, in_order, layers, live_ranges, post_dominators, ties,
+    to_petgraph, topological_order,
+};
+
+fn golden(n_layers: usize, capacity_factor: Option<f64>, optimizer: &Optimizer) -> Graph {
+    let size = GoldenSize {
+        n_layers,
+        embed: 32,
+        heads: 4,
+        ffn: 64,
+        vocab: 48,
+        seq: 16,
+        batch: 2,
+    };
+    let config = DecoderConfig::golden(&size, capacity_factor);
+    let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
+    differentiate(&forward, optimizer).unwrap()
+}
+
+#[test]
+fn ties_do_not_grow_with_the_layers() {
+    let optimizer = Optimizer::GOLDEN_ADAMW;
+    for capacity_factor in [None, Some(2.0)] {
+        let (few, many) = (
+            golden(3, capacity_factor, &optimizer),
+            golden(9, capacity_factor, &optimizer),
+        );
+        assert!(many.ops.len() > 2 * few.ops.len());
+        let (few_ties, many_ties) = (ties(&few), ties(&many));
+        assert_eq!(few_ties.n_op_classes, many_ties.n_op_classes);
+        assert_eq!(few_ties.n_tensor_classes, many_ties.n_tensor_classes);
+        for (op, class) in many.ops.iter().zip(&many_ties.ops) {
+            let first = many_ties
+                .ops
+                .iter()
+                .position(|other| other == class)
+                .unwrap();
+            let first = &many.ops[first];
+            assert_eq!(op.kind, first.kind);
+            for (a, b) in op.inputs.iter().zip(&first.inputs) {
+                assert_eq!(many.ty(*a), many.ty(*b));
+            }
+        }
+        let layers = layers(&many);
+        assert_eq!(layers.len(), 9);
+        assert!(
+            layers
+                .iter()
+                .all(|layer| layer.kind == layers[0].kind && layer.stem == "layers")
+        );
+    }
+}
+
+#[test]
+fn tied_ops_differ_across_layers_of_different_kinds() {
+    let size = GoldenSize {
+        n_layers: 4,
+        embed: 32,
+        heads: 4,
+        ffn: 64,
+        vocab: 48,
+        seq: 16,
+        batch: 2,
+    };
+    let mut config = DecoderConfig::golden(&size, Some(2.0));
+    if let Some(moe) = &mut config.moe {
+        moe.dense_layers = BTreeSet::from([0]);
+    }
+    let graph = build_decoder(&config, 2, 16, Goal::Training).unwrap();
+    let kinds: Vec<usize> = layers(&graph).iter().map(|layer| layer.kind).collect();
+    assert_eq!(kinds, [0, 1, 1, 1]);
+    let ties = ties(&graph);
+    let class = |name: &str| ties.tensors[graph.find(name).unwrap().index()];
+    assert_eq!(class("layers[1].attn.wq"), class("layers[3].attn.wq"));
+    assert_ne!(class("layers[0].attn.wq"), class("layers[1].attn.wq"));
+    assert_ne!(class("layers[1].attn.wq"), class("layers[1].attn.wk"));
+}
+
+#[test]
+fn the_forward_pass_is_cut_between_layers() {
+    let graph = golden(3, None, &Optimizer::None);
+    let cut_before: BTreeSet<String> = cuts(&graph, 1)
+        .iter()
+        .map(|cut| graph.op_name(graph.op(cut.before)).to_string())
+        .collect();
+    for layer in 0..3 {
+        let first = format!("layers[{layer}].attn");
+        assert!(
+            cut_before.iter().any(|name| name.starts_with(&first)),
+            "no cut at the head of layer {layer}: {cut_before:?}"
+        );
+    }
+    // Within attention q, k and v are alive together.
+    assert!(!cut_before.iter().any(|name| name.ends_with(".wv")));
+}
+
+#[test]
+fn ways_to_the_loss_go_through_the_residual_stream() {
+    let graph = golden(3, None, &Optimizer::None);
+    let loss = graph.outputs[0];
+    let names: Vec<&str> = articulation_ops(&graph, loss)
+        .iter()
+        .map(|op_id| graph.op_name(graph.op(*op_id)))
+        .collect();
+    insta::assert_snapshot!(names.join("\n"));
+    let producers = graph.producers();
+    let loss_op = producers[loss.index()].unwrap();
+    let post = post_dominators(&graph);
+    assert_eq!(dominators(&graph).len(), graph.ops.len());
+    // The gradients are ends of their own, so not everything leads to the loss.
+    assert!(post.iter().any(|op| *op == Some(loss_op)));
+}
+
+#[test]
+fn order_and_live_ranges_agree() {
+    let mut graph = golden(2, None, &Optimizer::GOLDEN_SGD);
+    assert!(in_order(&graph));
+    assert_eq!(to_petgraph(&graph).node_count(), graph.ops.len());
+    let ranges = live_ranges(&graph);
+    for (op_id, op) in graph.ops() {
+        for input in &op.inputs {
+            let range = ranges[input.index()];
+            assert!(range.first <= op_id.index() && op_id.index() <= range.last);
+        }
+    }
+    graph.ops.reverse();
+    assert!(!in_order(&graph));
+    let order = topological_order(&graph).unwrap();
+    let place: BTreeMap<_, _> = order
+        .iter()
+        .enumerate()
+        .map(|(place, op_id)| (*op_id, place))
+        .collect();
+    let producers = graph.producers();
+    for (op_id, op) in graph.ops() {
+        for input in &op.inputs {
+            if let Some(producer) = producers[input.index()] {
+                assert!(place[&producer] < place[&op_id]);
+            }
+        }
+    }
+}
