@@ -5,11 +5,16 @@
 
 pub mod error;
 
+pub mod tensor;
+pub mod device;
 pub mod pool;
 pub mod strided;
 pub mod contract;
 pub mod attention;
+pub mod routine;
 pub mod collective;
+mod weights;
+pub mod executor;
 pub mod profile;
 pub mod reference;
 
