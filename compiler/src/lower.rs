@@ -98,7 +98,12 @@ impl KernelTable {
         }
         let id = KernelId(self.kernels.len() as u32);
         self.ids.insert(kernel.program().clone(), id);
-        self.kernels.push(kernel.clone());
+        // Fragments of different shapes may wish for one name.
+        self.kernels.push(
+            kernel
+                .clone()
+                .renamed(format!("k{}_{}", id.0, kernel.name())),
+        );
         self.descriptions.push(description.into());
         id
     }

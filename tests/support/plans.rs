@@ -1,5 +1,7 @@
 //! Random plans: any legal placement of every op, so that every reshard gets exercised.
 
+#![allow(dead_code)] // each test file uses its part
+
 use std::collections::BTreeMap;
 
 use meshweave_dsl::graph::{Graph, Role};
@@ -82,6 +84,58 @@ pub fn random_plan(graph: &Graph, mesh: &Mesh, seed: u32) -> Plan {
         let op_layouts = placement.layouts(&factors, op.inputs.len(), op.results.len(), mesh);
         for (result, layout) in op.results.iter().zip(op_layouts.results) {
             layouts[result.index()] = layout;
+        }
+        plan.placements[op_id.index()] = placement;
+    }
+    plan
+}
+
+/// A plan by preference: each axis divides every op along the first of its dims that the op has a
+/// factor for and that admits the degree; sources follow the same preferences.
+pub fn preferring(graph: &Graph, mesh: &Mesh, preferences: &[(&str, &[&str])]) -> Plan {
+    let mut plan = Plan::replicated("preferring", graph, mesh.clone());
+    let dims_of = |axis: &str| {
+        let found = preferences.iter().find(|(name, _)| *name == axis);
+        found.map_or(&[] as &[&str], |(_, dims)| dims)
+    };
+    for id in graph
+        .tensor_ids()
+        .filter(|id| graph.tensor(*id).role != Role::Temp)
+    {
+        let mut layout = Layout::replicated();
+        for (axis, degree) in mesh.axes() {
+            let ty = graph.ty(id);
+            let choice = dims_of(axis.as_str()).iter().find_map(|dim| {
+                let dim = (*dim).into();
+                let taken: usize = layout
+                    .axes_of(&dim)
+                    .iter()
+                    .map(|axis| mesh.degree(axis))
+                    .product();
+                ty.size_of(&dim)
+                    .filter(|size| taken * degree <= *size)
+                    .map(|_| dim)
+            });
+            if let Some(dim) = choice {
+                layout = layout.shard(dim, axis);
+            }
+        }
+        plan.sources.insert(id, layout);
+    }
+    for (op_id, op) in graph.ops() {
+        let factors = op_factors(graph, op);
+        let mut placement = Placement::default();
+        let mut degrees: BTreeMap<_, usize> = BTreeMap::new();
+        for (axis, degree) in mesh.axes() {
+            let choice = dims_of(axis.as_str()).iter().find_map(|dim| {
+                let factor = factors.iter().find(|factor| factor.name.as_str() == *dim)?;
+                let all = degrees.get(&factor.name).copied().unwrap_or(1) * degree;
+                factor.admits(all).then(|| (factor.name.clone(), all))
+            });
+            if let Some((name, all)) = choice {
+                degrees.insert(name.clone(), all);
+                placement.factors.insert(axis.clone(), name);
+            }
         }
         plan.placements[op_id.index()] = placement;
     }

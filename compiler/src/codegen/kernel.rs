@@ -488,6 +488,11 @@ impl Kernel {
     pub fn program(&self) -> &RowProgram {
         &self.program
     }
+
+    /// The same code under another symbol.
+    pub fn renamed(self, name: String) -> Self {
+        Self { name, ..self }
+    }
 }
 
 impl fmt::Display for Val {

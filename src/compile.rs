@@ -1,0 +1,176 @@
+//! From a plan to a program with kernels: partition, simplify, fuse, lower, generate, link.
+//!
+//! Enters: a global graph and its plan. Leaves: a program and the shared object of its kernels.
+//! Invariant: every stage is verified before the next one starts.
+
+use std::time::Instant;
+
+use meshweave_compiler::lower::lower;
+use meshweave_compiler::partition::{Keep, partition};
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::diagnostics::Class;
+use meshweave_dsl::graph::Graph;
+use meshweave_dsl::plan::Plan;
+use meshweave_dsl::program::Program;
+
+use crate::error::{Error, Result};
+
+/// How to compile.
+#[derive(Clone, Debug)]
+pub struct CompileOptions {
+    /// Whether the program also hands out the gradients (for comparisons; costs their memory).
+    pub keep: Keep,
+    /// Stages whose text to keep: `local`, `mlir`, `mlir-after:<pass>`, `llvm`, `asm`.
+    pub emit: Vec<String>,
+}
+
+impl Default for CompileOptions {
+    fn default() -> Self {
+        Self {
+            keep: Keep::Outputs,
+            emit: Vec::new(),
+        }
+    }
+}
+
+/// A compiled plan.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    pub program: Program,
+    /// The shared object of the generated kernels.
+    pub kernels: Vec<u8>,
+    /// The local graph of every rank.
+    pub locals: Vec<Graph>,
+    /// The stages asked for, by name.
+    pub emitted: Vec<(String, String)>,
+    /// Seconds of each part, measured.
+    pub seconds: Vec<(&'static str, f64)>,
+}
+
+/// Compiles `graph` under `plan` for this host; prices in the program are those of `cluster`.
+///
+/// # Errors
+/// A plan that does not fit the graph, an op that no kernel expresses, a missing linker, or a build
+/// without the feature `mlir`.
+pub fn compile(
+    graph: &Graph,
+    plan: &Plan,
+    cluster: &Cluster,
+    options: &CompileOptions,
+) -> Result<Compiled> {
+    let mut clock = Clock::start();
+    let parts = partition(graph, plan, options.keep, cluster).map_err(|error| {
+        let class = match &error {
+            meshweave_compiler::partition::PartitionError::Invalid(_) => Class::Invalid,
+            meshweave_compiler::partition::PartitionError::Internal(_) => Class::Internal,
+        };
+        Error::plain(class, error)
+    })?;
+    clock.lap("partition");
+    let lowered = lower(graph, plan, &parts, cluster)
+        .map_err(|error| Error::plain(Class::Internal, error))?;
+    clock.lap("fuse and lower");
+    let mut emitted = Vec::new();
+    if options.emit.iter().any(|stage| stage == "local") {
+        let texts: Vec<String> = parts
+            .locals
+            .iter()
+            .map(|local| format!("{local:#?}"))
+            .collect();
+        emitted.push(("local".into(), texts.join("\n")));
+    }
+    let mut program = lowered.program;
+    let kernels = generate(&lowered.kernels, &mut program, options, &mut emitted)?;
+    clock.lap("generate and link");
+    Ok(Compiled {
+        program,
+        kernels,
+        locals: parts.locals,
+        emitted,
+        seconds: clock.laps,
+    })
+}
+
+struct Clock {
+    last: Instant,
+    laps: Vec<(&'static str, f64)>,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self {
+            last: Instant::now(),
+            laps: Vec::new(),
+        }
+    }
+
+    fn lap(&mut self, name: &'static str) {
+        self.laps.push((name, self.last.elapsed().as_secs_f64()));
+        self.last = Instant::now();
+    }
+}
+
+#[cfg(feature = "mlir")]
+fn generate(
+    kernels: &[meshweave_compiler::codegen::kernel::Kernel],
+    program: &mut Program,
+    options: &CompileOptions,
+    emitted: &mut Vec<(String, String)>,
+) -> Result<Vec<u8>> {
+    use meshweave_compiler::mlir;
+
+    let stages = mlir::Stage::all()
+        .into_iter()
+        .filter(|stage| options.emit.contains(&stage.to_string()));
+    let mlir_options = mlir::CompileOptions {
+        stages: stages.collect(),
+        ..mlir::CompileOptions::default()
+    };
+    let object =
+        mlir::compile(kernels, &mlir::HostTarget::detect(), &mlir_options).map_err(mlir_error)?;
+    for (symbol, name) in program.kernels.iter_mut().zip(&object.symbols) {
+        symbol.name.clone_from(name);
+    }
+    emitted.extend(
+        object
+            .stages
+            .iter()
+            .map(|(stage, text)| (stage.to_string(), text.clone())),
+    );
+    let folder = tempfile::tempdir().map_err(|error| {
+        Error::plain(
+            Class::Exhausted,
+            format!("cannot make a temporary folder: {error}"),
+        )
+    })?;
+    let path = folder.path().join("kernels.so");
+    mlir::link(&object, &path).map_err(mlir_error)?;
+    std::fs::read(&path).map_err(|error| {
+        Error::plain(
+            Class::Exhausted,
+            format!("cannot read the linked kernels: {error}"),
+        )
+    })
+}
+
+#[cfg(feature = "mlir")]
+fn mlir_error(error: meshweave_compiler::mlir::Error) -> Error {
+    use meshweave_compiler::mlir;
+    let class = match &error {
+        mlir::Error::Unsupported { .. } => Class::Unsupported,
+        mlir::Error::Exhausted { .. } => Class::Exhausted,
+        mlir::Error::Internal { .. } => Class::Internal,
+    };
+    Error::plain(class, error)
+}
+
+#[cfg(not(feature = "mlir"))]
+fn generate(
+    _kernels: &[meshweave_compiler::codegen::kernel::Kernel],
+    _program: &mut Program,
+    _options: &CompileOptions,
+    _emitted: &mut Vec<(String, String)>,
+) -> Result<Vec<u8>> {
+    Err(Error::plain(Class::Unsupported, "this build of meshweave has no code generator")
+        .help("plan, check, show, explain and export work; to compile and run, install it with the default feature `mlir`"))
+}
