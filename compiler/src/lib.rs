@@ -2,6 +2,7 @@
 
 pub mod model;
 pub mod differentiate;
+pub mod simplify;
 pub mod plan;
 pub mod reshard;
 pub mod partition;
@@ -9,3 +10,4 @@ pub mod codegen;
 pub mod lower;
 #[cfg(feature = "mlir")]
 pub mod mlir;
+pub mod show;
