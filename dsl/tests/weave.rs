@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use meshweave_dsl::diagnostics::{RenderOptions, SourceId, Sources, has_errors, render_all};
+use meshweave_dsl::weave::ast::Statement;
 use meshweave_dsl::weave::{Document, parse, print};
 
 /// What every text must satisfy, malformed or not; returns the diagnostics and the printed tree.
@@ -91,4 +92,58 @@ fn every_prefix_of_the_sample_parses_or_is_refused() {
         }
         check("prefix", &text[..end]);
     }
+}
+
+/// The fenced `weave` blocks of a page, each with the number of its first line.
+fn examples(page: &str) -> Vec<(usize, String)> {
+    let mut out: Vec<(usize, String)> = Vec::new();
+    let mut is_inside = false;
+    for (nth, line) in page.lines().enumerate() {
+        match (is_inside, line) {
+            (false, "```weave") => {
+                is_inside = true;
+                out.push((nth + 2, String::new()));
+            }
+            (true, "```") => is_inside = false,
+            (true, line) => {
+                let (_, text) = out.last_mut().unwrap();
+                text.push_str(line);
+                text.push('\n');
+            }
+            (false, _) => {}
+        }
+    }
+    out
+}
+
+#[test]
+fn every_example_of_the_documentation_is_read() {
+    let page = include_str!("../../docs/language.md");
+    let examples = examples(page);
+    let mut keywords = std::collections::BTreeSet::new();
+    for (line, text) in &examples {
+        let (diagnostics, printed) = check(&format!("docs/language.md:{line}"), text);
+        assert_eq!(diagnostics, "", "the example at line {line}");
+        assert_eq!(&printed, text, "the example at line {line} is formatted");
+        let document = parse(text, SourceId(0)).document;
+        keywords.extend(document.statements().map(|s| s.node.keyword()));
+    }
+    let missing: Vec<_> = Statement::KEYWORDS
+        .iter()
+        .filter(|keyword| !keywords.contains(*keyword))
+        .collect();
+    assert!(missing.is_empty(), "no example for {missing:?}");
+}
+
+#[test]
+fn the_frozen_example_is_what_freezing_yields() {
+    let page = include_str!("../../docs/language.md");
+    let examples = examples(page);
+    let at = examples
+        .iter()
+        .position(|(_, text)| text.contains(":="))
+        .unwrap();
+    let (solved, frozen) = (&examples[at].1, &examples[at + 1].1);
+    let document = parse(solved, SourceId(0)).document;
+    assert_eq!(&print(&document.freeze()), frozen);
 }

@@ -75,9 +75,7 @@ fn aligned_heads(forms: &[Form], is_joined: &[bool]) -> Vec<String> {
         let n_columns = run.iter().map(|form| form.columns.len()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..n_columns)
             .map(|column| {
-                // A line's last column needs no room behind it.
-                let cells = run.iter().filter(|form| form.columns.len() > column + 1);
-                cells
+                run.iter()
                     .filter_map(|form| form.columns.get(column))
                     .map(|cell| width(cell))
                     .max()
