@@ -49,13 +49,16 @@ impl<'c> Ops<'c> {
         self.select(greater, a, x)
     }
 
-    /// `exp(x)`: `x = n·ln 2 + r`, `|r| ≤ ln 2 / 2`, a polynomial of degree 7 in `r`, times `2ⁿ`
-    /// in two factors so that overflow and subnormal results come out by themselves.
+    /// `exp(x)`: `x = n·ln 2 + r`, `|r| ≤ ln 2 / 2`, a polynomial in `r` that yields `2·exp(r)`,
+    /// times `2ⁿ⁻¹`.
+    ///
+    /// The doubling lets one factor reach the largest finite results and overflow beyond them;
+    /// results below 2⁻¹²⁵ become 0.
     pub fn exp(&mut self, form: Form, x: V<'c>) -> Result<V<'c>, Error> {
         let int = self.ty(Elem::I32, form);
         let float = self.ty(Elem::F32, form);
-        // Beyond these the result is 0 or infinite in f32.
-        let x = self.clamp(form, x, -104.0, 89.0)?;
+        // From the least n on the factor is 0, up to where the product overflows.
+        let x = self.clamp(form, x, -87.4, 89.0)?;
         let log2e = self.k(form, std::f64::consts::LOG2_E)?;
         let magic = self.k(form, ROUND_MAGIC)?;
         let shifted = self.fma(x, log2e, magic)?;
@@ -65,39 +68,29 @@ impl<'c> Ops<'c> {
         let ln2_low = self.k(form, 2.121_944_4e-4)?;
         let r = self.fma(n, ln2_high, x)?;
         let r = self.fma(n, ln2_low, r)?;
-        let p = self.polynomial(
-            form,
-            r,
-            &[
-                1.987_569_15e-4,
-                1.398_199_95e-3,
-                8.333_451_9e-3,
-                4.166_579_6e-2,
-                1.666_666_55e-1,
-                5.000_000_1e-1,
-            ],
-        )?;
+        let coefficients = [
+            1.987_569_15e-4,
+            1.398_199_95e-3,
+            8.333_451_9e-3,
+            4.166_579_6e-2,
+            1.666_666_55e-1,
+            5.000_000_1e-1,
+        ];
+        let p = self.polynomial(form, r, &coefficients.map(|c: f64| 2.0 * c))?;
         let square = self.mulf(r, r)?;
-        let one = self.k(form, 1.0)?;
-        let linear = self.addf(r, one)?;
+        let two = self.k(form, 2.0)?;
+        let linear = self.fma(r, two, two)?;
         let y = self.fma(p, square, linear)?;
 
+        // The integer n stands in the low bits of `shifted`; the exponent field becomes n - 1.
         let bits = self.bitcast(shifted, int)?;
-        let magic_bits = self.int(form, (ROUND_MAGIC as f32).to_bits() as i32)?;
-        let n = self.subi(bits, magic_bits)?;
-        let shift = self.int(form, 1)?;
-        let half = self.same("arith.shrsi", &[n, shift])?;
-        let other_half = self.subi(n, half)?;
-        let mut result = y;
-        for part in [half, other_half] {
-            let bias = self.int(form, 127)?;
-            let mantissa_bits = self.int(form, 23)?;
-            let biased = self.addi(part, bias)?;
-            let exponent = self.same("arith.shli", &[biased, mantissa_bits])?;
-            let factor = self.bitcast(exponent, float)?;
-            result = self.mulf(result, factor)?;
-        }
-        Ok(result)
+        let bias = 126_i32.wrapping_sub((ROUND_MAGIC as f32).to_bits() as i32);
+        let bias = self.int(form, bias)?;
+        let biased = self.addi(bits, bias)?;
+        let mantissa_bits = self.int(form, 23)?;
+        let exponent = self.same("arith.shli", &[biased, mantissa_bits])?;
+        let factor = self.bitcast(exponent, float)?;
+        self.mulf(y, factor)
     }
 
     /// `log(x)`: `x = 2ᵉ·m`, `√½ ≤ m < √2`, a polynomial of degree 8 in `m - 1`.
