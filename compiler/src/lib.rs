@@ -3,6 +3,7 @@
 pub mod model;
 pub mod differentiate;
 pub mod simplify;
+pub mod resolve;
 pub mod plan;
 pub mod reshard;
 pub mod partition;

@@ -1,0 +1,221 @@
+//! What is done with the model: `train`, `infer`, `init`, `data`, `solve`.
+//!
+//! Enters: those statements. Leaves: plain data in base units.
+//! Invariant: every number is in the range in which it means something.
+
+use meshweave_dsl::diagnostics::{Diagnostic, Span};
+use meshweave_dsl::units::{Quantity, UnitError};
+use meshweave_dsl::weave::ast::{Goal, Job as JobStatement, Solve};
+
+use super::settings::Settings;
+use super::{Job, SolveLimits};
+use crate::differentiate::Optimizer;
+
+const TRAIN: [&str; 11] = [
+    "batch",
+    "seq",
+    "steps",
+    "optimizer",
+    "lr",
+    "beta1",
+    "beta2",
+    "betas",
+    "eps",
+    "decay",
+    "dtype",
+];
+const INFER: [&str; 7] = ["batch", "seq", "dtype", "ttft", "tpot", "latency", "tokens"];
+
+pub(super) fn resolve_train(
+    statement: &JobStatement,
+    span: Span,
+    step: Option<(usize, usize)>,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<Job> {
+    let mut s = Settings::new("`train`".into(), span, &statement.settings, &TRAIN);
+    s.diagnostics.retain(|finding| !is_twice(finding));
+    let sizes = sizes(&mut s, step);
+    let steps = match s.has("steps") {
+        true => s.count("steps", 1),
+        false => Some(1),
+    };
+    let optimizer = optimizer(&mut s);
+    let is_legal = s.diagnostics.is_empty();
+    diagnostics.append(&mut s.diagnostics);
+    let ((batch, seq), steps, optimizer) = (sizes?, steps?, optimizer?);
+    is_legal.then_some(Job::Train {
+        batch,
+        seq,
+        optimizer,
+        steps,
+    })
+}
+
+pub(super) fn resolve_infer(
+    statement: &JobStatement,
+    span: Span,
+    step: Option<(usize, usize)>,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<Job> {
+    let mut s = Settings::new("`infer`".into(), span, &statement.settings, &INFER);
+    s.diagnostics.retain(|finding| !is_twice(finding));
+    let sizes = sizes(&mut s, step);
+    for key in ["ttft", "tpot", "latency", "tokens"] {
+        if s.has(key) {
+            let span = s.span_of(key);
+            s.diagnostics.push(
+                Diagnostic::unsupported(format!(
+                    "`infer`: `{key}` has no meaning yet: only one forward pass is planned"
+                ))
+                .code("W120")
+                .at(span, "")
+                .help("remove it"),
+            );
+        }
+    }
+    let is_legal = s.diagnostics.is_empty();
+    diagnostics.append(&mut s.diagnostics);
+    let (batch, seq) = sizes?;
+    is_legal.then_some(Job::Infer { batch, seq })
+}
+
+/// The parser reports keys given twice on one line itself.
+fn is_twice(finding: &Diagnostic) -> bool {
+    finding.code.as_deref() == Some("W101")
+}
+
+/// (sequences, tokens per sequence).
+fn sizes(s: &mut Settings<'_>, step: Option<(usize, usize)>) -> Option<(usize, usize)> {
+    if s.word("dtype", &["f32", "bf16"]) == Some("bf16") {
+        let span = s.span_of("dtype");
+        s.diagnostics.push(
+            Diagnostic::unsupported(
+                "a type of the computation other than `f32` is not implemented",
+            )
+            .code("W120")
+            .at(span, "")
+            .help("remove `dtype`"),
+        );
+    }
+    let mut size = |key: &str, own: Option<usize>| match own {
+        Some(own) if !s.has(key) => Some(own),
+        _ => s.required_count(key, 1),
+    };
+    let batch = size("batch", step.map(|(batch, _)| batch));
+    let seq = size("seq", step.map(|(_, seq)| seq));
+    Some((batch?, seq?))
+}
+
+/// AdamW with the golden model's numbers unless told otherwise.
+fn optimizer(s: &mut Settings<'_>) -> Option<Optimizer> {
+    let name = match s.has("optimizer") {
+        true => s.word("optimizer", &["adamw", "sgd", "none"])?,
+        false => "adamw",
+    };
+    let taken: &[&str] = match name {
+        "adamw" => &["lr", "beta1", "beta2", "betas", "eps", "decay"],
+        "sgd" => &["lr"],
+        _ => &[],
+    };
+    for key in ["lr", "beta1", "beta2", "betas", "eps", "decay"] {
+        if s.has(key) && !taken.contains(&key) {
+            let span = s.span_of(key);
+            s.diagnostics.push(
+                Diagnostic::invalid(format!("`train`: optimizer `{name}` has no `{key}`"))
+                    .code("W102")
+                    .at(span, "")
+                    .help(match taken {
+                        [] => "remove it".to_owned(),
+                        taken => format!("`{name}` takes {}", taken.join(", ")),
+                    }),
+            );
+        }
+    }
+    let is_rate = |lr: f64| lr > 0.0 && lr.is_finite();
+    let is_beta = |beta: f64| (0.0..1.0).contains(&beta);
+    let lr = s.number("lr", "above 0", is_rate);
+    let betas = s.pair("betas", "from 0 to below 1", is_beta);
+    let beta1 = s.number("beta1", "from 0 to below 1", is_beta);
+    let beta2 = s.number("beta2", "from 0 to below 1", is_beta);
+    let eps = s.number("eps", "above 0", |eps| eps > 0.0);
+    let decay = s.number("decay", "from 0 on", |decay| decay >= 0.0);
+    for key in ["beta1", "beta2"] {
+        if s.has(key) && s.has("betas") {
+            let (span, other) = (s.span_of(key), s.span_of("betas"));
+            s.diagnostics.push(
+                Diagnostic::invalid(format!("`train`: `betas` gives `{key}` already"))
+                    .code("W101")
+                    .at(span, "again here")
+                    .also(other, "first here"),
+            );
+        }
+    }
+    let (first, second) = betas.unzip();
+    Some(match name {
+        "adamw" => Optimizer::Adamw {
+            lr: lr.unwrap_or(1e-3),
+            beta1: beta1.or(first).unwrap_or(0.9),
+            beta2: beta2.or(second).unwrap_or(0.95),
+            eps: eps.unwrap_or(1e-8),
+            decay: decay.unwrap_or(0.1),
+        },
+        "sgd" => Optimizer::Sgd {
+            lr: lr.unwrap_or(0.1),
+        },
+        _ => Optimizer::None,
+    })
+}
+
+pub(super) fn resolve_solve(
+    solve: &Solve,
+    span: Span,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> SolveLimits {
+    let mut limits = SolveLimits::default();
+    if solve.goal == Goal::Maximize || solve.objective.node != "step_time" {
+        diagnostics.push(
+            Diagnostic::unsupported(format!(
+                "`{} {}`: only `minimize step_time` is implemented",
+                solve.goal, solve.objective
+            ))
+            .code("W120")
+            .at(solve.objective.span, "")
+            .help("write `solve minimize step_time`"),
+        );
+    }
+    let mut read = |quantity: Option<Quantity>,
+                    convert: fn(Quantity) -> Result<f64, UnitError>,
+                    slot: &mut f64,
+                    lowest: &str,
+                    is_legal: fn(f64) -> bool| {
+        let Some(quantity) = quantity else { return };
+        match convert(quantity) {
+            Ok(value) if is_legal(value) => *slot = value,
+            Ok(_) => diagnostics.push(
+                Diagnostic::invalid(format!("`solve`: `{quantity}` is out of range: {lowest}"))
+                    .code("W103")
+                    .at(span, ""),
+            ),
+            Err(error) => diagnostics.push(
+                Diagnostic::invalid(format!("`solve`: {error}"))
+                    .code("W103")
+                    .at(span, ""),
+            ),
+        }
+    };
+    read(
+        solve.within,
+        |quantity| quantity.seconds().map(|time| time.0),
+        &mut limits.time_s,
+        "the time is above 0 s",
+        |time| time > 0.0,
+    );
+    read(
+        solve.gap,
+        |quantity| quantity.ratio().map(|ratio| ratio.0),
+        &mut limits.gap,
+        "the gap lies between 0 % and 100 %",
+        |gap| (0.0..=1.0).contains(&gap),
+    );
+    limits
+}
