@@ -40,9 +40,9 @@ pub struct Request {
 #[derive(Clone, Debug, PartialEq)]
 pub enum ModelSource {
     /// Defined in the document.
-    Decoder(Box<DecoderConfig>),
+    Decoder(DecoderConfig),
     /// A `config.json`, or the folder that holds it.
-    HuggingFace(PathBuf),
+    Config(PathBuf),
     /// A graph as text.
     Graph(PathBuf),
 }
@@ -56,7 +56,7 @@ pub enum Job {
         /// Tokens a sequence.
         seq: usize,
         optimizer: Optimizer,
-        steps: usize,
+        n_steps: usize,
     },
     /// One forward pass to the logits.
     Infer { batch: usize, seq: usize },

@@ -35,19 +35,19 @@ pub(super) fn resolve_train(
     let mut s = Settings::new("`train`".into(), span, &statement.settings, &TRAIN);
     s.diagnostics.retain(|finding| !is_twice(finding));
     let sizes = sizes(&mut s, step);
-    let steps = match s.has("steps") {
+    let n_steps = match s.has("steps") {
         true => s.count("steps", 1),
         false => Some(1),
     };
     let optimizer = optimizer(&mut s);
     let is_legal = s.diagnostics.is_empty();
     diagnostics.append(&mut s.diagnostics);
-    let ((batch, seq), steps, optimizer) = (sizes?, steps?, optimizer?);
+    let ((batch, seq), n_steps, optimizer) = (sizes?, n_steps?, optimizer?);
     is_legal.then_some(Job::Train {
         batch,
         seq,
         optimizer,
-        steps,
+        n_steps,
     })
 }
 

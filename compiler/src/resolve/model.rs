@@ -90,7 +90,7 @@ fn path_source(
     Some(if is_graph {
         ModelSource::Graph(path)
     } else {
-        ModelSource::HuggingFace(path)
+        ModelSource::Config(path)
     })
 }
 
@@ -142,7 +142,7 @@ fn define(
         diagnostics.push(diagnostic.at(definition.name.span, "this model"));
         return None;
     }
-    Some((ModelSource::Decoder(Box::new(config)), step))
+    Some((ModelSource::Decoder(config), step))
 }
 
 fn settings<'a>(definition: &'a Definition, known: &[&str]) -> Settings<'a> {
