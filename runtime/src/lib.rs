@@ -14,7 +14,10 @@ pub mod attention;
 pub mod routine;
 pub mod collective;
 mod weights;
+pub mod data;
 pub mod executor;
+pub mod artifact;
+pub mod checkpoint;
 pub mod profile;
 pub mod reference;
 
