@@ -14,7 +14,7 @@ use meshweave_dsl::graph::{Graph, OpId, Role, TensorId, TensorType};
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{BinaryFn, OpKind, UnaryFn};
-use meshweave_runtime::reference::{Value, evaluate, evaluate_op};
+use meshweave_runtime::reference::{Value, evaluate, evaluate_op, golden_inputs};
 
 type KernelFn = unsafe extern "C" fn(*mut *mut c_void, i64, i64);
 
@@ -634,32 +634,30 @@ fn a_loss_is_one_kernel_over_the_logits() {
     insta::assert_snapshot!(fragments(&graph, &items).join("\n"));
 }
 
-/// Forward passes of whole decoders.
+/// A step of whole decoders, optimizer included: every fragment's result, and how ops are grouped.
 #[test]
-fn decoders_forward() {
-    use meshweave_compiler::model::{
-        DecoderConfig, Goal, GoldenSize, build_decoder, golden_tokens,
-    };
+fn decoders() {
+    use meshweave_compiler::differentiate::{Optimizer, differentiate};
+    use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
     for capacity in [None, Some(1.5)] {
         let size = GoldenSize::named("tiny").unwrap();
         let config = DecoderConfig::golden(&size, capacity);
-        let graph = build_decoder(&config, 2, 16, Goal::Training).unwrap();
-        let (tokens, targets) = golden_tokens(2, 16, config.vocab);
-        let inputs = ["tokens", "targets"]
-            .into_iter()
-            .zip([tokens, targets])
-            .map(|(name, ids)| {
-                let id = graph.find(name).unwrap();
-                let data = ids.into_iter().map(f64::from).collect();
-                (id, Value::new(graph.ty(id).clone(), data).unwrap())
-            })
-            .collect();
+        let forward = build_decoder(&config, 2, 16, Goal::Training).unwrap();
+        let graph = differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
+        let mut inputs = golden_inputs(&graph, config.vocab).unwrap();
+        let step = graph.find("step").unwrap();
+        inputs.insert(step, Value::full(graph.ty(step).clone(), 1.0));
+        for id in graph.tensor_ids() {
+            let tensor = graph.tensor(id);
+            if matches!(tensor.role, Role::State { .. }) && tensor.name.starts_with("v.") {
+                // From 0, the first step would divide each gradient by its own rounded size.
+                inputs.insert(id, Value::full(tensor.ty.clone(), 0.015625));
+            }
+        }
         let items = check(&graph, &inputs, 1e-5);
+        let name = if capacity.is_some() { "moe" } else { "dense" };
         insta::assert_snapshot!(
-            format!(
-                "decoder_forward_{}",
-                if capacity.is_some() { "moe" } else { "dense" }
-            ),
+            format!("decoder_{name}"),
             fragments(&graph, &items).join("\n")
         );
     }

@@ -6,6 +6,8 @@
 //! which is the same on all ranks; every tensor that another item reads, or that outlives the step,
 //! is a result of the item that makes it.
 
+use std::collections::BTreeMap;
+
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
 use meshweave_dsl::op::OpKind;
 
@@ -95,10 +97,19 @@ pub fn fuse(graph: &Graph) -> Result<Vec<Item>, FuseError> {
     for (op_id, op) in graph.ops() {
         grouping.push(op_id, draft(graph, op_id, op)?);
     }
-    grouping
-        .finish()
+    let drafts = grouping.finish();
+    // Readers that compute a result again do not read it.
+    let mut recomputing: BTreeMap<OpId, Vec<OpId>> = BTreeMap::new();
+    for draft in &drafts {
+        if let Draft::Group(group) = draft {
+            for op in &group.recomputed {
+                recomputing.entry(*op).or_default().extend(&group.ops);
+            }
+        }
+    }
+    drafts
         .into_iter()
-        .map(|draft| finish(graph, &uses, draft))
+        .map(|draft| finish(graph, &uses, &recomputing, draft))
         .collect()
 }
 
@@ -108,6 +119,7 @@ fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
     if let Some(space) = Space::of(&op.kind, &inputs, &results) {
         return Ok(Draft::Group(Group {
             ops: vec![op_id],
+            recomputed: Vec::new(),
             space,
         }));
     }
@@ -183,26 +195,35 @@ fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
     Ok(Draft::Other(item))
 }
 
-fn finish(graph: &Graph, uses: &Uses, draft: Draft) -> Result<Item, FuseError> {
+fn finish(
+    graph: &Graph,
+    uses: &Uses,
+    recomputing: &BTreeMap<OpId, Vec<OpId>>,
+    draft: Draft,
+) -> Result<Item, FuseError> {
     let group = match draft {
         Draft::Other(item) => return Ok(item),
         Draft::Group(group) => group,
     };
-    let made: Vec<TensorId> = group
-        .ops
-        .iter()
-        .flat_map(|op| graph.op(*op).results.iter().copied())
-        .collect();
-    let mut stored: Vec<TensorId> = made
-        .iter()
-        .copied()
-        .filter(|tensor| uses.outside(*tensor, &group.ops))
-        .collect();
+    let mut made: Vec<TensorId> = Vec::new();
+    let mut stored: Vec<TensorId> = Vec::new();
+    for op in &group.ops {
+        let recomputed = recomputing.get(op).map_or(&[] as &[OpId], Vec::as_slice);
+        let inside: Vec<OpId> = group.ops.iter().chain(recomputed).copied().collect();
+        for result in &graph.op(*op).results {
+            made.push(*result);
+            if uses.outside(*result, &inside) {
+                stored.push(*result);
+            }
+        }
+    }
     if stored.is_empty() {
         // Nobody reads anything: keep one result, so that the kernel has an effect.
         stored.extend(made.last());
     }
-    let lowered = lower_group(graph, &group.ops, &group.space, &stored)?;
+    let mut ops: Vec<OpId> = group.ops.iter().chain(&group.recomputed).copied().collect();
+    ops.sort_unstable();
+    let lowered = lower_group(graph, &ops, &group.space, &stored)?;
     let mut in_place = Vec::new();
     for result in &lowered.results {
         for arg in &lowered.args {
@@ -290,6 +311,11 @@ impl Uses {
     /// The op that makes `tensor`; `None` for sources.
     pub(super) fn maker(&self, tensor: TensorId) -> Option<OpId> {
         self.makers[tensor.index()]
+    }
+
+    /// Is `tensor` read after the step?
+    pub(super) fn outlives(&self, tensor: TensorId) -> bool {
+        self.outlives[tensor.index()]
     }
 
     /// Is `tensor` read by ops other than `ops`, or after the step?

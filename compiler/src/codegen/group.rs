@@ -34,6 +34,8 @@ pub(super) enum Draft {
 pub(super) struct Group {
     /// In the graph's order.
     pub ops: Vec<OpId>,
+    /// Ops of other groups whose results are computed here once more, in the graph's order.
+    pub recomputed: Vec<OpId>,
     /// The space they share.
     pub space: Space,
 }
@@ -58,8 +60,76 @@ impl<'a> Grouping<'a> {
     }
 
     /// The merged drafts in order.
-    pub fn finish(self) -> Vec<Draft> {
+    pub fn finish(mut self) -> Vec<Draft> {
+        self.recompute();
         self.slots.into_iter().flatten().collect()
+    }
+
+    /// Lets a group compute a function of one tensor again, rather than read the result of
+    /// another group, where it reads that tensor anyway: neither memory nor traffic grows, and a
+    /// result that everybody recomputes is not stored at all.
+    fn recompute(&mut self) {
+        for slot in 0..self.slots.len() {
+            let Some(group) = self.group(slot) else {
+                continue;
+            };
+            for op_id in group.ops.clone() {
+                let op = self.graph.op(op_id);
+                if let (OpKind::Unary(_), &[input], &[result]) =
+                    (&op.kind, op.inputs.as_slice(), op.results.as_slice())
+                {
+                    self.recompute_in_readers(slot, op_id, input, result);
+                }
+            }
+        }
+    }
+
+    fn recompute_in_readers(
+        &mut self,
+        slot: usize,
+        op_id: OpId,
+        input: TensorId,
+        result: TensorId,
+    ) {
+        let ty = self.graph.ty(result);
+        let mut readers = Vec::new();
+        for other in (0..self.slots.len()).filter(|other| *other != slot) {
+            let Some(draft) = &self.slots[other] else {
+                continue;
+            };
+            let reads = self.reads(draft);
+            if !reads.contains(&result) {
+                continue;
+            }
+            match draft {
+                Draft::Group(group)
+                    if reads.contains(&input)
+                        && group.space.is_full(ty)
+                        && group.space.lane_use != LaneUse::Paired
+                        && group.ops.iter().all(|op| self.reads_by_value(*op, result)) =>
+                {
+                    readers.push(other);
+                }
+                // Somebody needs it in memory, where the others may read it too.
+                _ => return,
+            }
+        }
+        if self.uses.outlives(result) {
+            return;
+        }
+        for reader in readers {
+            if let Some(Some(Draft::Group(group))) = self.slots.get_mut(reader) {
+                group.recomputed.push(op_id);
+                group.recomputed.sort_unstable();
+            }
+        }
+    }
+
+    /// Does `op` take `tensor` as a value, if it takes it at all?
+    fn reads_by_value(&self, op: OpId, tensor: TensorId) -> bool {
+        let op = self.graph.op(op);
+        let by_index = matches!(op.kind, OpKind::Gather { .. } | OpKind::Pick { .. });
+        !(by_index && op.inputs.first() == Some(&tensor))
     }
 
     /// Adds the draft of `op_id`.
@@ -228,7 +298,14 @@ impl<'a> Grouping<'a> {
         ops.sort_unstable();
         self.slots[first] = None;
         self.slots[second] = None;
-        self.put(at, Draft::Group(Group { ops, space }));
+        self.put(
+            at,
+            Draft::Group(Group {
+                ops,
+                recomputed: Vec::new(),
+                space,
+            }),
+        );
         Some(at)
     }
 
