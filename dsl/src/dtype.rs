@@ -47,9 +47,42 @@ impl fmt::Display for DType {
 }
 
 /// A constant inside an op; equal when the bits are equal, so that ops can be hashed.
-#[derive(Clone, Copy, Serialize, Deserialize)]
-#[serde(transparent)]
+///
+/// Its serialized form is the number; what JSON has no number for is the text `inf`, `-inf` or `NaN`.
+#[derive(Clone, Copy)]
 pub struct Scalar(pub f64);
+
+impl Serialize for Scalar {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.0.is_finite() {
+            serializer.serialize_f64(self.0)
+        } else {
+            serializer.collect_str(&self.0)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Number(f64),
+            Text(String),
+        }
+        match Form::deserialize(deserializer)? {
+            Form::Number(number) => Ok(Self(number)),
+            Form::Text(text) => match text.as_str() {
+                "inf" => Ok(Self(f64::INFINITY)),
+                "-inf" => Ok(Self(f64::NEG_INFINITY)),
+                "NaN" => Ok(Self(f64::NAN)),
+                _ => Err(serde::de::Error::custom(format!(
+                    "`{text}` is not a number"
+                ))),
+            },
+        }
+    }
+}
 
 impl PartialEq for Scalar {
     fn eq(&self, other: &Self) -> bool {

@@ -6,6 +6,7 @@
 //!
 //! Tensors and ops are named by paths such as `layers[3].attn.wq`; an op bears the name of its first result.
 
+pub mod text;
 pub mod verify;
 pub mod analysis;
 

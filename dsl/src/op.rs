@@ -82,12 +82,17 @@ pub struct Group {
 pub enum OpKind {
     /// `(x[dim, rest..], idx[i..]) -> [i.., rest..]`: rows of x by index (embedding).
     /// Indices outside `[offset, offset + |dim|)` give zeros.
-    Gather { dim: Dim, offset: usize },
+    Gather {
+        dim: Dim,
+        #[serde(default)]
+        offset: usize,
+    },
     /// `(idx[i..], y[i.., rest..]) -> [dim:size, rest..]`: sums rows by index (embedding gradient).
     /// Indices outside `[offset, offset + size)` are left out.
     ScatterAdd {
         dim: Dim,
         size: usize,
+        #[serde(default)]
         offset: usize,
     },
     /// `(a, b) -> [out..]`: the einsum of a and b by dim names; dims absent from `out` are summed.
@@ -124,10 +129,18 @@ pub enum OpKind {
     AttentionGrad(AttentionDims),
     /// `(x[.., dim], idx[..]) -> [..]`: the element of each row at its index; 0 where the index is
     /// outside `[offset, offset + |dim|)`.
-    Pick { dim: Dim, offset: usize },
+    Pick {
+        dim: Dim,
+        #[serde(default)]
+        offset: usize,
+    },
     /// `(logits[.., dim], lse[..], target[..], dloss[..]) -> dlogits`:
     /// (exp(logits − lse) − [i + offset = target]) · dloss, the gradient of lse − picked logit.
-    CrossEntropyGrad { dim: Dim, offset: usize },
+    CrossEntropyGrad {
+        dim: Dim,
+        #[serde(default)]
+        offset: usize,
+    },
     /// `(x) -> x` with its dims in another memory order.
     Transpose { dims: Vec<Dim> },
     /// `(x[.., from, ..]) -> [.., to, ..]`.
@@ -217,6 +230,7 @@ pub struct AttentionDims {
     pub scale: Scalar,
     pub causal: bool,
     /// Position of the first query of this rank.
+    #[serde(default)]
     pub offset: usize,
 }
 
@@ -231,6 +245,7 @@ pub struct MoeDims {
     pub n_experts: usize,
     pub capacity: usize,
     /// First expert of this rank.
+    #[serde(default)]
     pub offset: usize,
 }
 

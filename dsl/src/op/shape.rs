@@ -33,11 +33,13 @@ impl OpKind {
     /// # Errors
     /// The number, dims, sizes or element types of the inputs do not fit the op.
     pub fn infer(&self, inputs: &[&TensorType]) -> Result<Vec<TensorType>, OpError> {
-        infer(self, inputs).map_err(|reason| OpError {
-            op: self.name(),
-            at: String::new(),
-            reason,
-        })
+        infer(self, inputs)
+            .and_then(distinct)
+            .map_err(|reason| OpError {
+                op: self.name(),
+                at: String::new(),
+                reason,
+            })
     }
 }
 
@@ -424,6 +426,18 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             Err("its result depends on the rank: give the type where the op is made".into())
         }
     }
+}
+
+/// No result has a dim twice.
+fn distinct(types: Vec<TensorType>) -> Rule<Vec<TensorType>> {
+    for ty in &types {
+        for (dim_idx, (dim, _)) in ty.shape.iter().enumerate() {
+            if ty.shape[..dim_idx].iter().any(|(name, _)| name == dim) {
+                return Err(format!("dim `{dim}` would stand twice in the result {ty}"));
+            }
+        }
+    }
+    Ok(types)
 }
 
 /// Dims of the same name have the same size in all inputs (concatenation and routing aside).

@@ -3,6 +3,7 @@
 //! The ranks are stepped from collective to collective, each waiting for all members of its group.
 
 use super::VerifyError;
+use crate::graph::text::kind_text;
 use crate::graph::{Graph, Op, TensorType};
 use crate::op::OpKind;
 
@@ -151,12 +152,11 @@ fn inputs_fit(kind: &OpKind, a: &TensorType, b: &TensorType) -> bool {
 }
 
 fn place(graph: &Graph, op: &Op) -> String {
-    let group = op.kind.group().map_or(&[][..], |group| &group.ranks);
     let input = op.inputs.first().map(|id| graph.ty(*id).to_string());
     format!(
-        "{} `{}` of {} over {group:?}",
-        op.kind.name(),
+        "`{}`: {} of {}",
         graph.op_name(op),
+        kind_text(&op.kind),
         input.unwrap_or_default()
     )
 }
