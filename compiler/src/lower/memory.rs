@@ -3,7 +3,8 @@
 //! Enters: a local graph, its items in execution order and what each reads and writes.
 //! Leaves: an offset for every tensor, and the bytes alive at every item.
 //! Invariants: two storages overlap only if they are never alive together; sources are alive always;
-//! a value written in place is written by the last reader of what it replaces.
+//! a value written in place is written by the last reader of what it replaces, and no two results of
+//! one item share storage.
 
 use std::collections::BTreeMap;
 
@@ -221,17 +222,27 @@ impl<'a> Sharing<'a> {
     /// Lets results be written over inputs that die at their item, and over the sources they update.
     fn share_in_place(&mut self, accesses: &[Access]) {
         for (item_idx, access) in accesses.iter().enumerate() {
-            for (result, input) in &access.in_place {
-                let (result_root, input_root) = (self.root(*result), self.root(*input));
-                if result_root == input_root || self.first[result_root] < item_idx {
+            // A source's own update first: anything else would cost a copy at the end of the step.
+            let updates = |(result, input): &(TensorId, TensorId)| {
+                self.graph.updates.get(input) == Some(result)
+            };
+            let mut pairs = access.in_place.clone();
+            pairs.sort_by_key(|pair| !updates(pair));
+            for (result, input) in pairs {
+                let (result_root, input_root) = (self.root(result), self.root(input));
+                let is_written = access
+                    .writes
+                    .iter()
+                    .any(|other| *other != result && self.root(*other) == input_root);
+                if result_root == input_root || is_written || self.first[result_root] < item_idx {
                     continue;
                 }
-                let updates_input = self.graph.updates.get(input) == Some(result);
+                let updates_input = self.graph.updates.get(&input) == Some(&result);
                 let dies_here = self.last[input_root] == item_idx;
                 let read_later = self.read_end[input_root] > item_idx + 1;
-                let same_size = self.graph.ty(*result).n_bytes() == self.graph.ty(*input).n_bytes();
+                let same_size = self.graph.ty(result).n_bytes() == self.graph.ty(input).n_bytes();
                 if same_size && (dies_here || (updates_input && !read_later)) {
-                    self.join(*result, *input);
+                    self.join(result, input);
                 }
             }
         }
