@@ -106,3 +106,18 @@ pub fn simplify_ranks(graphs: &[Graph], options: &Options) -> Result<(Vec<Graph>
     tracing::debug!(?report, graph = first.name, "simplified");
     Ok((simplified, report))
 }
+
+/// Every way that was found to compute one tensor of the graphs, each as the graphs with that one
+/// change. The cheapest of them need not be among those that [`simplify_ranks`] would choose: this
+/// is for tests that evaluate them all. Quadratic in the size of the graphs.
+///
+/// # Errors
+/// Those of [`simplify_ranks`].
+pub fn variants(graphs: &[Graph], options: &Options) -> Result<Vec<Vec<Graph>>> {
+    let mut saturation = Saturation::new(graphs)?;
+    saturation.run(options)?;
+    extract::variants(&saturation, &options.prices)?
+        .iter()
+        .map(|choice| rebuild::rebuild(&saturation, choice, graphs))
+        .collect()
+}

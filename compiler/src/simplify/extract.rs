@@ -48,27 +48,32 @@ pub(super) fn extract(saturation: &Saturation, prices: &Prices) -> Result<Choice
     let state = best.ok_or_else(|| {
         SimplifyError::Internal("the graph that came in cannot be read back".into())
     })?;
-    let chosen: Vec<(usize, &Candidate)> = state
-        .choice
-        .iter()
-        .enumerate()
-        .filter(|(class_idx, _)| state.n_readers[*class_idx] > 0)
-        .filter_map(|(class_idx, choice)| {
-            Some((class_idx, &problem.candidates[class_idx][(*choice)?]))
-        })
-        .collect();
-    Ok(Choice {
-        price_s: chosen
-            .iter()
-            .map(|(_, candidate)| candidate.price_s - candidate.novelty_s)
-            .sum(),
-        nodes: chosen
-            .into_iter()
-            .map(|(class_idx, candidate)| (problem.ids[class_idx], candidate.node.clone()))
-            .collect(),
-    })
+    Ok(state.chosen())
 }
 
+/// The input's own choice with one class computed in another way, for every class that it computes
+/// and every way that was found. Quadratic: for tests of soundness.
+pub(super) fn variants(saturation: &Saturation, prices: &Prices) -> Result<Vec<Choice>> {
+    let problem = Problem::new(saturation, prices)?;
+    let start = problem.input_choice();
+    let Some(state) = State::new(&problem, start.clone()) else {
+        return Err(SimplifyError::Internal(
+            "the graph that came in cannot be read back".into(),
+        ));
+    };
+    let mut choices = Vec::new();
+    for (class_idx, candidates) in problem.candidates.iter().enumerate() {
+        if state.n_readers[class_idx] == 0 {
+            continue;
+        }
+        for candidate_idx in 0..candidates.len() {
+            let mut choice = start.clone();
+            choice[class_idx] = Some(candidate_idx);
+            choices.extend(State::new(&problem, choice).map(|state| state.chosen()));
+        }
+    }
+    Ok(choices)
+}
 struct Candidate {
     node: Node,
     /// Novelty included.
@@ -253,6 +258,24 @@ impl<'a> State<'a> {
             .iter()
             .all(|root| !state.is_cyclic(*root))
             .then_some(state)
+    }
+
+    /// The nodes of the classes that are computed.
+    fn chosen(&self) -> Choice {
+        let needed = (0..self.choice.len()).filter(|class_idx| self.n_readers[*class_idx] > 0);
+        let chosen: Vec<(Id, &Candidate)> = needed
+            .filter_map(|class_idx| Some((self.problem.ids[class_idx], self.candidate(class_idx)?)))
+            .collect();
+        Choice {
+            price_s: chosen
+                .iter()
+                .map(|(_, candidate)| candidate.price_s - candidate.novelty_s)
+                .sum(),
+            nodes: chosen
+                .into_iter()
+                .map(|(id, candidate)| (id, candidate.node.clone()))
+                .collect(),
+        }
     }
 
     fn candidate(&self, class_idx: usize) -> Option<&'a Candidate> {

@@ -315,7 +315,7 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             let mut total = 0;
             for input in inputs {
                 total += has(input, dim)?;
-                if input.dtype != first.dtype || without(input, &[dim]) != without(first, &[dim]) {
+                if resized(input, dim, 0) != resized(first, dim, 0) {
                     return Err(format!(
                         "{input} and {first} differ in more than dim `{dim}`"
                     ));
