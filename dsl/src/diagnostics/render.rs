@@ -308,6 +308,32 @@ mod tests {
     }
 
     #[test]
+    fn json_is_lossless() {
+        let diagnostic = Diagnostic::warning("m")
+            .code("W1")
+            .at(Span::new(SourceId(1), 2, 3), "")
+            .also(Span::new(SourceId(0), 0, 1), "l")
+            .help("h")
+            .fix(Span::new(SourceId(1), 2, 3), "r", "f");
+        let json = serde_json::to_string(&diagnostic).unwrap();
+        insta::assert_snapshot!(json, @r#"{"severity":"warning","class":"invalid","code":"W1","message":"m","primary":{"span":{"source":1,"start":2,"end":3}},"secondary":[{"span":{"source":0,"start":0,"end":1},"message":"l"}],"help":["h"],"fixes":[{"message":"f","span":{"source":1,"start":2,"end":3},"replacement":"r"}]}"#);
+        assert_eq!(
+            serde_json::from_str::<Diagnostic>(&json).unwrap(),
+            diagnostic
+        );
+    }
+
+    #[test]
+    fn fixes_apply() {
+        let mut sources = Sources::new();
+        let text = "messh a = dp:2\npn x : [a]\n";
+        let source = sources.add("x", text);
+        let parsed = crate::weave::parse(text, source);
+        let fixed = crate::diagnostics::apply_fixes(text, source, &parsed.diagnostics);
+        assert_eq!(fixed, "mesh a = dp:2\npin x : [a]\n");
+    }
+
+    #[test]
     fn any_span_renders() {
         let mut sources = Sources::new();
         let id = sources.add("x", "aé\r\nb\n");

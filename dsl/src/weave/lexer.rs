@@ -117,9 +117,36 @@ impl<'a> Lexer<'a> {
         }
     }
 
+    /// Whether what is here goes on with a name, as the `5` in `w*5.3d` and the `2` in `x-2.3d`.
+    fn is_within_name(&self) -> bool {
+        let mut before = self.tokens.iter().rev();
+        let mut end = self.at;
+        let mut adjacent = || {
+            let token = before.next().filter(|token| token.end == end)?;
+            end = token.start;
+            Some(&token.tok)
+        };
+        match adjacent() {
+            Some(Tok::Sign("*")) => true,
+            Some(Tok::Sign("-")) => {
+                matches!(adjacent(), Some(Tok::Word | Tok::Number | Tok::Sign("*")))
+            }
+            _ => false,
+        }
+    }
+
     /// A number, or a word that begins with a digit.
     fn number(&mut self) {
         let rest = self.rest();
+        if self.is_within_name() {
+            // Here `5.3` is no decimal number: the dot parts two names.
+            let whole = rest.find(|c| !is_word(c)).unwrap_or(rest.len());
+            let run = rest.get(..whole).unwrap_or_default();
+            let is_number = run.chars().all(|c| c.is_ascii_digit() || c == '_');
+            let tok = if is_number { Tok::Number } else { Tok::Word };
+            self.push(tok, self.at + whole);
+            return;
+        }
         let number = number_length(rest);
         let tail = rest.get(number..).unwrap_or_default();
         let tail_length = tail.find(|c| !is_word(c)).unwrap_or(tail.len());

@@ -11,7 +11,8 @@ use proptest::sample::select;
 fn name() -> impl Strategy<Value = Name> {
     const SPECIAL: &[&str] = &[
         "zb-h1", "1f1b", "main", "x-2", "override", "over", "on", "within", "rest", "except",
-        "weight", "key", "a-b-c", "_", "F", "mb", "none", "golden", "mesh", "3d",
+        "weight", "key", "a-b-c", "_", "F", "mb", "none", "golden", "mesh", "3d", "x-1e-5",
+        "2s-3s",
     ];
     prop_oneof![
         2 => "[a-zA-Z_][a-zA-Z0-9_]{0,6}",
@@ -24,7 +25,9 @@ fn pattern() -> impl Strategy<Value = Pattern> {
     prop_oneof![
         3 => "[a-z_][a-z0-9_]{0,5}",
         1 => "[a-z*][a-z0-9_*]{1,4}",
-        1 => "[a-z*]{1,2}-[a-z*]{1,2}",
+        1 => "[a-z*]{1,2}-[a-z0-9*]{1,2}",
+        1 => "[a-z*][0-9*]{1,2}",
+        1 => "[1-9][a-z]",
     ]
     .prop_filter_map("a pattern", |text| Pattern::new(&text).ok())
 }
@@ -105,7 +108,7 @@ fn unique<T, K: PartialEq>(items: Vec<T>, key: impl Fn(&T) -> K) -> Vec<T> {
 }
 
 fn axis_ref() -> impl Strategy<Value = AxisRef> + Clone {
-    const NAMES: &[&str] = &["tp", "dp", "main", "t", "zb-h1"];
+    const NAMES: &[&str] = &["tp", "dp", "main", "t", "zb-h1", "x-2", "3d"];
     let name = select(NAMES).prop_map(|text| Name::new(text).unwrap());
     (option::of(name.clone()), name).prop_map(|(mesh, axis)| AxisRef { mesh, axis })
 }

@@ -275,3 +275,71 @@ impl Expr {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Statement;
+    use super::*;
+    use crate::diagnostics::SourceId;
+    use crate::weave::parse;
+
+    /// The order of a rank's actions under the keys of `text`.
+    fn order(text: &str, ranks: i64, rank: i64, microbatches: i64) -> String {
+        let document = parse(text, SourceId(0)).document;
+        let Some(Statement::Schedule(schedule)) = document.statements().map(|s| &s.node).next()
+        else {
+            panic!("{text} is a schedule");
+        };
+        let ScheduleBody::Key(keys) = &schedule.body else {
+            panic!("{text} has keys");
+        };
+        let mut actions = Vec::new();
+        for (microbatch, key) in (0..microbatches).flat_map(|mb| keys.iter().map(move |k| (mb, k)))
+        {
+            let value_of = |var| match var {
+                Var::Microbatch => microbatch,
+                Var::Microbatches => microbatches,
+                Var::Rank | Var::Stage => rank,
+                Var::Ranks => ranks,
+                Var::Chunk => 0,
+                Var::Chunks => 1,
+            };
+            let values: Result<Vec<i64>, ExprError> =
+                key.key.iter().map(|expr| expr.eval(&value_of)).collect();
+            actions.push((values, format!("{}{microbatch}", key.action.text())));
+        }
+        actions.sort_by_key(|(values, _)| values.clone().unwrap());
+        let names: Vec<String> = actions.into_iter().map(|(_, name)| name).collect();
+        names.join(" ")
+    }
+
+    #[test]
+    fn order_keys_give_1f1b() {
+        let text = "schedule x = key F:(mb,0) B:(mb+P-r,-1)";
+        assert_eq!(order(text, 3, 0, 4), "F0 F1 F2 B0 F3 B1 B2 B3");
+        assert_eq!(order(text, 3, 1, 4), "F0 F1 B0 F2 B1 F3 B2 B3");
+        assert_eq!(order(text, 3, 2, 4), "F0 B0 F1 B1 F2 B2 F3 B3");
+    }
+
+    #[test]
+    fn expressions_are_checked() {
+        let eval = |text: &str| {
+            let text = format!("schedule x = key F:({text})");
+            let document = parse(&text, SourceId(0)).document;
+            let statement = document.statements().next().map(|s| s.node.clone());
+            let Some(Statement::Schedule(schedule)) = statement else {
+                panic!("{text} is a schedule");
+            };
+            let ScheduleBody::Key(keys) = &schedule.body else {
+                panic!("{text} has keys");
+            };
+            keys[0].key[0].eval(&|_| i64::MAX)
+        };
+        assert_eq!(eval("1-2-3*-4"), Ok(11));
+        assert_eq!(eval("-7/2"), Ok(-4));
+        assert_eq!(eval("-7%2"), Ok(1));
+        assert_eq!(eval("min(3,max(1,2),5)"), Ok(2));
+        assert_eq!(eval("1/(2-2)"), Err(ExprError::Invalid));
+        assert_eq!(eval("mb+1"), Err(ExprError::Exhausted));
+    }
+}
