@@ -51,6 +51,7 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             let [x, idx] = take(inputs)?;
             is_index(idx)?;
             has(x, dim)?;
+            has_not(idx, dim)?;
             one(TensorType {
                 dtype: x.dtype,
                 shape: joined(idx, &without(x, &[dim]))?,
@@ -62,6 +63,7 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             for index_dim in idx.dims() {
                 has(y, index_dim)?;
             }
+            has_not(y, dim)?;
             let rest: Vec<_> = y
                 .shape
                 .iter()
@@ -329,6 +331,9 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             if *k > size || *k == 0 {
                 return Err(format!("takes the {k} greatest of {size}"));
             }
+            if choice == dim {
+                return Err(format!("the choices and what is chosen from are both `{dim}`"));
+            }
             let mut shape = rows_of(x, dim)?;
             shape.push((choice.clone(), *k));
             Ok(vec![
@@ -477,6 +482,15 @@ fn take<'a, const N: usize>(inputs: &[&'a TensorType]) -> Rule<[&'a TensorType; 
 fn has(ty: &TensorType, dim: &Dim) -> Rule<usize> {
     ty.size_of(dim)
         .ok_or_else(|| format!("{ty} has no dim `{dim}`"))
+}
+
+/// What an index selects along is another dim than those of the index.
+fn has_not(ty: &TensorType, dim: &Dim) -> Rule<()> {
+    if ty.has(dim) {
+        Err(format!("{ty} already has the indexed dim `{dim}`"))
+    } else {
+        Ok(())
+    }
 }
 
 fn is_index(ty: &TensorType) -> Rule<()> {
