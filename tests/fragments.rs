@@ -662,3 +662,109 @@ fn decoders() {
         );
     }
 }
+
+/// Random graphs of everything that fuses, over small and odd sizes: whatever is grouped, delayed,
+/// advanced or recomputed, the values stay.
+#[test]
+fn random_graphs() {
+    for seed in 1..=10_u64 {
+        let mut case = Case::new();
+        case.seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let pick = |case: &mut Case, n: usize| ((case.next() + 1.0) / 2.0 * n as f64) as usize;
+        let sizes = [1, 2, 3, 5, 8, 17, 40];
+        let size = |case: &mut Case| sizes[pick(case, sizes.len())];
+        let (batch, seq, embed) = (size(&mut case), size(&mut case), 2 + size(&mut case));
+        let (b, s, e) = (("batch", batch), ("seq", seq), ("embed", embed));
+        let weight = case.noise(&[e]);
+        let scalar = case.noise(&[]);
+        let table = case.noise(&[("vocab", 9), e]);
+        let idx = case.indices(&[b, s], 9);
+        let w = case.noise(&[e, ("other", embed)]);
+        let first = [case.noise(&[b, s, e]), case.noise(&[b, s, e])];
+        let mut full = first.to_vec();
+        let mut rows = vec![case.noise(&[b, s])];
+        for _ in 0..40 {
+            let x = full[pick(&mut case, full.len())];
+            let y = full[pick(&mut case, full.len())];
+            let r = rows[pick(&mut case, rows.len())];
+            let dim_e = dim("embed");
+            let eps = Scalar(0.1);
+            // Squashed, so that chains of products neither vanish nor explode.
+            let squash = OpKind::Unary(UnaryFn::Tanh);
+            match pick(&mut case, 14) {
+                0 => full.extend(case.op(squash, &[x])),
+                1 => full.extend(case.op(OpKind::Unary(UnaryFn::Silu), &[x])),
+                2 => {
+                    let sum = case.op(OpKind::Binary(BinaryFn::Add), &[x, y]);
+                    full.extend(case.op(squash, &sum));
+                }
+                3 => full.extend(case.op(OpKind::Binary(BinaryFn::Mul), &[x, weight])),
+                4 => full.extend(case.op(OpKind::Binary(BinaryFn::Mul), &[r, x])),
+                5 => full.extend(case.op(OpKind::Binary(BinaryFn::SiluGrad), &[x, y])),
+                6 => {
+                    let norm = case.op(OpKind::RmsNorm { dim: dim_e, eps }, &[x, weight]);
+                    full.push(norm[0]);
+                    rows.push(norm[1]);
+                    if pick(&mut case, 2) == 0 {
+                        let kind = OpKind::RmsNormGrad { dim: dim("embed") };
+                        let grad = case.op(kind, &[x, weight, norm[1], y]);
+                        full.push(grad[0]);
+                        case.output(&grad[1..]);
+                    }
+                }
+                7 => full.extend(case.op(OpKind::Softmax { dim: dim_e }, &[x])),
+                8 => {
+                    let kind = ReduceKind::Lse;
+                    let dims = vec![dim_e];
+                    rows.extend(case.op(OpKind::Reduce { kind, dims }, &[x]));
+                }
+                9 => {
+                    let product = case.op(OpKind::Binary(BinaryFn::Mul), &[x, y]);
+                    let kind = ReduceKind::Sum;
+                    let dims = vec![[dim("embed")], [dim("seq")], [dim("batch")]]
+                        .swap_remove(pick(&mut case, 3))
+                        .to_vec();
+                    let is_row = dims[0] == dim("embed");
+                    let sum = case.op(OpKind::Reduce { kind, dims }, &product);
+                    let sum = case.op(squash, &sum);
+                    if is_row {
+                        rows.extend(sum);
+                    } else {
+                        case.output(&sum);
+                    }
+                }
+                10 => {
+                    let product = case.op(OpKind::Binary(BinaryFn::Mul), &[r, scalar]);
+                    rows.extend(case.op(squash, &product));
+                }
+                11 => {
+                    let kind = OpKind::Gather {
+                        dim: dim("vocab"),
+                        offset: 1,
+                    };
+                    full.extend(case.op(kind, &[table, idx]));
+                }
+                12 => {
+                    let kind = OpKind::ScatterAdd {
+                        dim: dim("vocab"),
+                        size: 9,
+                        offset: 0,
+                    };
+                    let sums = case.op(kind, &[idx, x]);
+                    case.output(&sums);
+                }
+                _ => {
+                    let out = [dim("batch"), dim("seq"), dim("other")].to_vec();
+                    let product = case.op(OpKind::Contract { out }, &[x, w])[0];
+                    let (from, to) = (dim("other"), dim_e);
+                    let product = case.op(OpKind::Rename { from, to }, &[product])[0];
+                    let sum = case.op(OpKind::Binary(BinaryFn::Add), &[x, product]);
+                    full.extend(case.op(squash, &sum));
+                }
+            }
+        }
+        case.output(&full[full.len() - 2..]);
+        case.output(&rows[rows.len() - 1..]);
+        case.check(2e-4);
+    }
+}

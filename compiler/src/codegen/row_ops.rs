@@ -76,6 +76,7 @@ pub fn lower_group(
         args: Vec::new(),
         arg_of: BTreeMap::new(),
         written: Vec::new(),
+        exponentials: BTreeMap::new(),
     };
     for op in ops {
         lowering.op(graph.op(*op))?;
@@ -142,6 +143,8 @@ struct Lowering<'a> {
     arg_of: BTreeMap<TensorId, ArgId>,
     /// Results that are already written.
     written: Vec<TensorId>,
+    /// For each log-sum-exp made here: what it was taken of, the exponentials and their sum.
+    exponentials: BTreeMap<TensorId, (TensorId, Val, Val)>,
 }
 
 impl Lowering<'_> {
@@ -239,8 +242,18 @@ impl Lowering<'_> {
             OpKind::CrossEntropyGrad { offset, .. } => {
                 let (logits, lse) = (self.input(op, 0)?, self.input(op, 1)?);
                 let (target, dloss) = (self.input(op, 2)?, self.input(op, 3)?);
-                let centered = self.b.sub(logits, lse);
-                let p = self.b.exp(centered);
+                let p = match self.exponentials.get(&op.inputs[1]) {
+                    // exp(x − lse) is at hand as exp(x − max) / Σ exp(x − max).
+                    Some(&(of, exp, sum)) if of == op.inputs[0] => {
+                        let one = self.b.f32(1.0);
+                        let inverse = self.b.div(one, sum);
+                        self.b.mul(exp, inverse)
+                    }
+                    _ => {
+                        let centered = self.b.sub(logits, lse);
+                        self.b.exp(centered)
+                    }
+                };
                 let lane = self.b.lane_index();
                 let first = self.index_constant(*offset)?;
                 let place = self.b.sub(target, first);
@@ -462,10 +475,12 @@ impl Lowering<'_> {
                         reason: "logsumexp over several dims; merge them first".to_string(),
                     });
                 }
-                let (max, _, sum) = {
+                let (max, exp, sum) = {
                     let x = self.widened(x);
                     softmax_parts(&mut self.b, x)
                 };
+                let (of, lse) = (op.inputs[0], self.result(op, 0)?);
+                self.exponentials.insert(lse, (of, exp, sum));
                 let log = self.b.unary(UnaryOp::Log, sum);
                 let lse = self.b.add(max, log);
                 return self.define(op, 0, lse);
