@@ -10,6 +10,10 @@ mod settings;
 mod model;
 mod cluster;
 mod job;
+mod mesh;
+mod select;
+mod tactics;
+mod direct;
 
 use std::path::{Path, PathBuf};
 
@@ -19,6 +23,8 @@ use meshweave_dsl::weave::ast::{
     Document, Header, Init as InitStatement, MemoryItem, OffloadTo, RecomputePolicy, Reference,
     Spanned, Statement,
 };
+
+pub use direct::direct;
 
 use crate::differentiate::Optimizer;
 use crate::model::{DecoderConfig, Goal};
@@ -146,6 +152,10 @@ fn request(
     let cluster = header.and_then(|(header, _)| {
         cluster::resolve_cluster(document, &header.cluster, base_dir, sources, diagnostics)
     });
+    if let Some(cluster) = &cluster {
+        // Only for its findings: the candidates belong to the directives.
+        mesh::Meshes::resolve(document, cluster, diagnostics);
+    }
     let step = found.as_ref().and_then(|(_, step)| *step);
     let (mut job, mut init, mut data) = (None, Init::default(), None);
     let mut solve = SolveLimits::default();
