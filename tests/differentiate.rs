@@ -617,6 +617,7 @@ fn latent_attention_with_limited_groups() {
         nope: 2,
         rope: 4,
         value: 3,
+        eps: 1e-6,
     });
     config.positions = Positions::Rope(RopeTable {
         theta: 100.0,

@@ -1,6 +1,7 @@
 //! Functions between the types of `meshweave-dsl`.
 
 pub mod model;
+pub mod import;
 pub mod differentiate;
 pub mod simplify;
 pub mod resolve;

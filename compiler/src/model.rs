@@ -70,6 +70,12 @@ pub fn build_decoder(
             "a step of {batch} sequences of {seq} tokens is empty: give at least 1 of each"
         )));
     }
+    if let Some(window) = config.attention.window.filter(|window| seq > *window) {
+        return Err(ModelError::Unsupported(format!(
+            "model `{}` attends to a sliding window of {window} tokens, which is not implemented for a sequence of {seq}: lower `seq` to {window}",
+            config.name
+        )));
+    }
     let mut b = GraphBuilder::new(&config.name);
     let b = &mut b;
     let tokens = b.input("tokens", DType::I32, [("batch", batch), ("seq", seq)])?;

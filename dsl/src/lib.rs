@@ -11,6 +11,7 @@ pub mod dtype;
 pub mod op;
 pub mod graph;
 pub mod build;
+pub mod weights;
 pub mod cluster;
 pub mod layout;
 pub mod plan;

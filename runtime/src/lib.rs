@@ -18,6 +18,7 @@ pub mod data;
 pub mod executor;
 pub mod artifact;
 pub mod checkpoint;
+pub mod pretrained;
 pub mod profile;
 pub mod reference;
 

@@ -130,7 +130,7 @@ impl Model<'_> {
             Some(rank) => {
                 let latent = [("q_latent", rank)];
                 let c = self.projection(b, layer_idx, Part::WqA, "q_a", x, "embed", &latent)?;
-                (self.latent_norm(b, "q_a", c, latent)?, "q_latent")
+                (self.latent_norm(b, "q_a", c, latent, mla.eps)?, "q_latent")
             }
         };
         let dims = per_head("head", mla.nope);
@@ -142,7 +142,7 @@ impl Model<'_> {
 
         let latent = [("kv_latent", mla.kv_rank)];
         let c = self.projection(b, layer_idx, Part::WkvA, "kv_a", x, "embed", &latent)?;
-        let c = self.latent_norm(b, "kv_a", c, latent)?;
+        let c = self.latent_norm(b, "kv_a", c, latent, mla.eps)?;
         let dims = per_head("head", mla.nope);
         let k_nope =
             self.projection(b, layer_idx, Part::WkNope, "k_nope", c, "kv_latent", &dims)?;
@@ -171,6 +171,7 @@ impl Model<'_> {
         name: &str,
         x: TensorId,
         shape: [(&'static str, usize); 1],
+        eps: f64,
     ) -> Built {
         let [(dim, _)] = shape;
         let weight = b.param(
@@ -179,13 +180,7 @@ impl Model<'_> {
             shape,
             Init::Ones,
         )?;
-        Ok(b.rms_norm(
-            &format!("{name}.normed"),
-            x,
-            weight,
-            dim,
-            self.config.norm.eps,
-        )?)
+        Ok(b.rms_norm(&format!("{name}.normed"), x, weight, dim, eps)?)
     }
 
     /// `x · w{name}[from, dims..]`: `[batch, seq, dims..]`, called `name`.

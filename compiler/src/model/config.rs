@@ -74,6 +74,9 @@ pub struct AttentionConfig {
     /// Factor on q kᵀ; 1/√head when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<f64>,
+    /// A token sees at most this many, itself included; sequences that exceed it are refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mla: Option<Mla>,
 }
@@ -102,6 +105,8 @@ pub struct Mla {
     pub rope: usize,
     /// Width of a value.
     pub value: usize,
+    /// Of the norms of the latents.
+    pub eps: f64,
 }
 
 /// A feed-forward block: `(act(x wg) ⊙ (x wu)) wd` when gated, else `act(x wu) wd`.

@@ -78,6 +78,7 @@ impl DecoderConfig {
                 bias: AttentionBias::default(),
                 qk_norm: false,
                 scale: None,
+                window: None,
                 mla: None,
             },
             ffn: FfnConfig {

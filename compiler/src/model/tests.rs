@@ -78,6 +78,7 @@ fn deepseek() -> DecoderConfig {
         nope: 16,
         rope: 8,
         value: 12,
+        eps: 1e-6,
     });
     config.positions = Positions::Rope(RopeTable {
         theta: 10000.0,

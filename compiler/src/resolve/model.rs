@@ -342,6 +342,7 @@ fn llama_config(definition: &Definition, s: &mut Settings<'_>) -> Option<Decoder
             bias: AttentionBias::default(),
             qk_norm: false,
             scale: None,
+            window: None,
             mla: None,
         },
         ffn: FfnConfig {
