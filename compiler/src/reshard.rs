@@ -266,48 +266,41 @@ impl PartialEq for Reached {
 
 impl Eq for Reached {}
 
-/// Every step that could be part of a shortest path. An axis that already stands where `to` has it,
-/// with the same axes major to it, stays.
+/// Every step from a layout, but away from partial values that `to` holds too.
 fn steps_from(layout: &Layout, to: &Layout, ty: &TensorType, mesh: &Mesh) -> Vec<Step> {
     let mut steps = Vec::new();
     for (axis, degree) in mesh.axes() {
         if *degree < 2 {
             continue;
         }
-        if let Some(kind) = layout.partial.get(axis) {
-            if to.partial.contains_key(axis) {
+        let axis = axis.clone();
+        if let Some(kind) = layout.partial.get(&axis).copied() {
+            if to.partial.contains_key(&axis) {
                 continue;
             }
-            steps.push(Step::AllReduce {
-                kind: *kind,
-                axis: axis.clone(),
-            });
             steps.extend(ty.dims().map(|dim| Step::ReduceScatter {
-                kind: *kind,
+                kind,
                 dim: dim.clone(),
                 axis: axis.clone(),
             }));
-        } else if let Some(from) = layout.dim_of(axis) {
-            let (here, there) = (layout.axes_of(from), to.axes_of(from));
-            if here.last() != Some(axis) || there.starts_with(here) {
+            steps.push(Step::AllReduce { kind, axis });
+        } else if let Some(from) = layout.dim_of(&axis).cloned() {
+            if layout.axes_of(&from).last() != Some(&axis) {
                 continue;
             }
-            steps.push(Step::AllGather {
-                dim: from.clone(),
-                axis: axis.clone(),
-            });
-            let others = ty.dims().filter(|dim| *dim != from);
+            let others = ty.dims().filter(|dim| **dim != from);
             steps.extend(others.map(|dim| Step::AllToAll {
                 from: from.clone(),
                 to: dim.clone(),
                 axis: axis.clone(),
             }));
-        } else if let Some(dim) = to.dim_of(axis) {
-            // Slicing another dim first only pays when the axis moves on, which costs more.
-            steps.push(Step::Slice {
+            steps.push(Step::AllGather { dim: from, axis });
+        } else {
+            // Also over dims that `to` has whole: a reduction of slices may be cheaper.
+            steps.extend(ty.dims().map(|dim| Step::Slice {
                 dim: dim.clone(),
                 axis: axis.clone(),
-            });
+            }));
         }
     }
     steps
@@ -386,17 +379,14 @@ mod tests {
         }
     }
 
-    fn path(from: Layout, to: Layout) -> Vec<String> {
-        reshard_path_by(&from, &to, &ty(), &mesh(), price)
-            .unwrap()
-            .iter()
-            .map(Step::to_string)
-            .collect()
-    }
-
     #[test]
     fn takes_the_collective_made_for_it() {
         let none = Layout::replicated;
+        let path = |from: Layout, to: Layout| -> Vec<String> {
+            let mesh = Mesh::new([("dp", 1), ("tp", 4)]);
+            let steps = reshard_path_by(&from, &to, &ty(), &mesh, price).unwrap();
+            steps.iter().map(Step::to_string).collect()
+        };
         assert!(path(none().shard("batch", "dp"), none().shard("batch", "dp")).is_empty());
         assert_eq!(
             path(
@@ -413,10 +403,16 @@ mod tests {
             path(none().partial("tp", ReduceKind::Sum), none()),
             ["all_reduce sum(tp)"]
         );
-        assert_eq!(
-            path(none(), none().shard("seq", "tp").shard("seq", "cp")),
-            ["slice seq/tp", "slice seq/cp"]
-        );
+    }
+
+    #[test]
+    fn reduces_slices_where_copies_stand_by() {
+        let from = Layout::replicated().partial("tp", ReduceKind::Sum);
+        let steps = reshard_path_by(&from, &Layout::replicated(), &ty(), &mesh(), price).unwrap();
+        let names: Vec<String> = steps.iter().map(Step::to_string).collect();
+        // Each of the copies along cp and dp reduces a part, and they exchange what they have.
+        assert_eq!(names.first().map(String::as_str), Some("slice batch/cp"));
+        assert!(names.contains(&"all_reduce sum(tp)".into()), "{names:?}");
     }
 
     #[test]

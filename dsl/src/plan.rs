@@ -85,6 +85,80 @@ pub struct Plan {
     /// The layout in which each source (input, parameter, state, constant) is kept between steps;
     /// replicated where absent. Updated values return to it.
     pub sources: BTreeMap<TensorId, Layout>,
+    /// How good it is, where a search made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<Certificate>,
+}
+
+/// What is known about how good a plan is.
+///
+/// Invariant: `lower_bound_s ≤ predicted_s` and `gap = 1 − lower_bound_s / predicted_s`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// Name of the cluster that prices are of.
+    pub cluster: String,
+    /// Seconds of a step, computing and communicating one after the other.
+    pub predicted_s: f64,
+    /// No plan of the searched space is faster.
+    pub lower_bound_s: f64,
+    /// Part of the predicted time that a better plan might save.
+    pub gap: f64,
+    pub parts: TimeParts,
+    pub memory: MemoryParts,
+    /// Bytes a device may use.
+    pub budget_bytes: f64,
+    /// What was searched, in words.
+    pub searched: Vec<String>,
+    /// What was not, in words.
+    pub not_searched: Vec<String>,
+    /// All meshes looked at, fastest first; the plan's own is the first.
+    pub meshes: Vec<MeshResult>,
+}
+
+/// Where the predicted seconds go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TimeParts {
+    /// Contractions and attention.
+    pub matmul_s: f64,
+    /// All other compute.
+    pub vector_s: f64,
+    /// Collectives, and slices between layouts.
+    pub reshard_s: f64,
+}
+
+/// Predicted bytes of one device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryParts {
+    /// Parameters, optimizer state, inputs and constants.
+    pub kept_bytes: f64,
+    /// Activations kept from forward to backward.
+    pub saved_bytes: f64,
+    pub gradient_bytes: f64,
+    /// The greatest operands and results of one op.
+    pub working_bytes: f64,
+}
+
+impl MemoryParts {
+    /// At the turn from forward to backward or at the end of backward, whichever is more.
+    pub fn peak_bytes(&self) -> f64 {
+        self.kept_bytes + self.saved_bytes.max(self.gradient_bytes) + self.working_bytes
+    }
+}
+
+/// What the search found on one mesh.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MeshResult {
+    pub mesh: Mesh,
+    /// Seconds of the best plan on it; `None` when nothing fits or it was pruned.
+    pub predicted_s: Option<f64>,
+    pub lower_bound_s: f64,
+    pub n_variables: usize,
+    pub n_constraints: usize,
+    /// Variables of the relaxation that were neither 0 nor 1.
+    pub n_fractional: usize,
+    /// Why there is no plan on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 impl Plan {
@@ -95,6 +169,7 @@ impl Plan {
             mesh,
             placements: vec![Placement::default(); graph.ops.len()],
             sources: BTreeMap::new(),
+            certificate: None,
         }
     }
 

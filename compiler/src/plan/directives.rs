@@ -1,73 +1,136 @@
-//! What a document demands of a plan.
+//! Directives: what a user's statements ask of the plan of one graph.
 //!
-//! Enters: resolved statements. Leaves: candidates and rules that name tensors and ops of one graph.
-//! Invariant: every rule remembers the statement it came from, for `explain` and for conflicts.
+//! Enters: statements, resolved to the tensors and ops of a graph. Leaves: what the search must keep.
+//! Invariant: every rule speaks of one tensor or op and carries its statement, so that messages can
+//! quote it; overlaps were settled before.
 
 use std::collections::BTreeMap;
 
 use meshweave_dsl::diagnostics::Span;
 use meshweave_dsl::graph::{OpId, TensorId};
-use meshweave_dsl::layout::{Mesh, ReduceKind};
+use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
 use meshweave_dsl::name::{Axis, Dim};
-use meshweave_dsl::plan::Plan;
+use meshweave_dsl::plan::{Placement, Plan};
 
-/// The decisions that are made already, and the limits of those that are not.
+/// All directives of a request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Directives {
-    /// Candidates; empty: all meshes of the cluster.
+    /// Candidates; all meshes of the cluster when empty.
     pub meshes: Vec<Mesh>,
     pub rules: Vec<Rule>,
-    /// Memory a device may use.
+    /// Bytes that a device may use.
     pub budget_bytes: Option<u64>,
-    /// A plan that is complete: nothing is searched.
+    /// A complete plan: nothing is searched, it is checked and priced again.
     pub replay: Option<Plan>,
 }
 
-/// One demand.
+/// One demand on one tensor or op.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
     pub subject: Subject,
     pub demand: Demand,
-    /// Of the statement.
     pub span: Span,
-    /// The statement as written.
+    /// The statement, for messages.
     pub text: String,
 }
 
-/// What a demand is about.
+/// What a rule is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
-    /// A source's kept layout, else the layout of its producer's result.
+    /// The layout in which a source is kept, else that in which its op leaves it.
     Tensor(TensorId),
-    /// The layout of an op's first result.
+    /// The factors over which an op is divided.
     Op(OpId),
 }
 
-/// How strict it is.
+/// What a rule asks for.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Demand {
     Pin(Pattern),
     Forbid(Pattern),
-    /// With a weight.
+    /// Anything else costs so many per cent of the fastest conceivable step.
     Prefer(Pattern, f64),
+    /// The axis splits one of the dims (any dim when none is named).
+    Over {
+        axis: Axis,
+        dims: Vec<Dim>,
+    },
+    /// The axis splits no dim.
+    NotOver {
+        axis: Axis,
+    },
 }
 
-/// A partial layout.
+/// A layout with open parts. A dim that is not named is unconstrained.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pattern {
-    /// A dim that is not named is not constrained.
     pub dims: BTreeMap<Dim, DimPattern>,
+    /// For a pin just these axes are partial; for the others at least these.
     pub partial: Vec<(ReduceKind, Axis)>,
 }
 
-/// What is said of one dim.
+/// One dim of a pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DimPattern {
     Unsharded,
-    /// Left to the search.
     Open,
-    /// Any axis (in `forbid`).
+    /// Split over at least one axis.
     AnyAxis,
-    /// Exactly these axes, major first.
+    /// Split over just these, major first.
     Axes(Vec<Axis>),
+}
+
+impl Demand {
+    /// Whether a layout on a mesh keeps the demand; preferences are always kept.
+    pub fn admits(&self, layout: &Layout, mesh: &Mesh) -> bool {
+        match self {
+            Self::Pin(pattern) => {
+                let is_asked = |axis: &Axis| pattern.partial.iter().any(|(_, one)| one == axis);
+                pattern.matches(layout, mesh) && layout.partial.keys().all(is_asked)
+            }
+            Self::Forbid(pattern) => !pattern.matches(layout, mesh),
+            Self::Prefer(..) => true,
+            Self::Over { axis, dims } => {
+                mesh.degree(axis) < 2
+                    || layout
+                        .dim_of(axis)
+                        .is_some_and(|dim| dims.is_empty() || dims.contains(dim))
+            }
+            Self::NotOver { axis } => layout.dim_of(axis).is_none(),
+        }
+    }
+}
+
+impl Pattern {
+    /// Whether a layout fits the pattern; axes of one rank mean nothing.
+    pub fn matches(&self, layout: &Layout, mesh: &Mesh) -> bool {
+        let is_real = |axis: &&Axis| mesh.degree(axis) > 1;
+        let mut partial = self.partial.iter().filter(|(_, axis)| is_real(&axis));
+        partial.all(|(kind, axis)| layout.partial.get(axis) == Some(kind))
+            && self.dims.iter().all(|(dim, pattern)| {
+                let axes = layout.axes_of(dim);
+                match pattern {
+                    DimPattern::Open => true,
+                    DimPattern::Unsharded => axes.is_empty(),
+                    DimPattern::AnyAxis => !axes.is_empty(),
+                    DimPattern::Axes(asked) => asked.iter().filter(is_real).eq(axes),
+                }
+            })
+    }
+}
+
+/// The placement of an op seen as a layout: factors are its dims, partial sums carried through are
+/// partial.
+pub fn placement_layout(placement: &Placement, mesh: &Mesh) -> Layout {
+    let mut layout = Layout::replicated();
+    for (axis, degree) in mesh.axes() {
+        match placement.factors.get(axis) {
+            Some(factor) if *degree > 1 && factor.as_str() == meshweave_dsl::op::PARTIAL_FACTOR => {
+                layout = layout.partial(axis, ReduceKind::Sum);
+            }
+            Some(factor) if *degree > 1 => layout = layout.shard(factor, axis),
+            _ => {}
+        }
+    }
+    layout
 }

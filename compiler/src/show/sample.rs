@@ -417,6 +417,7 @@ fn plan(graph: &Graph, mesh: Mesh) -> Plan {
         mesh,
         placements,
         sources,
+        certificate: None,
     }
 }
 

@@ -1,0 +1,189 @@
+//! What a graph says about its plans, whatever the mesh.
+//!
+//! Enters: a graph. Leaves: makers and readers, phases, what is saved and fused, and the seconds of an
+//! op on local types.
+//! Invariant: the ops before `n_forward` are those of the forward phase, as in partitioning.
+
+use std::collections::BTreeSet;
+
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::dtype::DType;
+use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
+use meshweave_dsl::name::Dim;
+use meshweave_dsl::op::OpKind;
+
+use super::cost::{contract_seconds, fragment_seconds};
+
+/// What the graph says, independent of the grid.
+pub struct Facts {
+    pub producers: Vec<Option<OpId>>,
+    pub consumers: Vec<Vec<OpId>>,
+    pub n_forward: usize,
+    pub total_flops: f64,
+    /// Dims that attention and rope need whole: splitting contractions along them only moves data.
+    pub whole_dims: BTreeSet<Dim>,
+    /// Temps that stay inside a fused fragment.
+    pub is_fused: Vec<bool>,
+    pub is_gradient: Vec<bool>,
+    /// Forward temps that backward ops read.
+    pub is_saved: Vec<bool>,
+}
+
+impl Facts {
+    /// The facts of a graph. Linear in its size.
+    pub fn new(graph: &Graph) -> Self {
+        let producers = graph.producers();
+        let consumers = graph.consumers();
+        let n_forward = n_forward_ops(graph, &producers);
+        let mut whole_dims = BTreeSet::new();
+        let mut total_flops = 0.0;
+        for (_, op) in graph.ops() {
+            match &op.kind {
+                OpKind::Attention(dims) | OpKind::AttentionGrad(dims) => {
+                    whole_dims.extend([dims.head.clone(), dims.value.clone()]);
+                }
+                OpKind::Rope { dim, .. } => {
+                    whole_dims.insert(dim.clone());
+                }
+                _ => {}
+            }
+            let (inputs, results) = op_types(graph, op);
+            total_flops += op.kind.n_flops(&inputs, &results);
+        }
+        let fuses = |op_id: OpId| is_fusible(&graph.op(op_id).kind);
+        let is_fused = graph
+            .tensor_ids()
+            .map(|id| {
+                producers[id.index()].is_some_and(fuses)
+                    && matches!(consumers[id.index()].as_slice(), [reader] if fuses(*reader))
+                    && !graph.outputs.contains(&id)
+            })
+            .collect();
+        let mut is_gradient = vec![false; graph.tensors.len()];
+        for gradient in graph.gradients.values() {
+            is_gradient[gradient.index()] = true;
+        }
+        let reads_late = |id: TensorId| {
+            consumers[id.index()]
+                .iter()
+                .any(|reader| reader.index() >= n_forward)
+        };
+        let mut is_saved = vec![false; graph.tensors.len()];
+        for (_, op) in graph.ops().take(n_forward) {
+            for result in &op.results {
+                // Relabelings share the bytes of their operand.
+                let is_alias = matches!(
+                    op.kind,
+                    OpKind::Rename { .. } | OpKind::Split { .. } | OpKind::Merge { .. }
+                ) && op.inputs.iter().any(|input| reads_late(*input));
+                is_saved[result.index()] = reads_late(*result) && !is_alias;
+            }
+        }
+        Self {
+            producers,
+            consumers,
+            n_forward,
+            total_flops,
+            whole_dims,
+            is_fused,
+            is_gradient,
+            is_saved,
+        }
+    }
+
+    /// Seconds of one op on local types; tensors inside a fused fragment are not moved.
+    pub fn seconds(&self, op: &Op, locals: &[TensorType], cluster: &Cluster) -> f64 {
+        let (inputs, results) = locals.split_at(op.inputs.len());
+        let inputs: Vec<&TensorType> = inputs.iter().collect();
+        let results: Vec<&TensorType> = results.iter().collect();
+        let kind = localized(&op.kind, &inputs, &results);
+        let n_flops = kind.n_flops(&inputs, &results);
+        let mut n_bytes = kind.n_bytes_moved(&inputs, &results);
+        if kind.is_matmul() {
+            let dtype = inputs.first().map_or(DType::F32, |ty| ty.dtype);
+            return contract_seconds(n_flops, n_bytes, dtype, cluster);
+        }
+        if n_flops == 0.0 && n_bytes == 0.0 {
+            return 0.0;
+        }
+        let mut continues = false;
+        if is_fusible(&kind) {
+            for (input_idx, id) in op.inputs.iter().enumerate() {
+                if self.is_fused[id.index()] {
+                    n_bytes -= inputs[input_idx].n_bytes() as f64;
+                    continues = true;
+                }
+            }
+            for (result_idx, id) in op.results.iter().enumerate() {
+                if self.is_fused[id.index()] {
+                    n_bytes -= results[result_idx].n_bytes() as f64;
+                }
+            }
+        }
+        let seconds = fragment_seconds(n_flops, n_bytes.max(0.0), cluster);
+        if continues {
+            seconds - cluster.device.launch_s
+        } else {
+            seconds
+        }
+    }
+}
+
+/// Ops that outputs depend on are forward; the first op after the last of them is backward. As in
+/// partitioning.
+fn n_forward_ops(graph: &Graph, producers: &[Option<OpId>]) -> usize {
+    let makers = graph.outputs.iter().filter_map(|id| producers[id.index()]);
+    let last = makers.map(|op_id| op_id.index() + 1).max();
+    last.unwrap_or(graph.ops.len())
+}
+
+/// Types of the operands and results of an op.
+pub fn op_types<'a>(graph: &'a Graph, op: &Op) -> (Vec<&'a TensorType>, Vec<&'a TensorType>) {
+    let types = |ids: &[TensorId]| ids.iter().map(|id| graph.ty(*id)).collect();
+    (types(&op.inputs), types(&op.results))
+}
+
+/// Whether code generation fuses the op with its neighbors.
+fn is_fusible(kind: &OpKind) -> bool {
+    matches!(
+        kind,
+        OpKind::Unary(_)
+            | OpKind::Binary(_)
+            | OpKind::Rope { .. }
+            | OpKind::RmsNorm { .. }
+            | OpKind::RmsNormGrad { .. }
+            | OpKind::LayerNorm { .. }
+            | OpKind::LayerNormGrad { .. }
+            | OpKind::Softmax { .. }
+            | OpKind::SoftmaxGrad { .. }
+            | OpKind::CrossEntropyGrad { .. }
+            | OpKind::Expand { .. }
+    )
+}
+
+/// The op with the sizes that its price looks at set to the local ones.
+fn localized(kind: &OpKind, inputs: &[&TensorType], results: &[&TensorType]) -> OpKind {
+    match kind {
+        // A rank in the middle of a split causal sequence sees half of the keys, as the whole does.
+        OpKind::Attention(dims) | OpKind::AttentionGrad(dims) => {
+            let mut dims = dims.clone();
+            let length = |ty: Option<&&TensorType>, dim: &Dim| ty.and_then(|ty| ty.size_of(dim));
+            let q_len = length(inputs.first(), &dims.seq).unwrap_or(0);
+            let kv_len = length(inputs.get(1), &dims.kv_seq).unwrap_or(0);
+            if dims.causal {
+                // The last rank sees the most, and all wait for it.
+                dims.offset = kv_len.saturating_sub(q_len);
+            }
+            match kind {
+                OpKind::Attention(_) => OpKind::Attention(dims),
+                _ => OpKind::AttentionGrad(dims),
+            }
+        }
+        OpKind::ScatterAdd { dim, offset, .. } => OpKind::ScatterAdd {
+            dim: dim.clone(),
+            size: results.first().and_then(|ty| ty.size_of(dim)).unwrap_or(0),
+            offset: *offset,
+        },
+        _ => kind.clone(),
+    }
+}

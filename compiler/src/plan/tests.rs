@@ -1,0 +1,453 @@
+//! The planner against brute force, against its own prices, and against what experts would choose.
+
+use std::collections::BTreeMap;
+
+use meshweave_dsl::cluster::{Cluster, Host};
+use meshweave_dsl::diagnostics::Span;
+use meshweave_dsl::dtype::DType;
+use meshweave_dsl::graph::{Graph, Init, Role, TensorId, TensorType};
+use meshweave_dsl::layout::Mesh;
+use meshweave_dsl::op::{BinaryFn, OpKind, UnaryFn};
+use proptest::prelude::*;
+
+use super::classes::Classes;
+use super::directives::{Demand, DimPattern, Directives, Pattern, Rule, Subject};
+use super::explain::explain;
+use super::grid::{Grid, Metric};
+use super::instance::{Instance, build_instance};
+use super::intra::{NoSolution, SolveLimits, assignment_memory, assignment_seconds, solve};
+use super::price::price_plan;
+use super::rules::Rules;
+use super::{Plan, SearchError, SearchOptions, Solution, search};
+use crate::differentiate::{Optimizer, differentiate};
+use crate::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
+
+fn training(size: &GoldenSize) -> Graph {
+    let config = DecoderConfig::golden(size, None);
+    let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
+    differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap()
+}
+
+fn local(n_devices: usize) -> Cluster {
+    Cluster::local(n_devices, &Host::nominal())
+}
+
+fn on(mesh: Mesh) -> Directives {
+    Directives {
+        meshes: vec![mesh],
+        ..Directives::default()
+    }
+}
+
+fn found(
+    graph: &Graph,
+    cluster: &Cluster,
+    directives: &Directives,
+) -> Result<Solution, SearchError> {
+    search(graph, cluster, directives, &SearchOptions::default())
+}
+
+fn rule(subject: Subject, demand: Demand, text: &str) -> Rule {
+    Rule {
+        subject,
+        demand,
+        span: Span::default(),
+        text: text.into(),
+    }
+}
+
+/// How an op is divided, `-` where it is not.
+fn placed(graph: &Graph, plan: &Plan, name: &str, axis: &str) -> String {
+    let (op_id, _) = graph
+        .ops()
+        .find(|(_, op)| graph.op_name(op) == name)
+        .unwrap_or_else(|| panic!("no op `{name}`"));
+    let factors = &plan.placements[op_id.index()].factors;
+    factors
+        .get(&axis.into())
+        .map_or("-".into(), |factor| factor.to_string())
+}
+
+fn kept(graph: &Graph, plan: &Plan, name: &str) -> String {
+    let id = graph.find(name).unwrap();
+    plan.source_layout(id).display(graph.ty(id).dims())
+}
+
+#[test]
+fn big_batches_of_small_models_become_data_parallel() {
+    let size = GoldenSize {
+        batch: 64,
+        ..GoldenSize::named("tiny").unwrap()
+    };
+    let graph = training(&size);
+    let cluster = Cluster::preset("h100:8").unwrap();
+    let plan = found(&graph, &cluster, &on(Mesh::new([("a", 8)])))
+        .unwrap()
+        .plan;
+    for name in [
+        "layers[0].attn.q",
+        "layers[1].attn.core",
+        "layers[1].mlp.out",
+    ] {
+        assert_eq!(placed(&graph, &plan, name, "a"), "batch", "{name}");
+    }
+    assert_eq!(
+        kept(&graph, &plan, "layers[1].attn.wq"),
+        "[embed, heads, head]"
+    );
+}
+
+#[test]
+fn tight_memory_shards_the_optimizer_then_the_parameters() {
+    let size = GoldenSize {
+        batch: 64,
+        embed: 512,
+        ffn: 2048,
+        ..GoldenSize::named("tiny").unwrap()
+    };
+    let graph = training(&size);
+    let cluster = Cluster::preset("h100:8").unwrap();
+    let mut directives = on(Mesh::new([("a", 8)]));
+    // Activations over the batch, so that only memory moves the parameters.
+    let core = |layer: usize| {
+        let name = format!("layers[{layer}].attn.core");
+        let pattern = Pattern {
+            dims: BTreeMap::from([("batch".into(), DimPattern::Axes(vec!["a".into()]))]),
+            partial: Vec::new(),
+        };
+        let subject = Subject::Tensor(graph.find(&name).unwrap());
+        rule(
+            subject,
+            Demand::Pin(pattern),
+            "pin attn.core : [batch/a, …]",
+        )
+    };
+    directives.rules = vec![core(0), core(1)];
+    let roomy = found(&graph, &cluster, &directives).unwrap();
+    let peak = |solution: &Solution| solution.certificate.memory.peak_bytes();
+    let mut times = vec![roomy.certificate.predicted_s];
+    println!("{:?} {:?} {:?}", roomy.certificate.memory, roomy.certificate.parts, placed(&graph, &roomy.plan, "layers[1].mlp.gate", "a"));
+    assert_ne!(
+        kept(&graph, &roomy.plan, "m.layers[1].mlp.wg"),
+        "[embed, ffn]"
+    );
+    assert_eq!(
+        kept(&graph, &roomy.plan, "layers[1].mlp.wg"),
+        "[embed, ffn]"
+    );
+    println!("{:?}", roomy.certificate.memory);
+    for part in [0.85, 0.7] {
+        directives.budget_bytes = Some((part * peak(&roomy)) as u64);
+        let tight = found(&graph, &cluster, &directives).unwrap();
+        assert!(peak(&tight) <= part * peak(&roomy));
+        times.push(tight.certificate.predicted_s);
+        if part < 0.8 {
+            assert_ne!(
+                kept(&graph, &tight.plan, "layers[1].mlp.wg"),
+                "[embed, ffn]"
+            );
+            assert_eq!(
+                placed(&graph, &tight.plan, "layers[1].attn.q", "a"),
+                "batch"
+            );
+        }
+    }
+    assert!(times.is_sorted(), "{times:?}");
+}
+
+#[test]
+fn small_batches_of_wide_models_become_tensor_and_sequence_parallel() {
+    let size = GoldenSize {
+        n_layers: 2,
+        embed: 2048,
+        heads: 16,
+        ffn: 8192,
+        vocab: 4096,
+        seq: 1024,
+        batch: 1,
+    };
+    let graph = training(&size);
+    let directives = on(Mesh::new([("a", 8)]));
+    let plan = found(&graph, &local(8), &directives).unwrap().plan;
+    // Megatron: columns, then rows; norms and residuals between the blocks over the sequence.
+    for (name, factor) in [
+        ("layers[1].attn.q", "heads"),
+        ("layers[1].attn.core", "heads"),
+        ("layers[1].attn.out", "heads"),
+        ("layers[1].mlp.gate", "ffn"),
+        ("layers[1].mlp.out", "ffn"),
+        ("layers[1].attn.residual", "seq"),
+        ("layers[1].mlp.input", "seq"),
+    ] {
+        assert_eq!(placed(&graph, &plan, name, "a"), factor, "{name}");
+    }
+    assert_eq!(kept(&graph, &plan, "layers[1].mlp.wd"), "[ffn/a, embed]");
+}
+
+#[test]
+fn two_axes_share_the_work() {
+    let graph = training(&GoldenSize::named("small").unwrap());
+    let solution = found(&graph, &local(8), &Directives::default()).unwrap();
+    let (plan, certificate) = (&solution.plan, &solution.certificate);
+    assert_eq!(plan.mesh.to_string(), "tp:2 > dp:4");
+    assert_eq!(placed(&graph, plan, "layers[2].mlp.gate", "tp"), "ffn");
+    assert_eq!(placed(&graph, plan, "layers[2].mlp.gate", "dp"), "batch");
+    assert_eq!(certificate.meshes.len(), 2);
+    assert!(certificate.gap < 1e-6, "{}", certificate.gap);
+    assert!(certificate.meshes[0].n_variables > 1000);
+    // What was found is a plan like any other: given back, it has the same price.
+    let replay = Directives {
+        replay: Some(plan.clone()),
+        ..Directives::default()
+    };
+    let again = found(&graph, &local(8), &replay).unwrap();
+    assert_eq!(again.plan.placements, plan.placements);
+    assert_eq!(again.certificate.predicted_s, certificate.predicted_s);
+    assert!(again.certificate.lower_bound_s <= certificate.lower_bound_s);
+}
+
+#[test]
+fn certificates_are_priced_apart_from_the_solver() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let classes = Classes::new(&graph);
+    for mesh in [
+        Mesh::new([("a", 1)]),
+        Mesh::new([("a", 3)]),
+        Mesh::new([("a", 5)]),
+        Mesh::new([("a", 2), ("b", 4)]),
+    ] {
+        let cluster = local(mesh.n_ranks());
+        let grid = Grid::new(mesh, &cluster);
+        let mut metric = Metric::new(&grid);
+        let rules = Rules::default();
+        let instance = build_instance(&graph, &classes, &grid, &rules, &mut metric).unwrap();
+        let solved = solve(&instance, LIMITS, &mut metric).unwrap();
+        let plan = instance.plan(&solved.assignment, &graph, &classes, &grid, "tiny");
+        let price = price_plan(&graph, &plan, &cluster).unwrap();
+        let relative = price.seconds() / solved.seconds - 1.0;
+        assert!(
+            (-1e-9..1e-3).contains(&relative),
+            "{relative} on {}",
+            grid.mesh
+        );
+        let memory = assignment_memory(&instance, &solved.assignment);
+        assert!((price.memory.kept_bytes - memory.kept_bytes).abs() < 1.0);
+        assert!((price.memory.saved_bytes - memory.saved_bytes).abs() < 1.0);
+        assert!((price.memory.gradient_bytes - memory.gradient_bytes).abs() < 1.0);
+        assert!(solved.lower_bound_s <= solved.seconds);
+    }
+}
+
+#[test]
+fn more_devices_than_a_dim_has_parts_still_plan() {
+    // 4 heads over 8 ranks: attention goes over the batch instead.
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let plan = found(&graph, &local(8), &on(Mesh::new([("a", 8)])))
+        .unwrap()
+        .plan;
+    assert_ne!(placed(&graph, &plan, "layers[0].attn.core", "a"), "heads");
+    assert!(plan.certificate.unwrap().gap < 1e-3);
+}
+
+fn over_ffn() -> Pattern {
+    Pattern {
+        dims: BTreeMap::from([
+            ("embed".into(), DimPattern::Unsharded),
+            ("ffn".into(), DimPattern::Axes(vec!["a".into()])),
+        ]),
+        partial: Vec::new(),
+    }
+}
+
+#[test]
+fn pins_hold_and_have_a_price() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let mut directives = on(Mesh::new([("a", 4)]));
+    let free = found(&graph, &local(4), &directives).unwrap();
+    let id = graph.find("layers[0].mlp.wg").unwrap();
+    let text = "pin layers[0].mlp.wg : [embed, ffn/a]";
+    directives.rules = vec![rule(Subject::Tensor(id), Demand::Pin(over_ffn()), text)];
+    let pinned = found(&graph, &local(4), &directives).unwrap();
+    assert_eq!(
+        kept(&graph, &pinned.plan, "layers[0].mlp.wg"),
+        "[embed, ffn/a]"
+    );
+    let options = SearchOptions::default();
+    let why = explain(&graph, &local(4), &directives, &options, &pinned.plan).unwrap();
+    let free_s = free.certificate.predicted_s;
+    assert_eq!(why.statements.len(), 1);
+    assert_eq!(why.statements[0].text, text);
+    assert!((why.statements[0].without_s - free_s).abs() < 1e-9);
+    assert!(why.predicted_s >= free_s * (1.0 - 1e-9));
+    assert!(why.costs.is_sorted_by(|a, b| a.seconds >= b.seconds));
+}
+
+#[test]
+fn preferences_tip_the_scale() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let mut directives = on(Mesh::new([("a", 4)]));
+    let id = graph.find("layers[0].mlp.wg").unwrap();
+    let over_embed = Pattern {
+        dims: BTreeMap::from([("embed".into(), DimPattern::Axes(vec!["a".into()]))]),
+        partial: Vec::new(),
+    };
+    let prefer = |weight| Demand::Prefer(over_embed.clone(), weight);
+    let free = found(&graph, &local(4), &directives).unwrap();
+    assert_ne!(
+        kept(&graph, &free.plan, "layers[0].mlp.wg"),
+        "[embed/a, ffn]"
+    );
+    directives.rules = vec![rule(Subject::Tensor(id), prefer(1000.0), "prefer")];
+    let preferred = found(&graph, &local(4), &directives).unwrap();
+    assert_eq!(
+        kept(&graph, &preferred.plan, "layers[0].mlp.wg"),
+        "[embed/a, ffn]"
+    );
+    // The preference is no part of the predicted seconds.
+    let certificate = preferred.certificate;
+    assert!(certificate.predicted_s < 2.0 * free.certificate.predicted_s);
+    assert!(certificate.lower_bound_s <= certificate.predicted_s);
+}
+
+#[test]
+fn contradictions_and_tight_budgets_say_what_to_do() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let mut directives = on(Mesh::new([("a", 4)]));
+    directives.budget_bytes = Some(100_000);
+    let error = found(&graph, &local(4), &directives).unwrap_err();
+    assert!(matches!(error, SearchError::Infeasible(_)));
+    insta::assert_snapshot!(error.to_string());
+
+    directives.budget_bytes = None;
+    let subject = Subject::Tensor(graph.find("layers[0].mlp.wg").unwrap());
+    let over = Demand::Over {
+        axis: "a".into(),
+        dims: vec!["ffn".into()],
+    };
+    let not = Demand::NotOver { axis: "a".into() };
+    directives.rules = vec![rule(subject, over, "shard"), rule(subject, not, "pin")];
+    let error = found(&graph, &local(4), &directives).unwrap_err();
+    let SearchError::Conflict { rules, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(rules, &[0, 1]);
+    insta::assert_snapshot!(error.to_string());
+
+    let error = found(&graph, &local(4), &on(Mesh::new([("a", 6)]))).unwrap_err();
+    insta::assert_snapshot!(error.to_string());
+}
+
+const LIMITS: SolveLimits = SolveLimits {
+    gap: 1e-6,
+    branch_s: 10.0,
+    budget_bytes: f64::INFINITY,
+};
+
+/// A small graph: each step applies one op to earlier tensors of dims out of a, b and c.
+fn small_graph(steps: &[(u8, usize, usize)], sizes: [usize; 3]) -> Graph {
+    let mut graph = Graph::new("small");
+    let dims = ["a", "b", "c"];
+    let ty = |which: &[usize]| {
+        TensorType::new(
+            DType::F32,
+            which.iter().map(|idx| (dims[*idx], sizes[*idx])),
+        )
+    };
+    let mut pool: Vec<TensorId> = vec![
+        graph.add_source("x", ty(&[0, 1]), Role::Input),
+        graph.add_source("w", ty(&[1, 2]), Role::Param(Init::Zeros)),
+        graph.add_source("u", ty(&[2, 0]), Role::Param(Init::Zeros)),
+    ];
+    for (step_idx, (what, first, second)) in steps.iter().enumerate() {
+        let (x, y) = (pool[first % pool.len()], pool[second % pool.len()]);
+        let name = format!("t{step_idx}");
+        let made = match what % 4 {
+            0 => {
+                let out: Vec<_> = dims
+                    .iter()
+                    .map(|dim| (*dim).into())
+                    .filter(|dim| graph.ty(x).has(dim) != graph.ty(y).has(dim))
+                    .collect();
+                graph.add_op(name, OpKind::Contract { out }, &[x, y])
+            }
+            1 => graph.add_op(name, OpKind::Unary(UnaryFn::Silu), &[x]),
+            2 => graph.add_op(name, OpKind::Binary(BinaryFn::Add), &[x, y]),
+            _ => graph.add_op(name, OpKind::Unary(UnaryFn::Neg), &[x]),
+        };
+        // Ops that do not fit their operands are left out.
+        if let Ok(results) = made {
+            pool.extend(results);
+        }
+    }
+    graph.outputs = pool.last().copied().into_iter().collect();
+    graph
+}
+
+/// The cheapest assignment by trying all of them; `None` when nothing fits.
+fn brute_force(instance: &Instance, budget_bytes: f64, metric: &mut Metric) -> Option<f64> {
+    let mut assignment = vec![0; instance.groups.len()];
+    let mut best: Option<f64> = None;
+    loop {
+        if assignment_memory(instance, &assignment).peak_bytes() <= budget_bytes {
+            let seconds = assignment_seconds(instance, &assignment, metric);
+            if seconds.is_finite() {
+                best = Some(best.map_or(seconds, |best| best.min(seconds)));
+            }
+        }
+        let Some(next) = (0..assignment.len())
+            .find(|group| assignment[*group] + 1 < instance.groups[*group].strategies.len())
+        else {
+            return best;
+        };
+        assignment[next] += 1;
+        assignment[..next].fill(0);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn the_program_finds_what_brute_force_finds(
+        steps in prop::collection::vec((0..4_u8, 0..8_usize, 0..8_usize), 1..4),
+        sizes in prop::array::uniform3(prop::sample::select(vec![1_usize, 2, 3, 64, 1024])),
+        degree in 2..4_usize,
+        tightness in prop::option::of(0.3..1.0_f64),
+    ) {
+        let graph = small_graph(&steps, sizes);
+        prop_assume!(!graph.ops.is_empty());
+        let cluster = local(degree);
+        let grid = Grid::new(Mesh::new([("m", degree)]), &cluster);
+        let mut metric = Metric::new(&grid);
+        let classes = Classes::new(&graph);
+        let rules = Rules::default();
+        let instance = build_instance(&graph, &classes, &grid, &rules, &mut metric).unwrap();
+        let n_assignments: f64 = instance
+            .groups
+            .iter()
+            .map(|group| group.strategies.len() as f64)
+            .product();
+        prop_assume!(n_assignments < 20_000.0);
+        let free = solve(&instance, LIMITS, &mut metric).unwrap();
+        let budget_bytes = tightness.map_or(f64::INFINITY, |part| {
+            part * free.memory.peak_bytes()
+        });
+        let limits = SolveLimits { budget_bytes, ..LIMITS };
+        let solved = solve(&instance, limits, &mut metric);
+        match (solved, brute_force(&instance, budget_bytes, &mut metric)) {
+            (Ok(solved), Some(best)) => {
+                prop_assert!(solved.lower_bound_s <= best * (1.0 + 1e-6));
+                prop_assert!(
+                    (solved.seconds - best).abs() <= best * 1e-5 + 1e-12,
+                    "{} and {}", solved.seconds, best
+                );
+            }
+            (Err(NoSolution::Memory { least }), None) => {
+                prop_assert!(least.peak_bytes() > budget_bytes * (1.0 - 1e-6));
+            }
+            // A fraction of two assignments fits, neither does.
+            (Err(NoSolution::Solver(_)), None) => {}
+            (solved, best) => prop_assert!(false, "{solved:?} and {best:?}"),
+        }
+    }
+}
