@@ -126,31 +126,23 @@ fn tight_memory_shards_the_optimizer_then_the_parameters() {
     let roomy = found(&graph, &cluster, &directives).unwrap();
     let peak = |solution: &Solution| solution.certificate.memory.peak_bytes();
     let mut times = vec![roomy.certificate.predicted_s];
-    println!("{:?} {:?} {:?}", roomy.certificate.memory, roomy.certificate.parts, placed(&graph, &roomy.plan, "layers[1].mlp.gate", "a"));
-    assert_ne!(
-        kept(&graph, &roomy.plan, "m.layers[1].mlp.wg"),
-        "[embed, ffn]"
-    );
-    assert_eq!(
-        kept(&graph, &roomy.plan, "layers[1].mlp.wg"),
-        "[embed, ffn]"
-    );
-    println!("{:?}", roomy.certificate.memory);
-    for part in [0.85, 0.7] {
+    let whole = "[embed, ffn]";
+    assert_eq!(kept(&graph, &roomy.plan, "m.layers[1].mlp.wg"), whole);
+    assert_eq!(kept(&graph, &roomy.plan, "layers[1].mlp.wg"), whole);
+    // Copies of the moments are 37 % of the peak, those of the parameters 17 %.
+    for (part, spares_params) in [(0.72, false), (0.55, true)] {
         directives.budget_bytes = Some((part * peak(&roomy)) as u64);
         let tight = found(&graph, &cluster, &directives).unwrap();
         assert!(peak(&tight) <= part * peak(&roomy));
         times.push(tight.certificate.predicted_s);
-        if part < 0.8 {
-            assert_ne!(
-                kept(&graph, &tight.plan, "layers[1].mlp.wg"),
-                "[embed, ffn]"
-            );
-            assert_eq!(
-                placed(&graph, &tight.plan, "layers[1].attn.q", "a"),
-                "batch"
-            );
+        assert_ne!(kept(&graph, &tight.plan, "m.layers[1].mlp.wg"), whole);
+        if spares_params {
+            assert_ne!(kept(&graph, &tight.plan, "layers[1].mlp.wg"), whole);
         }
+        assert_eq!(
+            placed(&graph, &tight.plan, "layers[1].attn.q", "a"),
+            "batch"
+        );
     }
     assert!(times.is_sorted(), "{times:?}");
 }
