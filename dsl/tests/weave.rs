@@ -2,10 +2,10 @@
 //! every example of `docs/language.md` is read.
 
 // Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used)]
 
 use meshweave_dsl::diagnostics::{RenderOptions, SourceId, Sources, has_errors, render_all};
-use meshweave_dsl::weave::ast::{Statement, unknown_settings};
+use meshweave_dsl::weave::ast::Statement;
 use meshweave_dsl::weave::{Document, parse, print};
 
 /// What every text must satisfy, malformed or not; returns the diagnostics and the printed tree.
@@ -146,33 +146,4 @@ fn the_frozen_example_is_what_freezing_yields() {
     let (solved, frozen) = (&examples[at].1, &examples[at + 1].1);
     let document = parse(solved, SourceId(0)).document;
     assert_eq!(&print(&document.freeze()), frozen);
-}
-
-#[test]
-fn unknown_settings_are_named() {
-    let text = "train batch 8 sq 64 colour 3\n";
-    let mut sources = Sources::new();
-    let source = sources.add("plan.weave", text);
-    let document = parse(text, source).document;
-    let Some(Statement::Train(job)) = document.statements().map(|s| &s.node).next() else {
-        panic!("{text} is a train statement");
-    };
-    let found = unknown_settings("train", &job.settings, &["batch", "seq"]);
-    insta::assert_snapshot!(render_all(&found, &sources, RenderOptions::default()), @r#"
-    error[W003]: train has no setting `sq`
-     --> plan.weave:1:15
-      |
-    1 | train batch 8 sq 64 colour 3
-      |               ^^^^^
-      |
-      = help: did you mean `seq`?
-
-    error[W003]: train has no setting `colour`
-     --> plan.weave:1:21
-      |
-    1 | train batch 8 sq 64 colour 3
-      |                     ^^^^^^^^
-      |
-      = help: known settings are batch, seq
-    "#);
 }

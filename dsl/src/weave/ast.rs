@@ -22,7 +22,7 @@ pub use statement::{
     Apply, Arg, Call, Definition, Dispatch, ExpertsItem, Forbid, Goal, Header, Init, Job,
     MemoryItem, Offload, OffloadTo, Pin, Pipeline, PipelineItem, Placement, Prefer, Recompute,
     RecomputePolicy, Reference, Setting, SettingLine, Shard, Solve, Statement, TacticDef,
-    TacticItem, UseMesh, Value, unknown_settings,
+    TacticItem, UseMesh, Value,
 };
 
 use std::ops::Deref;

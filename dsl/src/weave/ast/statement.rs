@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 use super::{
     AxisRef, Block, Choice, Layout, MeshDef, Name, ScheduleDef, Selector, Spanned, Target,
 };
-use crate::diagnostics::{Diagnostic, did_you_mean};
 use crate::units::{Number, Quantity};
 
 /// One top-level statement.
@@ -132,28 +131,6 @@ impl Setting {
             _ => None,
         }
     }
-}
-
-/// Errors for the settings whose key is not among `known`, with near names; `what` names what is
-/// set, such as `train`.
-pub fn unknown_settings<'a>(
-    what: &str,
-    settings: impl IntoIterator<Item = &'a Spanned<Setting>>,
-    known: &[&str],
-) -> Vec<Diagnostic> {
-    settings
-        .into_iter()
-        .filter(|setting| !known.contains(&setting.key.as_str()))
-        .map(|setting| {
-            let key = setting.key.as_str();
-            let near = did_you_mean(key, known.iter().copied());
-            let help = near.unwrap_or_else(|| format!("known settings are {}", known.join(", ")));
-            Diagnostic::invalid(format!("{what} has no setting `{key}`"))
-                .code("W003")
-                .at(setting.span, "")
-                .help(help)
-        })
-        .collect()
 }
 
 /// The value of a setting.
