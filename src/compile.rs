@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use meshweave_compiler::lower::lower;
 use meshweave_compiler::partition::{Keep, partition};
+use meshweave_compiler::simplify::{self, simplify_ranks};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::graph::Graph;
@@ -59,7 +60,7 @@ pub fn compile(
     options: &CompileOptions,
 ) -> Result<Compiled> {
     let mut clock = Clock::start();
-    let parts = partition(graph, plan, options.keep, cluster).map_err(|error| {
+    let mut parts = partition(graph, plan, options.keep, cluster).map_err(|error| {
         let class = match &error {
             meshweave_compiler::partition::PartitionError::Invalid(_) => Class::Invalid,
             meshweave_compiler::partition::PartitionError::Internal(_) => Class::Internal,
@@ -67,6 +68,11 @@ pub fn compile(
         Error::plain(class, error)
     })?;
     clock.lap("partition");
+    // Here, because only now collectives exist; before fusion, which then sees fewer ops.
+    let (locals, _) = simplify_ranks(&parts.locals, &simplify::Options::default())
+        .map_err(|error| Error::plain(Class::Internal, error))?;
+    parts.locals = locals;
+    clock.lap("simplify");
     let lowered = lower(graph, plan, &parts, cluster)
         .map_err(|error| Error::plain(Class::Internal, error))?;
     clock.lap("fuse and lower");

@@ -12,4 +12,5 @@ pub mod codegen;
 pub mod lower;
 #[cfg(feature = "mlir")]
 pub mod mlir;
+pub mod export;
 pub mod show;

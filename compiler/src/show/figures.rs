@@ -9,9 +9,9 @@ use meshweave_dsl::timeline::{Basis, Category, Timeline};
 use super::format::{bytes, digits, percent, plural, scaled, seconds};
 use super::{Figure, FigureSource, FigureValue, ReportInput};
 
-/// The derived figures, then those given.
+/// The derived figures, then those given; a given one takes the place of a derived one of its label.
 pub(super) fn figures(input: &ReportInput) -> Vec<Figure> {
-    [
+    let derived = [
         step_time(input),
         throughput(input),
         gap(input),
@@ -20,11 +20,15 @@ pub(super) fn figures(input: &ReportInput) -> Vec<Figure> {
         communication(input),
         loss(input),
         parameters(input),
-    ]
-    .into_iter()
-    .flatten()
-    .chain(input.figures.iter().cloned())
-    .collect()
+    ];
+    let mut figures: Vec<Figure> = derived.into_iter().flatten().collect();
+    for given in &input.figures {
+        match figures.iter_mut().find(|known| known.label == given.label) {
+            Some(known) => *known = given.clone(),
+            None => figures.push(given.clone()),
+        }
+    }
+    figures
 }
 
 /// Measured first: what happened outranks what was expected.
@@ -133,7 +137,7 @@ fn memory(input: &ReportInput) -> Option<Figure> {
         format!("least loaded: {}", bytes(least))
     };
     figure(
-        "Peak memory",
+        "Memory a device",
         vec![value(bytes(peak), FigureSource::Exact)],
         note,
     )

@@ -55,18 +55,14 @@ pub(super) fn graph(input: &ReportInput) -> Option<Part> {
         .iter()
         .filter(|op| op.kind.group().is_some())
         .count();
-    let mut lead = format!(
-        "{} folded into {}",
-        plural(shown.ops.len(), "op"),
-        plural(blocks.len(), "block")
-    );
+    let mut lead = plural(shown.ops.len(), "op");
     if view.is_local {
         let _ = write!(
             lead,
-            ", {} of them on one device",
-            plural(n_collectives, "collective")
+            " on one device, {n_collectives} of them communication"
         );
     }
+    let _ = write!(lead, ", folded into {}", plural(blocks.len(), "block"));
     lead.push_str(". Open a block for its ops; sizes are those of the whole tensors, layouts say which dim is sharded over which axis.");
     Some(Part {
         id: "graph",

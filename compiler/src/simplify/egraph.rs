@@ -3,8 +3,8 @@
 //! Enters: isomorphic graphs. Leaves: an e-graph in which every class holds the ways found to
 //! compute one tensor (or the results of one op), and the classes of the input's tensors.
 //! Invariants: all nodes of a class have the same result types on every rank; nodes of the forward
-//! and of the backward phase of local graphs are distinct, because partitioning makes gathered
-//! tensors again on purpose, so that they need not stay alive in between.
+//! and of the backward phase are distinct, because what is made again there on purpose (partitioning
+//! gathers tensors again) need not stay alive in between.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -31,7 +31,7 @@ pub(super) struct Node {
     pub children: Vec<Id>,
 }
 
-/// Whether an op of a local graph is needed by its outputs, or by gradients and updates only.
+/// Whether an op is needed by the outputs, or by gradients and updates only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Phase {
     Forward,
@@ -322,7 +322,7 @@ impl Saturation {
             roots: Vec::new(),
             bundles: Vec::new(),
         };
-        let phases = phases(first, graphs.len() > 1);
+        let phases = phases(first);
         let mut class_of: Vec<Option<Id>> = vec![None; first.tensors.len()];
         for id in first.tensor_ids() {
             let tensor = first.tensor(id);
@@ -578,12 +578,8 @@ fn check_isomorphic(graphs: &[Graph], first: &Graph) -> Result<()> {
     Ok(())
 }
 
-/// Per op: whether the outputs need it. A global graph has one phase, its subexpressions are shared
-/// wherever they stand.
-fn phases(graph: &Graph, is_local: bool) -> Vec<Phase> {
-    if !is_local {
-        return vec![Phase::Forward; graph.ops.len()];
-    }
+/// Per op: whether the outputs need it, or only gradients and updates do.
+fn phases(graph: &Graph) -> Vec<Phase> {
     let mut needed: BTreeSet<TensorId> = graph.outputs.iter().copied().collect();
     let mut phases = vec![Phase::Backward; graph.ops.len()];
     for (op_idx, op) in graph.ops.iter().enumerate().rev() {
