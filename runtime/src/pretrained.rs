@@ -165,7 +165,8 @@ impl Pretrained {
         self.read(map, param, ty, &region)
     }
 
-    /// A tensor of the checkpoint by its own name: its shape and elements.
+    /// A tensor of the checkpoint by its own name: its shape and elements. Integers of 32 bits are
+    /// read too, exactly up to 2^24.
     ///
     /// # Errors
     /// `Invalid` when there is none; `Unsupported` for element types without a conversion.
@@ -174,7 +175,9 @@ impl Pretrained {
             .entries
             .get(name)
             .ok_or_else(|| self.missing(name, ""))?;
-        check_dtype(name, entry.dtype)?;
+        if entry.dtype != Dtype::I32 {
+            check_dtype(name, entry.dtype)?;
+        }
         let bytes = self.bytes(entry)?;
         let n = entry.shape.iter().product();
         let values = (0..n).map(|at| element_at(entry.dtype, &bytes, at).unwrap_or(f32::NAN));
@@ -330,6 +333,7 @@ fn element_at(dtype: Dtype, bytes: &[u8], at: usize) -> Option<f32> {
     }
     match dtype {
         Dtype::F32 => word(bytes, at).map(f32::from_le_bytes),
+        Dtype::I32 => word(bytes, at).map(|bytes| i32::from_le_bytes(bytes) as f32),
         Dtype::F64 => word(bytes, at).map(|bytes| f64::from_le_bytes(bytes) as f32),
         Dtype::BF16 => {
             word(bytes, at).map(|word| f32::from_bits(u32::from(u16::from_le_bytes(word)) << 16))

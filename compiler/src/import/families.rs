@@ -318,7 +318,12 @@ fn mixtral_experts(fields: &mut Fields, ffn: usize) -> Read<MoeConfig> {
 /// `None` when no layer has experts.
 fn qwen_experts(family: Family, fields: &mut Fields, n_layers: usize) -> Read<Option<MoeConfig>> {
     fields.note_unless_zero("router_aux_loss_coef", AUXILIARY)?;
-    let n_experts = fields.usize("num_experts")?;
+    // The library writes the second name for the newer of the two families.
+    let n_experts = if fields.has("num_local_experts") {
+        fields.usize("num_local_experts")?
+    } else {
+        fields.usize("num_experts")?
+    };
     let step = fields.usize_or("decoder_sparse_step", 1)?;
     if step == 0 {
         return Err(fields.invalid("decoder_sparse_step", "is 0, but must be at least 1"));
@@ -510,8 +515,12 @@ fn deepseek_experts(
     let dense_layers: BTreeSet<usize> = (0..n_layers)
         .filter(|layer| *layer < first || layer % every != 0)
         .collect();
-    let shared = fields
-        .opt_usize("n_shared_experts")?
+    let default_shared = match family {
+        _ if fields.is_null("n_shared_experts") => 0,
+        Family::DeepseekV3 => 1,
+        _ => 2,
+    };
+    let shared = Some(fields.usize_or("n_shared_experts", default_shared)?)
         .filter(|n| *n > 0)
         .map(|n| SharedExperts {
             ffn: n * ffn,
@@ -531,13 +540,12 @@ fn deepseek_experts(
     let method = fields
         .opt_text("topk_method")?
         .unwrap_or_else(|| method.into());
-    let groups = match (
-        fields.opt_usize("n_group")?,
-        fields.opt_usize("topk_group")?,
-    ) {
-        (Some(n_groups), Some(kept)) => Some((n_groups, kept)),
-        _ => None,
+    let (n_groups, kept) = match family {
+        Family::DeepseekV3 => (Some(8), Some(4)),
+        _ => (None, None),
     };
+    let n_groups = fields.opt_usize("n_group")?.or(n_groups);
+    let groups = n_groups.zip(fields.opt_usize("topk_group")?.or(kept));
     let scale = fields.f64_or(
         "routed_scaling_factor",
         if family == Family::DeepseekV3 {
