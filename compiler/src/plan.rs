@@ -30,7 +30,7 @@ use meshweave_dsl::plan::{Certificate, MeshResult, Plan};
 use classes::{Classes, class_name};
 use directives::Directives;
 use grid::{Grid, MAX_AXES, MAX_DIMS, Metric};
-use instance::{NoStrategy, build_instance};
+use instance::{Habits, NoStrategy, build_instance};
 use intra::{Memory, NoSolution, SolveLimits, solve};
 use price::price_plan;
 use rules::Rules;
@@ -179,8 +179,14 @@ fn plan(graph: &Graph, request: &PlanRequest) -> Result<Plan, SearchError> {
     let mut best: Option<Plan> = None;
     let mut results = Vec::with_capacity(candidates.len());
     let mut failures = Vec::new();
+    let mut habits: Option<Habits> = None;
     for mesh in candidates {
-        match plan_on(graph, &classes, request, &mesh) {
+        let is_wide = n_real_axes(&mesh) > MAX_FREE_AXES;
+        if is_wide && habits.is_none() {
+            habits = Some(learn_habits(graph, &classes, request));
+        }
+        let habits = habits.as_ref().filter(|_| is_wide);
+        match plan_on(graph, &classes, request, &mesh, habits) {
             Ok((found, result)) => {
                 let seconds = |plan: &Plan| predicted_s(plan);
                 if best
@@ -232,7 +238,7 @@ fn plan(graph: &Graph, request: &PlanRequest) -> Result<Plan, SearchError> {
         certificate
             .searched
             .insert(0, searched(&certificate.meshes));
-        certificate.not_searched = not_searched(request);
+        certificate.not_searched = not_searched(request, &certificate.meshes);
     }
     Ok(match request.meshes {
         Meshes::Enumerate { .. } => meshes::name_axes(graph, best),
@@ -295,6 +301,29 @@ fn replay(graph: &Graph, request: &PlanRequest, replayed: &Plan) -> Result<Plan,
         }],
     });
     Ok(plan)
+}
+
+/// Axes of a mesh up to which every factor is tried on every axis.
+const MAX_FREE_AXES: usize = 2;
+
+fn n_real_axes(mesh: &Mesh) -> usize {
+    mesh.axes().iter().filter(|(_, degree)| *degree > 1).count()
+}
+
+/// What the free plans of all meshes of few axes do, and what the rules name.
+fn learn_habits(graph: &Graph, classes: &Classes, request: &PlanRequest) -> Habits {
+    let free = PlanRequest {
+        rules: Rules::default(),
+        ..request.clone()
+    };
+    let mut habits = Habits::default();
+    for mesh in meshes::enumerate_meshes(&request.cluster, MAX_FREE_AXES) {
+        if let Ok((plan, _)) = plan_on(graph, classes, &free, &mesh, None) {
+            habits.learn(graph, classes, &plan);
+        }
+    }
+    habits.allow(&request.rules.dims());
+    habits
 }
 
 fn predicted_s(plan: &Plan) -> f64 {
@@ -378,10 +407,11 @@ fn plan_on(
     classes: &Classes,
     request: &PlanRequest,
     mesh: &Mesh,
+    habits: Option<&Habits>,
 ) -> Result<(Plan, MeshResult), Failure> {
     let grid = Grid::new(mesh.clone(), &request.cluster);
     let mut metric = Metric::new(&grid);
-    let instance = build_instance(graph, classes, &grid, &request.rules, &mut metric)
+    let instance = build_instance(graph, classes, &grid, &request.rules, habits, &mut metric)
         .map_err(Failure::Rules)?;
     let budget_bytes = request.budget_bytes();
     let mut working_bytes: f64 = 0.0;
@@ -457,7 +487,7 @@ fn searched(results: &[MeshResult]) -> String {
     format!("{n_solved} of {} meshes solved", results.len())
 }
 
-fn not_searched(request: &PlanRequest) -> Vec<String> {
+fn not_searched(request: &PlanRequest, results: &[MeshResult]) -> Vec<String> {
     let mut not: Vec<String> = Vec::new();
     if let Meshes::Enumerate { max_axes } = request.meshes {
         let n_more = meshes::n_meshes_beyond(&request.cluster, max_axes);
@@ -466,6 +496,15 @@ fn not_searched(request: &PlanRequest) -> Vec<String> {
                 "{n_more} meshes of more than {max_axes} axes (name one to have it searched)"
             ));
         }
+    }
+    if results
+        .iter()
+        .any(|one| n_real_axes(&one.mesh) > MAX_FREE_AXES)
+    {
+        not.push(format!(
+            "on meshes of more than {MAX_FREE_AXES} axes, factors that no plan of a mesh of fewer \
+             axes uses and no statement names"
+        ));
     }
     not.extend(
         [

@@ -101,6 +101,47 @@ impl Net {
     }
 }
 
+/// Factors and dims that the plans of simpler meshes use, by class of ops and of sources: the only
+/// ones that are tried on meshes of many axes, where all products of all factors are too many.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Habits {
+    ops: Vec<BTreeSet<Dim>>,
+    sources: Vec<BTreeSet<Dim>>,
+}
+
+impl Habits {
+    /// Adds what a plan does, whatever the names of its axes.
+    pub fn learn(&mut self, graph: &Graph, classes: &Classes, plan: &Plan) {
+        self.ops.resize(classes.ops.len(), BTreeSet::new());
+        self.sources.resize(classes.sources.len(), BTreeSet::new());
+        for (class, ops) in classes.ops.iter().enumerate() {
+            let first = ops
+                .first()
+                .and_then(|op_id| plan.placements.get(op_id.index()));
+            self.ops[class].extend(
+                first
+                    .into_iter()
+                    .flat_map(|one| one.factors.values().cloned()),
+            );
+        }
+        for (class, sources) in classes.sources.iter().enumerate() {
+            for id in sources.iter().take(1) {
+                let layout = plan.source_layout(*id);
+                let dims = graph.ty(*id).dims();
+                let used = dims.filter(|dim| !layout.axes_of(dim).is_empty());
+                self.sources[class].extend(used.cloned());
+            }
+        }
+    }
+
+    /// Allows these factors and dims everywhere.
+    pub fn allow(&mut self, dims: &BTreeSet<Dim>) {
+        for known in self.ops.iter_mut().chain(&mut self.sources) {
+            known.extend(dims.iter().cloned());
+        }
+    }
+}
+
 /// Builds the problem of a grid.
 ///
 /// # Errors
@@ -110,6 +151,7 @@ pub fn build_instance(
     classes: &Classes,
     grid: &Grid,
     rules: &Rules,
+    habits: Option<&Habits>,
     metric: &mut Metric,
 ) -> Result<Instance, NoStrategy> {
     let mut builder = Builder {
@@ -117,6 +159,7 @@ pub fn build_instance(
         classes,
         grid,
         rules,
+        habits,
         facts: Facts::new(graph),
         group_of: vec![0; classes.ops.len()],
         instance: Instance {
@@ -137,6 +180,7 @@ struct Builder<'a> {
     classes: &'a Classes,
     grid: &'a Grid,
     rules: &'a Rules,
+    habits: Option<&'a Habits>,
     facts: Facts,
     group_of: Vec<usize>,
     instance: Instance,
@@ -155,7 +199,9 @@ impl Builder<'_> {
         let name = super::classes::class_name(self.graph.op_name(op));
         let factors = op_factors(self.graph, op);
         let pinned = self.statements_on(class);
-        let mut placements = self.placements(op, &factors, pinned.is_empty());
+        let habits = self.habits.and_then(|habits| habits.ops.get(class));
+        let habits = habits.filter(|_| pinned.is_empty());
+        let mut placements = self.placements(op, &factors, pinned.is_empty(), habits);
         placements.retain(|placement| self.keeps_rules(class, &factors, placement));
         let strategies: Vec<Strategy> = placements
             .into_iter()
@@ -198,7 +244,13 @@ impl Builder<'_> {
 
     /// Every way to give each axis a factor or none. When `prune`, heavy ops are never replicated and
     /// never split along the width of a head.
-    fn placements(&self, op: &Op, factors: &[Factor], prune: bool) -> Vec<Placement> {
+    fn placements(
+        &self,
+        op: &Op,
+        factors: &[Factor],
+        prune: bool,
+        habits: Option<&BTreeSet<Dim>>,
+    ) -> Vec<Placement> {
         let (inputs, results) = op_types(self.graph, op);
         let n_ranks: usize = self.grid.axes.iter().map(|axis| axis.degree).product();
         let is_heavy = op.kind.is_matmul()
@@ -207,7 +259,8 @@ impl Builder<'_> {
             .iter()
             .filter(|factor| {
                 let is_whole = self.facts.whole_dims.contains(&factor.name);
-                !prune || !(is_whole || shares_keys(op, factor, &inputs, n_ranks))
+                let is_usual = habits.is_none_or(|habits| habits.contains(&factor.name));
+                is_usual && (!prune || !(is_whole || shares_keys(op, factor, &inputs, n_ranks)))
             })
             .collect();
         let mut partial: Vec<(Placement, Vec<(Dim, usize)>)> = vec![Default::default()];
@@ -491,10 +544,14 @@ impl Builder<'_> {
             }
             let rules_about = |id: &TensorId| self.rules.about(Subject::Tensor(*id)).next();
             let has_rule = members.iter().any(|id| rules_about(id).is_some());
+            let habits = self
+                .habits
+                .and_then(|habits| habits.sources.get(source_class));
             let may_shard = |dim_idx: usize| {
                 has_rule
                     || ty.shape.get(dim_idx).is_some_and(|(dim, _)| {
-                        !self.facts.whole_dims.contains(dim) || ty.shape.len() == 1
+                        habits.is_none_or(|habits| habits.contains(dim))
+                            && (!self.facts.whole_dims.contains(dim) || ty.shape.len() == 1)
                     })
             };
             let codes = self.grid.kept_codes(ty, may_shard);

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::graph::{OpId, TensorId, TensorType};
 use meshweave_dsl::layout::{Layout, Mesh};
+use meshweave_dsl::name::Dim;
 use meshweave_dsl::plan::Placement;
 
 use super::directives::{Demand, Rule, Subject, placement_layout};
@@ -38,6 +39,19 @@ impl Rules {
     pub fn place_ops(&self) -> bool {
         let mut subjects = self.by_subject.keys();
         subjects.any(|subject| matches!(subject, Subject::Op(_)))
+    }
+
+    /// All dims and factors that rules name.
+    pub fn dims(&self) -> BTreeSet<Dim> {
+        let demands = self.by_subject.values().flatten().map(|(demand, _)| demand);
+        let named = demands.flat_map(|demand| match demand {
+            Demand::Pin(pattern) | Demand::Prefer(pattern, _) => {
+                pattern.dims.keys().cloned().collect()
+            }
+            Demand::Over { dims, .. } => dims.clone(),
+            Demand::Forbid(_) | Demand::NotOver { .. } => Vec::new(),
+        });
+        named.collect()
     }
 
     /// The numbers of the rules about a subject.

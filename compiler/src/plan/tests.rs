@@ -212,7 +212,7 @@ fn certificates_are_priced_apart_from_the_solver() {
         let grid = Grid::new(mesh, &cluster);
         let mut metric = Metric::new(&grid);
         let rules = Rules::default();
-        let instance = build_instance(&graph, &classes, &grid, &rules, &mut metric).unwrap();
+        let instance = build_instance(&graph, &classes, &grid, &rules, None, &mut metric).unwrap();
         let solved = solve(&instance, LIMITS, &mut metric).unwrap();
         let plan = instance.plan(&solved.assignment, &graph, &classes, &grid, "tiny");
         let price = price_plan(&graph, &plan, &cluster).unwrap();
@@ -413,7 +413,7 @@ proptest! {
         let mut metric = Metric::new(&grid);
         let classes = Classes::new(&graph);
         let rules = Rules::default();
-        let instance = build_instance(&graph, &classes, &grid, &rules, &mut metric).unwrap();
+        let instance = build_instance(&graph, &classes, &grid, &rules, None, &mut metric).unwrap();
         let n_assignments: f64 = instance
             .groups
             .iter()
@@ -442,4 +442,32 @@ proptest! {
             (solved, best) => prop_assert!(false, "{solved:?} and {best:?}"),
         }
     }
+}
+#[test]
+fn meshes_of_three_axes_try_what_simpler_plans_do() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let mesh = Mesh::new([("dp", 2), ("fsdp", 2), ("tp", 2)]);
+    let solution = found(&graph, &local(8), &on(mesh)).unwrap();
+    let free = found(&graph, &local(8), &Directives::default()).unwrap();
+    let ratio = solution.certificate.predicted_s / free.certificate.predicted_s;
+    assert!((0.8..1.1).contains(&ratio), "{ratio}");
+    let not = &solution.certificate.not_searched;
+    assert!(
+        not[0].starts_with("on meshes of more than 2 axes"),
+        "{not:?}"
+    );
+}
+
+#[test]
+fn experts_are_divided() {
+    let size = GoldenSize::named("tiny").unwrap();
+    let config = DecoderConfig::golden(&size, Some(2.0));
+    let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
+    let graph = differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
+    let directives = on(Mesh::new([("ep", 4)]));
+    let plan = found(&graph, &local(4), &directives).unwrap().plan;
+    assert_eq!(
+        kept(&graph, &plan, "layers[0].moe.experts.wg"),
+        "[expert/ep, embed, ffn]"
+    );
 }
