@@ -105,7 +105,9 @@ fn local_batch(batch: usize, n_data: usize, target: Target) -> Result<usize> {
 fn megatron(graph: &Graph, parallelism: &Parallelism) -> Result<String> {
     let (batch, seq) = batch_and_seq(graph)?;
     let per_rank = local_batch(batch, parallelism.n_data(), Target::Megatron)?;
-    if parallelism.sharded.is_some_and(|(_, sharding)| sharding != Sharding::OptimizerState)
+    if parallelism
+        .sharded
+        .is_some_and(|(_, sharding)| sharding != Sharding::OptimizerState)
         && parallelism.replicated > 1
     {
         return Err(ExportError::Unsupported(format!(
@@ -183,7 +185,10 @@ fn deepspeed(graph: &Graph, parallelism: &Parallelism) -> Result<String> {
     let per_rank = local_batch(batch, parallelism.n_data(), Target::Deepspeed)?;
     for (degree, what) in [
         (parallelism.context, "context parallelism"),
-        (parallelism.expert, "expert parallelism (the model's code sets it)"),
+        (
+            parallelism.expert,
+            "expert parallelism (the model's code sets it)",
+        ),
     ] {
         if degree > 1 {
             return Err(ExportError::Unsupported(format!(

@@ -139,8 +139,7 @@ fn role(graph: &Graph, plan: &Plan, axis: &Axis) -> Result<AxisRole> {
         }
         let reads_weight = matches!(op.kind, OpKind::Contract { .. })
             && op.inputs.iter().any(|id| {
-                producers[id.index()].is_none()
-                    && matches!(graph.tensor(*id).role, Role::Param(_))
+                producers[id.index()].is_none() && matches!(graph.tensor(*id).role, Role::Param(_))
             });
         if let Some(factor) = factor {
             uses.add(factor, graph.op_name(op), reads_weight);

@@ -11,6 +11,7 @@ use meshweave_dsl::op::{BinaryFn, OpKind, UnaryFn};
 use proptest::prelude::*;
 
 use super::classes::Classes;
+use super::cost::{collective_seconds, op_seconds};
 use super::directives::{Demand, DimPattern, Directives, Pattern, Rule, Subject};
 use super::explain::explain;
 use super::grid::{Grid, Metric};
@@ -21,6 +22,7 @@ use super::rules::Rules;
 use super::{Plan, SearchError, SearchOptions, Solution, search};
 use crate::differentiate::{Optimizer, differentiate};
 use crate::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
+use crate::partition::{Keep, partition};
 
 fn training(size: &GoldenSize) -> Graph {
     let config = DecoderConfig::golden(size, None);
@@ -470,4 +472,32 @@ fn experts_are_divided() {
         kept(&graph, &plan, "layers[0].moe.experts.wg"),
         "[expert/ep, embed, ffn]"
     );
+}
+
+#[test]
+fn reshards_cost_what_partitioning_makes_of_them() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let cluster = local(8);
+    for mesh in [Mesh::new([("a", 8)]), Mesh::new([("a", 2), ("b", 4)])] {
+        let solution = found(&graph, &cluster, &on(mesh)).unwrap();
+        let partition = partition(&graph, &solution.plan, Keep::Outputs, &cluster).unwrap();
+        let local = &partition.locals[0];
+        let mut seconds = 0.0;
+        for (_, op) in local.ops() {
+            let all = op.inputs.iter().chain(&op.results);
+            let n_bytes = all.map(|id| local.ty(*id).n_bytes()).max().unwrap_or(0);
+            seconds += collective_seconds(&op.kind, n_bytes as f64, &cluster);
+            if matches!(op.kind, OpKind::Slice { .. }) {
+                let types =
+                    |ids: &[TensorId]| ids.iter().map(|id| local.ty(*id)).collect::<Vec<_>>();
+                let (inputs, results) = (types(&op.inputs), types(&op.results));
+                seconds += op_seconds(&op.kind, &inputs, &results, &cluster);
+            }
+        }
+        let predicted = solution.certificate.parts.reshard_s;
+        assert!(
+            (seconds / predicted - 1.0).abs() < 0.05,
+            "{seconds} and {predicted}"
+        );
+    }
 }
