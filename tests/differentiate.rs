@@ -3,6 +3,8 @@
 //! Of each parameter some elements are moved by ±h (h = 1e-5) and the central difference is compared
 //! with the gradient. Errors are relative to the largest gradient of the parameter.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
@@ -645,36 +647,5 @@ fn latent_attention_with_limited_groups() {
         });
         moe.dense_layers = [0].into();
         check_model(&config);
-    }
-}
-
-/// The losses published with the golden model, in `tiny`.
-#[test]
-fn golden_losses() {
-    let size = GoldenSize::named("tiny").unwrap();
-    let cases = [
-        (None, [6.739996, 5.957613, 5.208904, 4.504258, 3.849025]),
-        (
-            Some(2.0),
-            [6.751934, 5.857271, 5.038284, 4.282347, 3.568987],
-        ),
-        (
-            Some(0.0),
-            [6.751000, 5.855239, 5.033547, 4.281944, 3.571185],
-        ),
-    ];
-    for (capacity_factor, expected) in cases {
-        let config = DecoderConfig::golden(&size, capacity_factor);
-        let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
-        let graph = differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
-        let inputs = golden_inputs(&graph, size.vocab).unwrap();
-        let mut stepper = meshweave_runtime::reference::Stepper::new(&graph).unwrap();
-        for expected in expected {
-            let loss = stepper.step(&inputs).unwrap().loss();
-            assert!(
-                (loss - expected).abs() < 1e-5,
-                "{loss} instead of {expected}"
-            );
-        }
     }
 }
