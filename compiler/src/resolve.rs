@@ -14,6 +14,7 @@ mod mesh;
 mod select;
 mod tactics;
 mod direct;
+mod replay;
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +25,9 @@ use meshweave_dsl::weave::ast::{
     Spanned, Statement,
 };
 
+pub use cluster::print_cluster;
 pub use direct::direct;
+pub use replay::print_plan;
 
 use crate::differentiate::Optimizer;
 use crate::model::{DecoderConfig, Goal};
@@ -249,6 +252,8 @@ fn refuse_repeats(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
             | Statement::Pin(_)
             | Statement::Forbid(_)
             | Statement::Prefer(_)
+            | Statement::Place(_)
+            | Statement::Keep(_)
             | Statement::Pipeline(_) => continue,
         };
         match seen.iter().find(|(earlier, _)| *earlier == subject) {
@@ -413,6 +418,8 @@ fn refuse_unsupported(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
             | Statement::Pin(_)
             | Statement::Forbid(_)
             | Statement::Prefer(_)
+            | Statement::Place(_)
+            | Statement::Keep(_)
             | Statement::Solve(_) => {}
         }
     }

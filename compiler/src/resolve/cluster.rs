@@ -7,8 +7,9 @@ use std::path::Path;
 
 use meshweave_dsl::cluster::{Cluster, DeviceKind, Link};
 use meshweave_dsl::diagnostics::{Diagnostic, Sources, Span, did_you_mean, has_errors};
+use meshweave_dsl::units::{Bytes, Quantity, Unit};
 use meshweave_dsl::weave::ast::{
-    Definition, Document, Reference, Setting, SettingLine, Spanned, Statement,
+    Definition, Document, Name, Reference, Setting, SettingLine, Spanned, Statement,
 };
 use meshweave_dsl::weave::parse;
 
@@ -137,20 +138,25 @@ fn from_file(
 }
 
 /// Keys that begin a line, with those that may follow on it.
-const LINES: [(&str, &[&str]); 4] = [
+const LINES: [(&str, &[&str]); 6] = [
+    ("name", &["name"]),
     ("nodes", &["nodes", "devices"]),
     ("devices", &["devices", "nodes"]),
     (
         "device",
         &[
             "device",
+            "kind",
             "memory",
             "bandwidth",
             "throughput",
             "vector",
             "launch",
+            "matmul_efficiency",
+            "vector_efficiency",
         ],
     ),
+    ("matmul", &["matmul"]),
     ("link", &["link", "within", "between"]),
 ];
 
@@ -165,7 +171,10 @@ struct Block<'a> {
     definition: &'a Definition,
     n_nodes: Option<usize>,
     n_devices: Option<usize>,
+    name: Option<String>,
     device: Option<Settings<'a>>,
+    /// Speeds of contractions by type.
+    matmul: Vec<Settings<'a>>,
     links: Vec<Settings<'a>>,
 }
 
@@ -175,7 +184,9 @@ impl<'a> Block<'a> {
             definition,
             n_nodes: None,
             n_devices: None,
+            name: None,
             device: None,
+            matmul: Vec::new(),
             links: Vec::new(),
         };
         let owner = format!("cluster `{}`", definition.name.node);
@@ -194,7 +205,7 @@ impl<'a> Block<'a> {
             };
             let mut s = Settings::new(owner.clone(), line.span, settings, known);
             diagnostics.append(&mut s.diagnostics);
-            for key in ["nodes", "devices", "device"] {
+            for key in ["name", "nodes", "devices", "device"] {
                 let Some(setting) = s.get(key) else { continue };
                 match seen.iter().find(|earlier| earlier.key == setting.key) {
                     Some(earlier) => diagnostics.push(
@@ -215,7 +226,12 @@ impl<'a> Block<'a> {
             diagnostics.append(&mut s.diagnostics);
             match key {
                 "device" => block.device = Some(s),
+                "matmul" => block.matmul.push(s),
                 "link" => block.links.push(s),
+                "name" => {
+                    block.name = s.text("name").map(|(text, _)| text.to_owned());
+                    diagnostics.append(&mut s.diagnostics);
+                }
                 _ => {}
             }
         }
@@ -229,6 +245,18 @@ impl<'a> Block<'a> {
             .as_mut()
             .and_then(|s| s.text("device"))
             .map(|(text, span)| (if text == "host" { "local" } else { text }, span));
+        // With its kind, a device is described here and bears any name.
+        let kind = device
+            .as_mut()
+            .and_then(|s| s.word("kind", &["host", "gpu"]));
+        let own_name = named
+            .filter(|_| kind.is_some())
+            .map(|(text, _)| text.to_owned());
+        let named = named.map(|(text, span)| match kind {
+            Some("host") => ("local", span),
+            Some(_) => ("h100", span),
+            None => (text, span),
+        });
         let base = match (&definition.base, named) {
             (Some(base), None) => match &base.node {
                 Reference::Name(name) => (name.as_str().to_owned(), base.span),
@@ -271,10 +299,24 @@ impl<'a> Block<'a> {
         let n_devices = self.n_devices.unwrap_or(default);
         let total = n_nodes.saturating_mul(n_devices);
         let mut cluster = preset(&format!("{}:{total}", base.0), base.1, diagnostics)?;
-        cluster.name = definition.name.node.as_str().to_owned();
+        cluster.name = self
+            .name
+            .unwrap_or_else(|| definition.name.node.as_str().to_owned());
+        if let Some(name) = own_name {
+            cluster.device.name = name;
+        }
         (cluster.n_nodes, cluster.devices_per_node) = (n_nodes, n_devices);
         if let Some(mut s) = device {
             change_device(&mut cluster, &mut s);
+            diagnostics.append(&mut s.diagnostics);
+        }
+        if !self.matmul.is_empty() {
+            cluster.device.matmul_flops_per_s.clear();
+        }
+        for mut s in self.matmul {
+            if let Some((dtype, speed)) = s.speed("matmul") {
+                cluster.device.matmul_flops_per_s.insert(dtype, speed);
+            }
             diagnostics.append(&mut s.diagnostics);
         }
         for mut s in self.links {
@@ -287,8 +329,7 @@ impl<'a> Block<'a> {
 
 fn change_device(cluster: &mut Cluster, s: &mut Settings<'_>) {
     let device = &mut cluster.device;
-    let throughput =
-        |quantity: meshweave_dsl::units::Quantity| quantity.flops_per_second().map(|value| value.0);
+    let throughput = |quantity: Quantity| quantity.flops_per_second().map(|value| value.0);
     if let Some(bytes) = s.quantity("memory", "80 GiB", |q| q.bytes().map(|b| b.0 as f64)) {
         device.memory_bytes = bytes as u64;
     }
@@ -306,8 +347,93 @@ fn change_device(cluster: &mut Cluster, s: &mut Settings<'_>) {
     if let Some(speed) = s.quantity("vector", "20 GFLOPS", throughput) {
         device.vector_flops_per_s = speed;
     }
+    let is_part = |part: f64| part > 0.0 && part <= 1.0;
+    if let Some(part) = s.number("matmul_efficiency", "above 0 and up to 1", is_part) {
+        device.matmul_efficiency = part;
+    }
+    if let Some(part) = s.number("vector_efficiency", "above 0 and up to 1", is_part) {
+        device.vector_efficiency = part;
+    }
     if let Some(launch) = s.quantity("launch", "4 us", |q| q.seconds().map(|t| t.0)) {
         device.launch_s = launch;
+    }
+}
+
+/// A block that is read back to the same cluster.
+pub fn print_cluster(cluster: &Cluster) -> String {
+    let device = &cluster.device;
+    let name: String = cluster
+        .name
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || c == '_' {
+                c
+            } else {
+                '-'
+            }
+        })
+        .collect();
+    let name = match Name::new(name.trim_matches('-')) {
+        Ok(name) => name.as_str().to_owned(),
+        Err(_) => "measured".to_owned(),
+    };
+    let kind = match device.kind {
+        DeviceKind::Host => "host",
+        DeviceKind::Gpu => "gpu",
+    };
+    let mut text = format!("cluster {name} {{\n");
+    let mut line = |content: String| text.push_str(&format!("  {content}\n"));
+    if name != cluster.name {
+        line(format!("name {:?}", cluster.name));
+    }
+    line(format!("nodes {}", cluster.n_nodes));
+    line(format!("devices {}", cluster.devices_per_node));
+    line(format!(
+        "device {:?} kind {kind} memory {:#} bandwidth {} vector {} launch {} matmul_efficiency {:?} vector_efficiency {:?}",
+        device.name,
+        Bytes(device.memory_bytes),
+        exact(
+            device.memory_bytes_per_s,
+            [Unit::GigabytePerSecond, Unit::BytePerSecond]
+        ),
+        exact(
+            device.vector_flops_per_s,
+            [Unit::GigaflopPerSecond, Unit::FlopPerSecond]
+        ),
+        exact(device.launch_s, [Unit::Microsecond, Unit::Second]),
+        device.matmul_efficiency,
+        device.vector_efficiency,
+    ));
+    for (dtype, speed) in &device.matmul_flops_per_s {
+        let speed = exact(*speed, [Unit::GigaflopPerSecond, Unit::FlopPerSecond]);
+        line(format!("matmul {dtype} {speed}"));
+    }
+    for (link, place) in [
+        (&cluster.within_node, "within node"),
+        (&cluster.between_nodes, "between nodes"),
+    ] {
+        line(format!(
+            "link {:?} {} {} {place}",
+            link.name,
+            exact(
+                link.bytes_per_s,
+                [Unit::GigabytePerSecond, Unit::BytePerSecond]
+            ),
+            exact(link.latency_s, [Unit::Microsecond, Unit::Second]),
+        ));
+    }
+    text.push_str("}\n");
+    text
+}
+
+/// A quantity in the first of the units in which it is exact; the last always is.
+fn exact(base: f64, units: [Unit; 2]) -> Quantity {
+    let [first, last] = units;
+    let value = base / first.scale();
+    if value * first.scale() == base {
+        Quantity::new(value, first)
+    } else {
+        Quantity::new(base / last.scale(), last)
     }
 }
 

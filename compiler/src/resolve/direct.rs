@@ -4,7 +4,7 @@
 //! Invariant: the rules of one tensor do not contradict each other; where statements overlap, the one
 //! about fewer tensors holds, or the one that says `override`; else both are named in an error.
 //!
-//! `shard` adds: several of them divide one dim together, in the order of the mesh. `pin` decides: the
+//! `shard` adds to what else divides a tensor: several of them divide one dim together, in the order of the mesh. `pin` decides: the
 //! dims that it names are as it says.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +14,7 @@ use meshweave_dsl::graph::{Graph, Role, TensorId};
 use meshweave_dsl::layout::{Interval, Mesh, ReduceKind};
 use meshweave_dsl::name::{Axis, Dim};
 use meshweave_dsl::op::Spread;
-use meshweave_dsl::plan::op_factors;
+use meshweave_dsl::plan::{Plan, op_factors};
 use meshweave_dsl::weave::ast::{
     Choice, Document, Forbid, Layout, MemoryItem, Name, Pin, Prefer, Reduce, Segment, Selector,
     Shard, Spanned, Split, Statement, TacticItem, Target, TensorClass,
@@ -22,6 +22,7 @@ use meshweave_dsl::weave::ast::{
 
 use super::Request;
 use super::mesh::Meshes;
+use super::replay::{deciding_statement, replay};
 use super::select::{Scene, tied};
 use super::tactics::{Expanded, Origin, expand};
 use crate::plan::directives::{Demand, DimPattern, Directives, Pattern, Rule, Subject};
@@ -57,16 +58,67 @@ pub fn direct(
     let candidates = claims.admitted(&settled);
     let claims = claims.claims;
     rules.extend(demands(&claims));
+    let replay = match has_errors(&diagnostics) {
+        true => None,
+        false => replay(document, &request.name, graph, &meshes, &mut diagnostics),
+    };
+    if let Some(plan) = &replay {
+        refuse_broken_rules(document, &rules, plan, &scene, &mut diagnostics);
+    }
     let directives = Directives {
         meshes: candidates,
         rules,
         budget_bytes,
-        replay: None,
+        replay,
     };
     (
         (!has_errors(&diagnostics)).then_some(directives),
         diagnostics,
     )
+}
+
+/// A finished plan must keep what the same document asks for.
+fn refuse_broken_rules(
+    document: &Document,
+    rules: &[Rule],
+    plan: &Plan,
+    scene: &Scene<'_>,
+    diagnostics: &mut Vec<Diagnostic>,
+) {
+    let graph = scene.graph;
+    let mut reported = BTreeSet::new();
+    for rule in rules {
+        let Subject::Tensor(id) = rule.subject else {
+            continue;
+        };
+        let (name, layout) = match scene.producers.get(id.index()).copied().flatten() {
+            None => (scene.name(id), plan.source_layout(id)),
+            Some(op_id) => {
+                let op = graph.op(op_id);
+                let results = plan.op_layouts(graph, op_id).results;
+                let layout = op.results.iter().zip(results).find(|(one, _)| **one == id);
+                let Some((_, layout)) = layout else { continue };
+                (graph.op_name(op), layout)
+            }
+        };
+        if rule.demand.admits(&layout, &plan.mesh) || !reported.insert(rule.text.clone()) {
+            continue;
+        }
+        let has = layout.display(graph.ty(id).dims());
+        let mut diagnostic = Diagnostic::invalid(format!(
+            "the plan gives {} the layout `{has}`, which `{}` excludes",
+            tied(scene.name(id)),
+            rule.text
+        ))
+        .code("W113")
+        .at(rule.span, "asked for here");
+        if let Some(origin) = deciding_statement(document, name) {
+            diagnostic = diagnostic.also(origin.span, "decided here");
+        }
+        diagnostics.push(diagnostic.help(
+            "change one of the two, or plan again without the `place` and `keep` statements",
+        ));
+    }
 }
 
 fn budget(
@@ -885,6 +937,18 @@ impl Claims<'_> {
         for (id, dims) in settled {
             let mut by_claims: BTreeMap<&[usize], Pattern> = BTreeMap::new();
             for (dim, decision) in dims {
+                let is_shard = |idx: &usize| matches!(self.claims[*idx].said, Said::Shard { .. });
+                if let DimPattern::Axes(axes) = &decision.pattern
+                    && decision.claims.iter().all(is_shard)
+                {
+                    // Other axes may divide the tensor too, or leave it partial.
+                    rules.extend(axes.iter().filter_map(|axis| {
+                        let dims = vec![dim.clone()];
+                        let axis = axis.clone();
+                        self.rule(*id, &decision.claims, Demand::Over { axis, dims })
+                    }));
+                    continue;
+                }
                 let pattern = by_claims.entry(&decision.claims).or_default();
                 pattern.dims.insert(dim.clone(), decision.pattern.clone());
             }
@@ -1131,7 +1195,7 @@ fn forbidden_by(pattern: &Pattern, dims: &BTreeMap<Dim, Decision>) -> Option<usi
 }
 
 /// Elements of the smallest part when a dim is cut into so many parts, again and again.
-fn smallest_part(size: usize, degrees: &[usize]) -> usize {
+pub(super) fn smallest_part(size: usize, degrees: &[usize]) -> usize {
     let whole = Interval {
         start: 0,
         len: size,

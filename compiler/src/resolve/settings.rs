@@ -5,6 +5,7 @@
 //! Invariant: a setting that is not understood is reported, never ignored.
 
 use meshweave_dsl::diagnostics::{Diagnostic, Span, did_you_mean, nearest};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::units::{Quantity, UnitError};
 use meshweave_dsl::weave::ast::{Setting, Spanned, Value};
 
@@ -278,6 +279,30 @@ impl<'a> Settings<'a> {
                 None
             }
         }
+    }
+
+    /// The values of a key as (type, operations a second): `f32 50 GFLOPS`.
+    pub fn speed(&mut self, key: &str) -> Option<(DType, f64)> {
+        const EXAMPLE: &str = "f32 50 GFLOPS";
+        let values = self.values(key)?;
+        let [(dtype, dtype_span), (speed, span)] = values.as_slice() else {
+            let n_values = values.len();
+            let span = self.span_of(key);
+            let what = format!("takes a type and a throughput, found {n_values} values");
+            self.wrong(key, span, what, &format!("write `{key} {EXAMPLE}`"));
+            return None;
+        };
+        let known = [DType::F32, DType::Bf16, DType::F16];
+        let text = dtype.as_str();
+        let Some(dtype) = known.into_iter().find(|known| Some(known.name()) == text) else {
+            let what = format!("begins with f32, bf16 or f16, found {}", show(dtype));
+            self.wrong(key, *dtype_span, what, &format!("write `{key} {EXAMPLE}`"));
+            return None;
+        };
+        let speed = self.converted(key, speed, *span, EXAMPLE, |quantity| {
+            quantity.flops_per_second().map(|value| value.0)
+        })?;
+        Some((dtype, speed))
     }
 
     /// The values of a key as (word, bytes a second, seconds): `nvlink 450 GB/s 2 us`.

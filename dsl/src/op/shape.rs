@@ -332,7 +332,9 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
                 return Err(format!("takes the {k} greatest of {size}"));
             }
             if choice == dim {
-                return Err(format!("the choices and what is chosen from are both `{dim}`"));
+                return Err(format!(
+                    "the choices and what is chosen from are both `{dim}`"
+                ));
             }
             let mut shape = rows_of(x, dim)?;
             shape.push((choice.clone(), *k));

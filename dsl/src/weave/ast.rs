@@ -19,10 +19,10 @@ pub use schedule::{
 };
 pub use select::{Index, IndexItem, Segment, Selector, Target, TensorClass};
 pub use statement::{
-    Apply, Arg, Call, Definition, Dispatch, ExpertsItem, Forbid, Goal, Header, Init, Job,
-    MemoryItem, Offload, OffloadTo, Pin, Pipeline, PipelineItem, Placement, Prefer, Recompute,
-    RecomputePolicy, Reference, Setting, SettingLine, Shard, Solve, Statement, TacticDef,
-    TacticItem, UseMesh, Value,
+    Apply, Arg, Call, Definition, Dispatch, ExpertsItem, Forbid, Goal, Header, Init, Job, Keep,
+    MemoryItem, Offload, OffloadTo, Pin, Pipeline, PipelineItem, Place, Placement, Prefer,
+    Recompute, RecomputePolicy, Reference, Setting, SettingLine, Shard, Solve, Statement,
+    TacticDef, TacticItem, UseMesh, Value,
 };
 
 use std::ops::Deref;

@@ -345,6 +345,24 @@ impl PlanBuilder {
         }
     }
 
+    /// `place SELECTOR : FACTORS`
+    #[must_use]
+    pub fn place(mut self, on: &str, factors: &str) -> Self {
+        match part::place(on, factors, &mut self.problems) {
+            Some(place) => self.statement(Statement::Place(place)),
+            None => self,
+        }
+    }
+
+    /// `keep SELECTOR : LAYOUT`
+    #[must_use]
+    pub fn keep(mut self, on: &str, layout: &str) -> Self {
+        match part::keep(on, layout, &mut self.problems) {
+            Some(keep) => self.statement(Statement::Keep(keep)),
+            None => self,
+        }
+    }
+
     /// Marks the last statement (or the last line of its block) with `override`.
     #[must_use]
     pub fn overriding(mut self) -> Self {

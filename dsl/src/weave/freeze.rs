@@ -2,11 +2,12 @@
 //!
 //! Enters: a document. Leaves: a new one. `freeze` replaces each `auto := w` by `w` and keeps an
 //! `auto` without a witness; `thaw` drops the witnesses.
-//! Invariant: both are idempotent, and neither touches comments or fixed values.
+//! Invariant: both are idempotent, and neither touches fixed values; comments stay, save those of
+//! the `place` and `keep` statements that `thaw` removes.
 
 use super::ast::{
     Block, Choice, Degree, Document, ExpertsItem, Layout, MemoryItem, PipelineItem, Setting,
-    Spanned, Split, Statement, TacticItem,
+    Spanned, Split, Statement, TacticItem, Trivia,
 };
 
 /// Which of the two.
@@ -23,10 +24,28 @@ impl Document {
         self.settled(Step::Freeze)
     }
 
-    /// Every witness is dropped.
+    /// Every witness is dropped, and with them what a plan says of single ops (`place`, `keep`).
     #[must_use]
     pub fn thaw(&self) -> Document {
-        self.settled(Step::Thaw)
+        let mut document = self.settled(Step::Thaw);
+        document.drop_plan();
+        document
+    }
+
+    /// Removes `place` and `keep`, with the comments above the first of them.
+    pub fn drop_plan(&mut self) {
+        let body = &mut self.body;
+        let is_plan =
+            |statement: &Statement| matches!(statement, Statement::Place(_) | Statement::Keep(_));
+        body.lines.retain(|line| !is_plan(&line.item));
+        if let Some(first) = body.lines.first_mut()
+            && first.lead.first() == Some(&Trivia::Blank)
+        {
+            first.lead.remove(0);
+        }
+        if body.lines.is_empty() && body.tail.first() == Some(&Trivia::Blank) {
+            body.tail.remove(0);
+        }
     }
 
     fn settled(&self, step: Step) -> Document {
@@ -154,6 +173,8 @@ impl Settle for Statement {
             | Self::Use(_)
             | Self::Forbid(_)
             | Self::Prefer(_)
+            | Self::Place(_)
+            | Self::Keep(_)
             | Self::Schedule(_)
             | Self::Solve(_) => {}
         }

@@ -10,6 +10,7 @@ enum Group {
     Mesh,
     Tactic,
     Directive,
+    Plan,
     Block,
 }
 
@@ -24,6 +25,7 @@ fn group(statement: &Statement) -> Group {
         Statement::Mesh(_) | Statement::Use(_) => Group::Mesh,
         Statement::Tactic(_) | Statement::Apply(_) => Group::Tactic,
         Statement::Pin(_) | Statement::Forbid(_) | Statement::Prefer(_) => Group::Directive,
+        Statement::Place(_) | Statement::Keep(_) => Group::Plan,
         Statement::Schedule(_)
         | Statement::Pipeline(_)
         | Statement::Memory(_)

@@ -324,6 +324,27 @@ fn forbid() -> impl Strategy<Value = Forbid> {
     )
 }
 
+/// A layout that leaves nothing open.
+fn complete_layout() -> impl Strategy<Value = Layout> {
+    layout(false).prop_map(|mut layout| {
+        for dim in &mut layout.dims {
+            if matches!(dim.split, Split::Any | Split::Open { .. }) {
+                dim.split = Split::Whole;
+            }
+        }
+        layout
+    })
+}
+
+fn place() -> impl Strategy<Value = Place> {
+    (spanned(selector()), spanned(complete_layout()))
+        .prop_map(|(on, factors)| Place { on, factors })
+}
+
+fn keep() -> impl Strategy<Value = Keep> {
+    (spanned(selector()), spanned(complete_layout())).prop_map(|(on, layout)| Keep { on, layout })
+}
+
 fn prefer() -> impl Strategy<Value = Prefer> {
     let call = (name(), vec(axis_ref(), 0..3)).prop_map(|(name, args)| Call { name, args });
     let weight = prop_oneof![
@@ -520,6 +541,8 @@ fn statement() -> impl Strategy<Value = Statement> {
         pin().prop_map(Statement::Pin),
         forbid().prop_map(Statement::Forbid),
         prefer().prop_map(Statement::Prefer),
+        place().prop_map(Statement::Place),
+        keep().prop_map(Statement::Keep),
         schedule().prop_map(Statement::Schedule),
         pipeline().prop_map(Statement::Pipeline),
         memory().prop_map(Statement::Memory),

@@ -47,6 +47,10 @@ impl Pattern {
     /// # Errors
     /// A diagnostic when `text` is no pattern.
     pub fn new(text: &str) -> Result<Self, Box<Diagnostic>> {
+        // Behind a dot, as in `core.1`, a number is a name too.
+        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Ok(Self(text.to_owned()));
+        }
         parser::whole(text, parser::Parser::pattern)
     }
 

@@ -27,6 +27,8 @@ pub enum Statement {
     Pin(Pin),
     Forbid(Forbid),
     Prefer(Prefer),
+    Place(Place),
+    Keep(Keep),
     Schedule(ScheduleDef),
     Pipeline(Pipeline),
     Memory(Block<MemoryItem>),
@@ -36,9 +38,10 @@ pub enum Statement {
 
 impl Statement {
     /// The keywords that begin a statement.
-    pub const KEYWORDS: [&'static str; 19] = [
+    pub const KEYWORDS: [&'static str; 21] = [
         "plan", "model", "cluster", "data", "init", "train", "infer", "mesh", "use", "tactic",
-        "apply", "pin", "forbid", "prefer", "schedule", "pipeline", "memory", "experts", "solve",
+        "apply", "pin", "forbid", "prefer", "place", "keep", "schedule", "pipeline", "memory",
+        "experts", "solve",
     ];
 
     /// The keyword that begins it.
@@ -58,6 +61,8 @@ impl Statement {
             Self::Pin(_) => "pin",
             Self::Forbid(_) => "forbid",
             Self::Prefer(_) => "prefer",
+            Self::Place(_) => "place",
+            Self::Keep(_) => "keep",
             Self::Schedule(_) => "schedule",
             Self::Pipeline(_) => "pipeline",
             Self::Memory(_) => "memory",
@@ -289,6 +294,23 @@ pub struct Prefer {
     pub weight: Option<Number>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub overrides: bool,
+}
+
+/// `place SELECTOR : FACTORS`: how the planner divided ops, complete.
+///
+/// The layout's dims are factors of the ops' sharding rules; factors that no axis divides are left
+/// out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Place {
+    pub on: Spanned<Selector>,
+    pub factors: Spanned<Layout>,
+}
+
+/// `keep SELECTOR : LAYOUT`: how the planner keeps inputs, parameters, states and constants.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Keep {
+    pub on: Spanned<Selector>,
+    pub layout: Spanned<Layout>,
 }
 
 /// `ring(cp)` or a bare name.

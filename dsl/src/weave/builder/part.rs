@@ -3,8 +3,8 @@
 //! Invariant: a piece that does not parse is recorded as a problem, never dropped in silence.
 
 use super::super::ast::{
-    Apply, Axis, Choice, Degree, Forbid, Name, Pin, Prefer, Reference, Selector, Setting, Spanned,
-    Value,
+    Apply, Axis, Choice, Degree, Forbid, Keep, Name, Pin, Place, Prefer, Reference, Selector,
+    Setting, Spanned, Value,
 };
 use super::super::parser::{Parse, Parser, whole};
 use crate::diagnostics::{Diagnostic, Span};
@@ -304,6 +304,22 @@ pub(super) fn forbid(on: &str, layout: &str, problems: &mut Problems) -> Option<
         on: problems.read(on, |p| p.selector())?.into(),
         layout: layout?.into(),
         overrides: false,
+    })
+}
+
+pub(super) fn place(on: &str, factors: &str, problems: &mut Problems) -> Option<Place> {
+    let factors = problems.read(factors, |p| p.layout());
+    Some(Place {
+        on: problems.read(on, |p| p.selector())?.into(),
+        factors: factors?.into(),
+    })
+}
+
+pub(super) fn keep(on: &str, layout: &str, problems: &mut Problems) -> Option<Keep> {
+    let layout = problems.read(layout, |p| p.layout());
+    Some(Keep {
+        on: problems.read(on, |p| p.selector())?.into(),
+        layout: layout?.into(),
     })
 }
 

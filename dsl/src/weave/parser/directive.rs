@@ -4,7 +4,8 @@ use super::block::BlockKind;
 use super::{Empty, Parse, Parser};
 use crate::diagnostics::Diagnostic;
 use crate::weave::ast::{
-    Apply, Call, Forbid, Name, Pin, Prefer, Shard, Spanned, TacticDef, TacticItem, UseMesh,
+    Apply, Call, Forbid, Keep, Name, Pin, Place, Prefer, Shard, Spanned, TacticDef, TacticItem,
+    UseMesh,
 };
 
 const TACTIC: BlockKind = BlockKind {
@@ -148,6 +149,22 @@ impl<'a> Parser<'a> {
             weight,
             overrides,
         })
+    }
+
+    /// `SELECTOR : FACTORS`
+    pub(super) fn place(&mut self) -> Parse<Place> {
+        let on = self.spanned(Self::selector)?;
+        self.expect(":")?;
+        let factors = self.spanned(Self::complete_layout)?;
+        Ok(Place { on, factors })
+    }
+
+    /// `SELECTOR : LAYOUT`
+    pub(super) fn keep(&mut self) -> Parse<Keep> {
+        let on = self.spanned(Self::selector)?;
+        self.expect(":")?;
+        let layout = self.spanned(Self::complete_layout)?;
+        Ok(Keep { on, layout })
     }
 
     /// `ring(cp)` or `ring`.

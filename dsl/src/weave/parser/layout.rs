@@ -105,6 +105,20 @@ impl<'a> Parser<'a> {
         Ok(layout.node)
     }
 
+    /// A layout of a `place` or `keep`, which leaves nothing open.
+    pub(super) fn complete_layout(&mut self) -> Parse<Layout> {
+        let layout = self.spanned(Self::layout)?;
+        let is_open = |dim: &DimSplit| matches!(dim.split, Split::Open { .. } | Split::Any);
+        if layout.dims.iter().any(is_open) {
+            let diagnostic = Diagnostic::invalid("a finished plan leaves no dim open")
+                .code("W002")
+                .at(layout.span, "")
+                .help("name axes, or write the bare dim; `dim/?` is for `pin`");
+            return Err(self.report(diagnostic));
+        }
+        Ok(layout.node)
+    }
+
     /// `[dim/axis, …] +sum(axis)`
     pub(in crate::weave) fn layout(&mut self) -> Parse<Layout> {
         let opened = self.span();

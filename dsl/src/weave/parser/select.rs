@@ -1,7 +1,9 @@
 //! Selectors and targets.
 
 use super::{Parse, Parser};
-use crate::weave::ast::{Index, IndexItem, Name, Segment, Selector, Spanned, Target, TensorClass};
+use crate::weave::ast::{
+    Index, IndexItem, Name, Pattern, Segment, Selector, Spanned, Target, TensorClass,
+};
 use crate::weave::lexer::Tok;
 
 impl<'a> Parser<'a> {
@@ -14,12 +16,39 @@ impl<'a> Parser<'a> {
         }
         let mut segments = vec![self.segment()?];
         while self.eat(".") {
+            // `core.1`: a further result of an op.
+            if let Some(numbers) = self.number_segments() {
+                segments.extend(numbers);
+                continue;
+            }
             segments.push(self.segment()?);
         }
         Ok(Selector {
             is_floating,
             segments,
         })
+    }
+
+    /// The number here as segments: `1`, or `1.0`, which is one token.
+    fn number_segments(&mut self) -> Option<Vec<Segment>> {
+        let text = self.here();
+        let is_digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        let parts: Vec<&str> = text.split('.').collect();
+        if *self.peek() != Tok::Number || !parts.iter().all(|part| is_digits(part)) {
+            return None;
+        }
+        // `0*`, `0-1` and `0[2]` are patterns, which do not begin with a number.
+        let (number, next) = (self.token(0), self.token(1));
+        let joins = matches!(next.tok, Tok::Word | Tok::Sign("*" | "-" | "["));
+        if joins && number.end == next.start {
+            return None;
+        }
+        self.advance();
+        let segment = |part: &&str| Segment::Named {
+            name: Pattern::trusted(part),
+            index: None,
+        };
+        Some(parts.iter().map(segment).collect())
     }
 
     fn segment(&mut self) -> Parse<Segment> {

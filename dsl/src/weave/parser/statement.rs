@@ -56,6 +56,8 @@ impl<'a> Parser<'a> {
             "pin" => self.pin().map(Statement::Pin),
             "forbid" => self.forbid().map(Statement::Forbid),
             "prefer" => self.prefer().map(Statement::Prefer),
+            "place" => self.place().map(Statement::Place),
+            "keep" => self.keep().map(Statement::Keep),
             "schedule" => self.schedule().map(Statement::Schedule),
             "pipeline" => self.pipeline().map(Statement::Pipeline),
             "memory" => self.memory().map(Statement::Memory),

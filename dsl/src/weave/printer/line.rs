@@ -1,9 +1,9 @@
 //! How each kind of line looks: its columns, and its block if it has one.
 
 use super::super::ast::{
-    Apply, Block, Choice, Comment, Definition, ExpertsItem, Forbid, MemoryItem, Pin, Pipeline,
-    PipelineItem, Prefer, Row, ScheduleBody, ScheduleDef, Selector, SettingLine, Shard, Spanned,
-    Statement, TacticDef, TacticItem,
+    Apply, Block, Choice, Comment, Definition, ExpertsItem, Forbid, Keep, MemoryItem, Pin,
+    Pipeline, PipelineItem, Place, Prefer, Row, ScheduleBody, ScheduleDef, Selector, SettingLine,
+    Shard, Spanned, Statement, TacticDef, TacticItem,
 };
 use super::block_lines;
 use super::node::{choice_text, join, quoted};
@@ -103,6 +103,8 @@ impl Show for Statement {
             Self::Pin(pin) => pin.form(),
             Self::Forbid(forbid) => forbid.form(),
             Self::Prefer(prefer) => prefer.form(),
+            Self::Place(place) => place.form(),
+            Self::Keep(keep) => keep.form(),
             Self::Schedule(schedule) => schedule_form(schedule),
             Self::Pipeline(pipeline) => pipeline_form(pipeline),
             Self::Memory(block) => Form::with_block("memory".to_owned(), block),
@@ -225,6 +227,18 @@ impl Show for Prefer {
         }
         text.push_str(marker(self.overrides));
         directive("prefer", text)
+    }
+}
+
+impl Show for Place {
+    fn form(&self) -> Form {
+        directive("place", format!("{} : {}", self.on, self.factors))
+    }
+}
+
+impl Show for Keep {
+    fn form(&self) -> Form {
+        directive("keep", format!("{} : {}", self.on, self.layout))
     }
 }
 
