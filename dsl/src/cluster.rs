@@ -79,10 +79,12 @@ pub struct Host {
     pub memory_bytes_per_s: f64,
 }
 
-/// One clock cycle of the nominal host core: 3 GHz.
-const HOST_CLOCK_HZ: f64 = 3.0e9;
-/// Nominal copy bandwidth a host core adds, up to four cores.
-const HOST_BYTES_PER_S_PER_CORE: f64 = 10.0e9;
+/// Clock of the nominal host core.
+const HOST_CLOCK_HZ: f64 = 3.5e9;
+/// Bytes a second, read and written together, that a host core copies; up to four cores add up.
+const HOST_BYTES_PER_S_PER_CORE: f64 = 20.0e9;
+/// Seconds of a barrier of threads that all run.
+const HOST_BARRIER_S: f64 = 10.0e-6;
 
 impl Host {
     /// This machine, with nominal speeds for its vector width; `meshweave profile` measures them.
@@ -103,8 +105,8 @@ impl Host {
         Self {
             n_cores: 2,
             memory_bytes: 8 << 30,
-            core_flops_per_s: 96.0e9,
-            memory_bytes_per_s: 20.0e9,
+            core_flops_per_s: 112.0e9,
+            memory_bytes_per_s: 40.0e9,
         }
     }
 }
@@ -287,8 +289,9 @@ impl Cluster {
         let flops_per_s = host.core_flops_per_s * host.n_cores as f64 / share;
         let link = |name: &str| Link {
             name: name.into(),
-            bytes_per_s: host.memory_bytes_per_s / share,
-            latency_s: 5.0e-6 * crowding,
+            // Every byte received is read and written.
+            bytes_per_s: host.memory_bytes_per_s / share / 2.0,
+            latency_s: HOST_BARRIER_S * crowding,
         };
         Self {
             name: format!("local:{n_devices}"),

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::cluster::{Cluster, DeviceKind};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::layout::Mesh;
@@ -170,9 +170,18 @@ pub fn traffic_seconds(
         0.0
     };
     let ring_bytes_s = inside.max(n_bytes * (m - 1.0) / m / (p * network.bytes_per_s));
-    let ring_latency_s = (k - m) * node.latency_s + (m - 1.0) * network.latency_s;
-    let tree_latency_s =
-        2.0 * ((k / m).log2().ceil() * node.latency_s + m.log2().ceil() * network.latency_s);
+    let is_host = cluster.device.kind == DeviceKind::Host;
+    // Threads read each other's memory between two barriers, however many there are.
+    let ring_latency_s = if is_host {
+        node.latency_s
+    } else {
+        (k - m) * node.latency_s + (m - 1.0) * network.latency_s
+    };
+    let tree_latency_s = if is_host {
+        2.0 * node.latency_s
+    } else {
+        2.0 * ((k / m).log2().ceil() * node.latency_s + m.log2().ceil() * network.latency_s)
+    };
     let latency_s = if group.n_nodes > 1 {
         network.latency_s
     } else {
@@ -192,7 +201,8 @@ pub fn traffic_seconds(
                 } else {
                     inside
                 };
-                latency_s * k.log2().ceil() + bytes_s
+                let n_rounds = if is_host { 1.0 } else { k.log2().ceil() };
+                latency_s * n_rounds + bytes_s
             }
             Traffic::Permute | Traffic::Broadcast => {
                 let link = if group.n_nodes > 1 { network } else { node };

@@ -452,7 +452,7 @@ fn meshes_of_three_axes_try_what_simpler_plans_do() {
     let solution = found(&graph, &local(8), &on(mesh)).unwrap();
     let free = found(&graph, &local(8), &Directives::default()).unwrap();
     let ratio = solution.certificate.predicted_s / free.certificate.predicted_s;
-    assert!((0.8..1.1).contains(&ratio), "{ratio}");
+    assert!((0.8..1.3).contains(&ratio), "{ratio}");
     let not = &solution.certificate.not_searched;
     assert!(
         not[0].starts_with("on meshes of more than 2 axes"),
