@@ -369,27 +369,55 @@ impl Session {
         for (name, value) in tables {
             self.set(&name, &value)?;
         }
-        let sources = &self.sources;
+        let sources: Vec<&Placed> = self
+            .sources
+            .iter()
+            .filter(|placed| {
+                let tensor = &placed.tensor;
+                matches!(tensor.role, Role::Param(_) | Role::State { .. })
+                    && tensor.ty.dtype == DType::F32
+            })
+            .collect();
+        // The first rank that holds a part makes it, the others copy it: hashing is the dearer one.
         self.crew.run(self.ranks.len(), &|rank_idx| {
-            for placed in sources {
-                let (tensor, (part, address)) = (&placed.tensor, &placed.parts[rank_idx]);
-                if !matches!(tensor.role, Role::Param(_) | Role::State { .. })
-                    || tensor.ty.dtype != DType::F32
-                {
-                    continue;
-                }
+            for placed in sources
+                .iter()
+                .filter(|placed| placed.first_holder(rank_idx) == rank_idx)
+            {
+                let (part, address) = &placed.parts[rank_idx];
                 // SAFETY: the part fills its buffer of f32, which belongs to this rank's arena; no
                 // rank runs, and each rank's task touches its own arena alone.
                 let local = unsafe {
                     std::slice::from_raw_parts_mut(address.cast::<f32>(), part.n_elements())
                 };
-                weights::initialize(&tensor.role, seed, part, local);
+                weights::initialize(&placed.tensor.role, seed, part, local);
+            }
+        })?;
+        self.crew.run(self.ranks.len(), &|rank_idx| {
+            for placed in &sources {
+                let holder = placed.first_holder(rank_idx);
+                if holder != rank_idx {
+                    let (part, to) = &placed.parts[rank_idx];
+                    let from = placed.parts[holder].1;
+                    // SAFETY: equal parts fill buffers of one size in the two ranks' arenas; the
+                    // holder's was made above and nobody writes to it here.
+                    unsafe { to.copy_from_nonoverlapping(from, part.n_elements()) };
+                }
             }
         })
     }
 }
 
 impl Placed {
+    /// The first rank whose part is that of `rank_idx`.
+    fn first_holder(&self, rank_idx: usize) -> usize {
+        let own = &self.parts[rank_idx].0;
+        self.parts
+            .iter()
+            .position(|(part, _)| part == own)
+            .unwrap_or(rank_idx)
+    }
+
     fn gather(&self) -> Result<HostTensor> {
         if !self.tensor.layout.partial.is_empty() {
             return Err(Error::Internal(format!(

@@ -196,6 +196,7 @@ impl Part {
     }
 
     /// Calls `write(local index, global index)` for every element, both row-major.
+    #[inline]
     pub(crate) fn for_each(&self, mut write: impl FnMut(usize, usize)) {
         let Some((inner, outer)) = self.loops.split_last() else {
             write(0, self.start);
