@@ -253,11 +253,7 @@ impl<'a> State<'a> {
         for root in &problem.roots {
             state.add_reader(*root)?;
         }
-        problem
-            .roots
-            .iter()
-            .all(|root| !state.is_cyclic(*root))
-            .then_some(state)
+        (!state.is_cyclic(&problem.roots)).then_some(state)
     }
 
     /// The nodes of the classes that are computed.
@@ -324,11 +320,14 @@ impl<'a> State<'a> {
         Some(())
     }
 
-    /// Whether a class needs itself.
-    fn is_cyclic(&self, class_idx: usize) -> bool {
+    /// Whether a class that these need needs itself.
+    fn is_cyclic(&self, class_idxs: &[usize]) -> bool {
         // 1: on the path, 2: done.
         let mut mark: HashMap<usize, u8> = HashMap::new();
-        let mut todo = vec![(class_idx, false)];
+        let mut todo: Vec<(usize, bool)> = class_idxs
+            .iter()
+            .map(|class_idx| (*class_idx, false))
+            .collect();
         while let Some((class_idx, is_done)) = todo.pop() {
             if is_done {
                 mark.insert(class_idx, 2);
@@ -386,7 +385,7 @@ impl<'a> State<'a> {
         if is_legal
             && gains
             && undo.iter().all(|(class_idx, _)| {
-                self.n_readers[*class_idx] == 0 || !self.is_cyclic(*class_idx)
+                self.n_readers[*class_idx] == 0 || !self.is_cyclic(&[*class_idx])
             })
         {
             return true;
