@@ -49,7 +49,11 @@ fn report_of_a_plan_folds_layers_and_shows_collectives() {
         let input = planned(&size, capacity_factor);
         let html = report(&input);
         if let Ok(path) = std::env::var("MESHWEAVE_SAMPLE") {
-            let name = if capacity_factor.is_some() { "moe" } else { "dense" };
+            let name = if capacity_factor.is_some() {
+                "moe"
+            } else {
+                "dense"
+            };
             std::fs::write(format!("{path}.{name}.html"), &html).unwrap();
         }
         for expected in [
