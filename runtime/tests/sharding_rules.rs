@@ -1,5 +1,6 @@
 //! Every sharding rule against the interpreter: an op divided along any of its factors, computed
 //! part by part and put together as the factor says, gives what the whole op gives.
+#![allow(clippy::unwrap_used)]
 
 use meshweave_dsl::dtype::DType::{F32, I32};
 use meshweave_dsl::graph::TensorType;
