@@ -81,7 +81,7 @@ pub fn compile(
         let texts: Vec<String> = parts
             .locals
             .iter()
-            .map(|local| format!("{local:#?}"))
+            .map(meshweave_dsl::graph::text::print)
             .collect();
         emitted.push(("local".into(), texts.join("\n")));
     }
@@ -179,4 +179,24 @@ fn generate(
 ) -> Result<Vec<u8>> {
     Err(Error::plain(Class::Unsupported, "this build of meshweave has no code generator")
         .help("plan, check, show, explain and export work; to compile and run, install it with the default feature `mlir`"))
+}
+
+/// The stages that [`CompileOptions::emit`] and the command line know, in order.
+pub fn stage_names() -> Vec<String> {
+    let mut names: Vec<String> = ["graph", "plan", "local"].map(String::from).to_vec();
+    #[cfg(feature = "mlir")]
+    names.extend(
+        meshweave_compiler::mlir::Stage::all()
+            .iter()
+            .map(ToString::to_string),
+    );
+    names
+}
+
+/// CPU features that kernels compiled here need, as LLVM lists them.
+pub fn target_features() -> String {
+    #[cfg(feature = "mlir")]
+    return meshweave_compiler::mlir::HostTarget::detect().features;
+    #[cfg(not(feature = "mlir"))]
+    String::new()
 }

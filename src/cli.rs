@@ -1,0 +1,149 @@
+//! The command line: arguments in, text or JSON out, an exit code at the end.
+//!
+//! Enters: parsed arguments. Leaves: results on standard output, everything else on standard error.
+//! Invariant: with `--format json`, standard output holds exactly one JSON value, errors included.
+
+mod check;
+mod compile;
+mod explain;
+mod fmt;
+mod plan;
+mod profile;
+pub(crate) mod render;
+mod run;
+mod show;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use meshweave_dsl::diagnostics::Class;
+
+use crate::error::{Error, Result};
+
+/// Plans, compiles and runs parallel training and inference.
+#[derive(Debug, Parser)]
+#[command(name = "meshweave", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// How results and errors are printed.
+    #[arg(long, value_enum, global = true, default_value_t = Format::Text)]
+    pub format: Format,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  the input is wrong (syntax, names, shapes, missing files)
+  2  the command line is wrong
+  3  the request cannot be met (no plan fits)
+  4  the machine gave out (memory, disk, a missing tool)
+  5  not supported yet
+  70 a bug in meshweave
+
+Files ending in .weave are documents; folders are compiled artifacts.
+MESHWEAVE_LOG=info (or debug) logs what happens to standard error.";
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// One JSON value.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check documents: syntax, names, shapes, and whether the directives can be met.
+    Check(check::CheckArgs),
+    /// Format documents in place.
+    Fmt(fmt::FmtArgs),
+    /// Find the best plan and print it, with its predicted time and memory and a lower bound.
+    Plan(plan::PlanArgs),
+    /// Plan and compile into an artifact folder that `run` executes without LLVM.
+    Compile(compile::CompileArgs),
+    /// Train or evaluate: a document (planned and compiled first) or an artifact.
+    Run(run::RunArgs),
+    /// Write a report, a trace or a drawing.
+    Show(show::ShowArgs),
+    /// Say why the plan is what it is: where time goes, the runner-up, the price of each pin.
+    Explain(explain::ExplainArgs),
+    /// Measure this machine and print it as a cluster.
+    Profile(profile::ProfileArgs),
+}
+
+/// The document that most commands start from.
+#[derive(Clone, Debug, Args)]
+pub struct Input {
+    /// The .weave document.
+    pub document: PathBuf,
+    /// Use this cluster instead of the document's: a preset such as `local:8`, or a .weave file.
+    #[arg(long)]
+    pub cluster: Option<String>,
+}
+
+/// Runs a command and returns its exit code.
+pub fn run(cli: &Cli) -> ExitCode {
+    let done = match &cli.command {
+        Command::Check(args) => check::check(args, cli.format),
+        Command::Fmt(args) => fmt::fmt(args, cli.format),
+        Command::Plan(args) => plan::plan(args, cli.format),
+        Command::Compile(args) => compile::compile(args, cli.format),
+        Command::Run(args) => run::run(args, cli.format),
+        Command::Show(args) => show::show(args, cli.format),
+        Command::Explain(args) => explain::explain(args, cli.format),
+        Command::Profile(args) => profile::profile(args, cli.format),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error, cli.format);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn report(error: &Error, format: Format) {
+    match format {
+        Format::Text => eprintln!("{}", error.render()),
+        Format::Json => println!("{}", error.to_json()),
+    }
+}
+
+/// Writes a file so that it is there whole or not at all: a temporary sibling, then a rename.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let failed = |error: std::io::Error| {
+        Error::plain(
+            Class::Exhausted,
+            format!("cannot write {}: {error}", path.display()),
+        )
+        .help("nothing was changed; give another place or make room")
+    };
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
+}
+
+/// An error of the runtime as one of the facade.
+pub(crate) fn runtime_error(error: meshweave_runtime::Error) -> Error {
+    let class = match &error {
+        meshweave_runtime::Error::Invalid(_) => Class::Invalid,
+        meshweave_runtime::Error::Infeasible(_) => Class::Infeasible,
+        meshweave_runtime::Error::Exhausted(_) => Class::Exhausted,
+        meshweave_runtime::Error::Unsupported(_) => Class::Unsupported,
+        meshweave_runtime::Error::Internal(_) => Class::Internal,
+    };
+    Error::plain(class, error)
+}

@@ -1,0 +1,117 @@
+//! `meshweave compile`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use meshweave_compiler::partition::Keep;
+use meshweave_dsl::diagnostics::Class;
+use serde_json::json;
+
+use super::render::{bytes, plan_summary, seconds};
+use super::{Format, Input, runtime_error};
+use crate::compile::{CompileOptions, compile as compile_plan, stage_names, target_features};
+use crate::error::{Error, Result};
+use crate::session::Session;
+
+#[derive(Debug, Args)]
+pub struct CompileArgs {
+    #[command(flatten)]
+    input: Input,
+    /// The artifact folder.
+    #[arg(long, short)]
+    out: Option<PathBuf>,
+    /// Print a stage instead: graph, plan, local, mlir, mlir-after:<pass>, llvm or asm.
+    #[arg(long, value_name = "STAGE")]
+    emit: Option<String>,
+    /// Keep the gradients as outputs.
+    #[arg(long)]
+    gradients: bool,
+}
+
+/// Plans and compiles into an artifact, or prints a stage.
+pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
+    if let Some(stage) = &args.emit {
+        let known = stage_names();
+        if !known.contains(stage) {
+            return Err(
+                Error::plain(Class::Invalid, format!("there is no stage `{stage}`"))
+                    .help(format!("stages are {}", known.join(", "))),
+            );
+        }
+    } else if args.out.is_none() {
+        return Err(
+            Error::plain(Class::Invalid, "nowhere to write the artifact")
+                .help("give a folder with --out, or a stage to print with --emit"),
+        );
+    }
+    let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
+    let model = session.model()?;
+    if args.emit.as_deref() == Some("graph") {
+        print!("{}", meshweave_dsl::graph::text::print(&model.graph));
+        return Ok(());
+    }
+    let solution = session.plan(&model)?;
+    if args.emit.as_deref() == Some("plan") {
+        print!("{}", session.plan_text(&model, &solution));
+        return Ok(());
+    }
+    let options = CompileOptions {
+        keep: if args.gradients {
+            Keep::Gradients
+        } else {
+            Keep::Outputs
+        },
+        emit: args.emit.iter().cloned().collect(),
+    };
+    let compiled = compile_plan(
+        &model.graph,
+        &solution.plan,
+        &session.request.cluster,
+        &options,
+    )?;
+    if args.emit.is_some() {
+        for (_, text) in &compiled.emitted {
+            print!("{text}");
+        }
+        return Ok(());
+    }
+    let Some(out) = &args.out else { return Ok(()) };
+    meshweave_runtime::artifact::write(
+        out,
+        &compiled.program,
+        &compiled.kernels,
+        &target_features(),
+    )
+    .map_err(runtime_error)?;
+    let arena_bytes = compiled
+        .program
+        .ranks
+        .iter()
+        .map(|rank| rank.arena_bytes)
+        .max()
+        .unwrap_or(0);
+    let compile_s: f64 = compiled.seconds.iter().map(|(_, seconds)| seconds).sum();
+    match format {
+        Format::Text => {
+            eprint!("{}", plan_summary(&solution));
+            eprintln!(
+                "compiled   {} kernels, {} a device (planned to the byte), in {} (measured)",
+                compiled.program.kernels.len(),
+                bytes(arena_bytes as f64),
+                seconds(compile_s)
+            );
+            println!("{}", out.display());
+        }
+        Format::Json => println!(
+            "{}",
+            json!({
+                "artifact": out,
+                "n_kernels": compiled.program.kernels.len(),
+                "arena_bytes": arena_bytes,
+                "seconds": compiled.seconds,
+                "certificate": solution.certificate,
+            })
+        ),
+    }
+    Ok(())
+}

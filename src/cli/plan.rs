@@ -1,0 +1,45 @@
+//! `meshweave plan`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::render::plan_summary;
+use super::{Format, Input, write_atomically};
+use crate::error::Result;
+use crate::session::Session;
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    input: Input,
+    /// Write the solved plan here, as a document that replays it.
+    #[arg(long, short)]
+    out: Option<PathBuf>,
+}
+
+/// Finds the best plan and prints it.
+pub fn plan(args: &PlanArgs, format: Format) -> Result<()> {
+    let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
+    let model = session.model()?;
+    let solution = session.plan(&model)?;
+    let text = session.plan_text(&model, &solution);
+    match format {
+        Format::Text => {
+            eprint!("{}", plan_summary(&solution));
+            if args.out.is_none() {
+                print!("{text}");
+            }
+        }
+        Format::Json => println!(
+            "{}",
+            json!({"plan": solution.plan, "certificate": solution.certificate, "document": text})
+        ),
+    }
+    if let Some(path) = &args.out {
+        write_atomically(path, text.as_bytes())?;
+        eprintln!("wrote {}", path.display());
+    }
+    Ok(())
+}

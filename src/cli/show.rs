@@ -1,0 +1,79 @@
+//! `meshweave show`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use meshweave_compiler::show::{Folding, dot, perfetto, report};
+use serde_json::json;
+
+use super::{Format, Input, write_atomically};
+use crate::compile::{CompileOptions, compile};
+use crate::error::Result;
+use crate::report::{Shown, predicted_timeline, report_input};
+use crate::session::Session;
+
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    #[command(flatten)]
+    input: Input,
+    /// What to write.
+    #[arg(long = "as", value_enum, default_value_t = Kind::Html)]
+    kind: Kind,
+    /// Where to write it; `report.html`, `trace.json` or `graph.dot` by default.
+    #[arg(long, short)]
+    out: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// One offline page: graph, plan, predicted timeline and memory. `run --report` adds what was measured.
+    Html,
+    /// The predicted timeline for Perfetto or chrome://tracing.
+    Perfetto,
+    /// The graph for Graphviz, repeated layers folded.
+    Dot,
+}
+
+/// Writes a picture of the plan.
+pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
+    let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
+    let model = session.model()?;
+    let (default, text) = match args.kind {
+        Kind::Dot => ("graph.dot", dot(&model.graph, Folding::Layers)),
+        Kind::Html | Kind::Perfetto => {
+            let solution = session.plan(&model)?;
+            let cluster = &session.request.cluster;
+            let compiled = compile(
+                &model.graph,
+                &solution.plan,
+                cluster,
+                &CompileOptions::default(),
+            )?;
+            if args.kind == Kind::Perfetto {
+                (
+                    "trace.json",
+                    perfetto(&[predicted_timeline(&compiled.program)]).to_string(),
+                )
+            } else {
+                let shown = Shown {
+                    session: &session,
+                    model: &model,
+                    solution: &solution,
+                    program: &compiled.program,
+                };
+                let local = compiled.locals.first().cloned();
+                (
+                    "report.html",
+                    report(&report_input(&shown, local, None, Vec::new())),
+                )
+            }
+        }
+    };
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from(default));
+    write_atomically(&out, text.as_bytes())?;
+    match format {
+        Format::Text => println!("{}", out.display()),
+        Format::Json => println!("{}", json!({"written": out})),
+    }
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! What a report shows of a session: the join of plan, program and timelines.
+//!
+//! Enters: a session's stages, and a measured timeline when something ran.
+//! Leaves: the input of the HTML report. Nothing is computed anew, only put side by side.
+
+use std::collections::BTreeMap;
+
+use meshweave_compiler::plan::Solution;
+use meshweave_compiler::show::{Figure, FigureSource, FigureValue, ReportInput};
+use meshweave_dsl::graph::Graph;
+use meshweave_dsl::program::{Action, Program};
+use meshweave_dsl::timeline::{Basis, Category, Event, Timeline};
+
+use crate::cli::render::{bytes, plan_summary, seconds};
+use crate::session::{Model, Session};
+
+/// The stages of a session that a report shows.
+pub struct Shown<'a> {
+    pub session: &'a Session,
+    pub model: &'a Model,
+    pub solution: &'a Solution,
+    pub program: &'a Program,
+}
+
+/// Joins what is known into the input of the report.
+pub fn report_input(
+    shown: &Shown,
+    local: Option<Graph>,
+    measured: Option<Timeline>,
+    losses: Vec<f64>,
+) -> ReportInput {
+    let Shown {
+        session,
+        model,
+        solution,
+        program,
+    } = shown;
+    let (batch, seq) = session.request.job.sizes();
+    let certificate = &solution.certificate;
+    let arena_bytes = program
+        .ranks
+        .iter()
+        .map(|rank| rank.arena_bytes)
+        .max()
+        .unwrap_or(0);
+    let value = |text: String, source| FigureValue { text, source };
+    ReportInput {
+        title: session.request.name.clone(),
+        subtitle: format!(
+            "{} on {}, mesh {}, {batch} sequences of {seq} tokens a step",
+            model.graph.name, session.request.cluster, solution.plan.mesh
+        ),
+        figures: vec![
+            Figure {
+                label: "Parameters".into(),
+                values: vec![value(
+                    format!("{:.2} M", model.graph.n_params() as f64 / 1e6),
+                    FigureSource::Exact,
+                )],
+                note: String::new(),
+            },
+            Figure {
+                label: "Memory a device".into(),
+                values: vec![
+                    value(bytes(arena_bytes as f64), FigureSource::Exact),
+                    value(
+                        bytes(certificate.memory.peak_bytes()),
+                        FigureSource::Predicted,
+                    ),
+                ],
+                note:
+                    "planned to the byte and allocated as planned; below it, the planner's forecast"
+                        .into(),
+            },
+        ],
+        graph: Some(model.graph.clone()),
+        plan: Some(solution.plan.clone()),
+        plan_text: Some(session.plan_text(model, solution)),
+        local,
+        program: Some((*program).clone()),
+        predicted: Some(predicted_timeline(program)),
+        measured,
+        lower_bound_s: Some(certificate.lower_bound_s),
+        losses,
+        explanation: Some(format!(
+            "{}not searched: {}\n{}",
+            plan_summary(solution),
+            certificate.not_searched.join("; "),
+            certificate
+                .meshes
+                .iter()
+                .map(|mesh| match (mesh.predicted_s, &mesh.reason) {
+                    (Some(predicted_s), _) =>
+                        format!("  {}: {} (predicted)\n", mesh.mesh, seconds(predicted_s)),
+                    (None, reason) => format!(
+                        "  {}: {}\n",
+                        mesh.mesh,
+                        reason.as_deref().unwrap_or("no plan")
+                    ),
+                })
+                .collect::<String>()
+        )),
+    }
+}
+
+/// The timeline that the program's prices predict: every rank executes its instructions in order, a
+/// collective starts when the last of its group has come to it.
+pub fn predicted_timeline(program: &Program) -> Timeline {
+    let n_ranks = program.ranks.len();
+    let mut clock_s = vec![0.0_f64; n_ranks];
+    let mut next = vec![0; n_ranks];
+    // Ranks that stand at a collective, by the ranks of its group.
+    let mut arrived: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+    let mut events = Vec::new();
+    let mut runnable: Vec<usize> = (0..n_ranks).rev().collect();
+    while let Some(rank) = runnable.pop() {
+        while let Some(instruction) = program.ranks[rank].instructions.get(next[rank]) {
+            let group = match &instruction.action {
+                Action::Collective { op, .. } => op
+                    .group()
+                    .map(|group| group.ranks.clone())
+                    .filter(|ranks| ranks.len() > 1),
+                _ => None,
+            };
+            let mut members = vec![rank];
+            if let Some(ranks) = group {
+                let waiting = arrived.entry(ranks.clone()).or_default();
+                waiting.push(rank);
+                if waiting.len() < ranks.len() {
+                    break;
+                }
+                members = std::mem::take(waiting);
+            }
+            let start_s = members
+                .iter()
+                .map(|member| clock_s[*member])
+                .fold(0.0, f64::max);
+            for member in &members {
+                let instruction = &program.ranks[*member].instructions[next[*member]];
+                let wait_s = start_s - clock_s[*member];
+                events.push(Event {
+                    rank: *member,
+                    instruction: next[*member],
+                    name: instruction.name.clone(),
+                    category: category(&instruction.action),
+                    start_s: clock_s[*member],
+                    duration_s: wait_s + instruction.predicted_s,
+                    wait_s,
+                    n_flops: instruction.n_flops,
+                    n_bytes: instruction.n_bytes,
+                });
+                clock_s[*member] = start_s + instruction.predicted_s;
+                next[*member] += 1;
+                if *member != rank {
+                    runnable.push(*member);
+                }
+            }
+        }
+    }
+    events.sort_by_key(|event| (event.rank, event.instruction));
+    Timeline {
+        basis: Basis::Predicted,
+        n_ranks,
+        events,
+    }
+}
+
+fn category(action: &Action) -> Category {
+    match action {
+        Action::Kernel { .. } => Category::Kernel,
+        Action::Contract { .. } => Category::Contract,
+        Action::Attention { .. } | Action::AttentionGrad { .. } => Category::Attention,
+        Action::Routine { .. } => Category::Routine,
+        Action::Collective { .. } => Category::Collective,
+    }
+}

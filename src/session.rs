@@ -1,0 +1,282 @@
+//! One document and what follows from it, stage by stage.
+//!
+//! Enters: the path of a document. Leaves: the request, the training graph, the plan, the program.
+//! Invariant: a stage starts only when the one before it had no errors; every error carries the
+//! sources that its places point into.
+
+use std::path::{Path, PathBuf};
+
+use meshweave_compiler::differentiate::differentiate;
+use meshweave_compiler::import::{ImportError, read_config};
+use meshweave_compiler::model::{ModelError, build_decoder};
+use meshweave_compiler::plan::directives::Directives;
+use meshweave_compiler::plan::{SearchError, SearchOptions, Solution, search};
+use meshweave_compiler::resolve::{self, Job, ModelSource, Request};
+use meshweave_compiler::simplify::{self, simplify};
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::diagnostics::{Class, Diagnostic, Severity, Sources};
+use meshweave_dsl::graph::Graph;
+use meshweave_dsl::weave::{self, Document};
+use meshweave_dsl::weights::WeightMap;
+
+use crate::error::{Error, Result};
+
+/// A document that was read and resolved.
+#[derive(Clone, Debug)]
+pub struct Session {
+    pub document: Document,
+    pub sources: Sources,
+    pub request: Request,
+    /// Findings that are no errors.
+    pub warnings: Vec<Diagnostic>,
+}
+
+/// The graph of a request.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Forward, and for training backward and the optimizer; simplified.
+    pub graph: Graph,
+    /// Where weights come from, for imported models.
+    pub weights: Option<WeightMap>,
+    /// The folder of an imported model: its weights lie beside its config.
+    pub folder: Option<PathBuf>,
+}
+
+impl Session {
+    /// Reads and resolves the document at `path`; `cluster` replaces the one it names.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the document has errors.
+    pub fn open(path: &Path, cluster: Option<&str>) -> Result<Self> {
+        let text = read_text(path)?;
+        let base = path.parent().map_or_else(PathBuf::new, Path::to_path_buf);
+        Self::from_text(&path.display().to_string(), &text, &base, cluster)
+    }
+
+    /// Resolves a document from its text; paths in it are relative to `base`.
+    ///
+    /// # Errors
+    /// The document has errors.
+    pub fn from_text(name: &str, text: &str, base: &Path, cluster: Option<&str>) -> Result<Self> {
+        let mut sources = Sources::new();
+        let id = sources.add(name, text);
+        let parsed = weave::parse(text, id);
+        let mut findings = parsed.diagnostics;
+        if has_errors(&findings) {
+            return Err(Error::new(findings, sources));
+        }
+        let (request, more) = resolve::resolve(&parsed.document, base, &mut sources);
+        findings.extend(more);
+        let Some(mut request) = request.filter(|_| !has_errors(&findings)) else {
+            return Err(Error::new(findings, sources));
+        };
+        if let Some(cluster) = cluster {
+            request.cluster =
+                Cluster::preset(cluster).map_err(|error| Error::plain(Class::Invalid, error))?;
+        }
+        Ok(Self {
+            document: parsed.document,
+            sources,
+            request,
+            warnings: findings,
+        })
+    }
+
+    /// Builds, differentiates and simplifies the graph.
+    ///
+    /// # Errors
+    /// The model cannot be imported or built for the batch and sequence of the request.
+    pub fn model(&self) -> Result<Model> {
+        let (forward, weights, folder) = self.forward()?;
+        let graph = match &self.request.job {
+            Job::Train { optimizer, .. } => differentiate(&forward, optimizer)
+                .map_err(|error| Error::plain(Class::Unsupported, error))?,
+            Job::Infer { .. } => forward,
+        };
+        let graph = simplify(&graph, &simplify::Options::default())
+            .map_err(|error| Error::plain(Class::Internal, error))?;
+        Ok(Model {
+            graph,
+            weights,
+            folder,
+        })
+    }
+
+    fn forward(&self) -> Result<(Graph, Option<WeightMap>, Option<PathBuf>)> {
+        let (batch, seq) = self.request.job.sizes();
+        let goal = self.request.job.goal();
+        match &self.request.model {
+            ModelSource::Decoder(config) => Ok((
+                build_decoder(config, batch, seq, goal).map_err(model_error)?,
+                None,
+                None,
+            )),
+            ModelSource::Config(path) => {
+                let path = if path.is_dir() {
+                    path.join("config.json")
+                } else {
+                    path.clone()
+                };
+                let text = read_text(&path)?;
+                let imported =
+                    read_config(&path.display().to_string(), &text).map_err(import_error)?;
+                let graph =
+                    build_decoder(&imported.config, batch, seq, goal).map_err(model_error)?;
+                Ok((
+                    graph,
+                    Some(imported.weights),
+                    path.parent().map(Path::to_path_buf),
+                ))
+            }
+            ModelSource::Graph(path) => {
+                let text = read_text(path)?;
+                let mut sources = Sources::new();
+                let id = sources.add(path.display().to_string(), text.as_str());
+                let parsed = meshweave_dsl::graph::text::parse(&text, id);
+                if has_errors(&parsed.diagnostics) {
+                    return Err(Error::new(parsed.diagnostics, sources));
+                }
+                meshweave_dsl::graph::verify::verify_global(&parsed.graph)
+                    .map_err(|error| Error::plain(Class::Invalid, error))?;
+                Ok((parsed.graph, None, None))
+            }
+        }
+    }
+
+    /// What the document demands of a plan of this graph.
+    ///
+    /// # Errors
+    /// Directives that name nothing or contradict each other.
+    pub fn directives(&self, model: &Model) -> Result<Directives> {
+        let (directives, findings) = resolve::direct(&self.document, &self.request, &model.graph);
+        directives
+            .filter(|_| !has_errors(&findings))
+            .ok_or_else(|| Error::new(findings, self.sources.clone()))
+    }
+
+    /// How the document wants the search to be done.
+    pub fn search_options(&self) -> SearchOptions {
+        SearchOptions {
+            name: self.request.name.clone(),
+            ..SearchOptions::default()
+        }
+    }
+
+    /// Finds the best plan under the document's directives.
+    ///
+    /// # Errors
+    /// Directives that name nothing, contradict each other, or that no plan meets.
+    pub fn plan(&self, model: &Model) -> Result<Solution> {
+        let directives = self.directives(model)?;
+        search(
+            &model.graph,
+            &self.request.cluster,
+            &directives,
+            &self.search_options(),
+        )
+        .map_err(|error| self.search_error(error, &directives))
+    }
+
+    /// The solved plan as text: a line for the mesh, then one for every kept source and placed op,
+    /// repeated layers once.
+    pub fn plan_text(&self, model: &Model, solution: &Solution) -> String {
+        let graph = &model.graph;
+        let mut lines = vec![format!("mesh main = {}", solution.plan.mesh)];
+        let mut push = |line: String| {
+            if !lines.contains(&line) {
+                lines.push(line);
+            }
+        };
+        for (id, layout) in &solution.plan.sources {
+            let tensor = graph.tensor(*id);
+            push(format!(
+                "keep {} : {}",
+                folded(&tensor.name),
+                layout.display(tensor.ty.dims())
+            ));
+        }
+        for (op, placement) in graph.ops.iter().zip(&solution.plan.placements) {
+            let axes: Vec<String> = placement
+                .factors
+                .iter()
+                .map(|(axis, factor)| format!("{factor}/{axis}"))
+                .collect();
+            push(format!(
+                "place {} : [{}]",
+                folded(graph.op_name(op)),
+                axes.join(", ")
+            ));
+        }
+        lines.join("\n") + "\n"
+    }
+
+    fn search_error(&self, error: SearchError, directives: &Directives) -> Error {
+        let class = match &error {
+            SearchError::Invalid(_) => Class::Invalid,
+            SearchError::Conflict { .. } | SearchError::Infeasible(_) => Class::Infeasible,
+            SearchError::Exhausted(_) => Class::Exhausted,
+            SearchError::Unsupported(_) => Class::Unsupported,
+            SearchError::Internal(_) => Class::Internal,
+        };
+        let mut diagnostic = Diagnostic::error(class, error.to_string());
+        if let SearchError::Conflict { rules, .. } = &error {
+            let mut spans = rules
+                .iter()
+                .filter_map(|rule| directives.rules.get(*rule))
+                .map(|rule| rule.span);
+            if let Some(span) = spans.next() {
+                diagnostic = diagnostic.at(span, "demanded here");
+            }
+            for span in spans {
+                diagnostic = diagnostic.also(span, "and here");
+            }
+        }
+        Error::new(vec![diagnostic], self.sources.clone())
+    }
+}
+
+/// A name with `*` for the number of its layer.
+fn folded(name: &str) -> String {
+    let mut text = String::with_capacity(name.len());
+    let mut rest = name;
+    while let Some(start) = rest.find("layers[") {
+        let (before, after) = rest.split_at(start + "layers[".len());
+        text.push_str(before);
+        text.push('*');
+        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
+    }
+    text + rest
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|error| {
+        Error::plain(
+            Class::Invalid,
+            format!("cannot read {}: {error}", path.display()),
+        )
+    })
+}
+
+fn model_error(error: ModelError) -> Error {
+    let class = match &error {
+        ModelError::Invalid(_) => Class::Invalid,
+        ModelError::Unsupported(_) => Class::Unsupported,
+        ModelError::Internal(_) => Class::Internal,
+    };
+    Error::plain(class, error)
+}
+
+fn import_error(error: ImportError) -> Error {
+    let class = match &error {
+        ImportError::Invalid(_) => Class::Invalid,
+        ImportError::Unsupported(_) => Class::Unsupported,
+        ImportError::Internal(_) => Class::Internal,
+    };
+    Error::plain(class, error)
+}
+
+fn has_errors(diagnostics: &[Diagnostic]) -> bool {
+    diagnostics
+        .iter()
+        .any(|diagnostic| diagnostic.severity == Severity::Error)
+}
