@@ -183,14 +183,14 @@ fn generate(
 
 /// The stages that [`CompileOptions::emit`] and the command line know, in order.
 pub fn stage_names() -> Vec<String> {
-    let mut names: Vec<String> = ["graph", "plan", "local"].map(String::from).to_vec();
+    let names = ["graph", "plan", "local"].map(String::from).into_iter();
     #[cfg(feature = "mlir")]
-    names.extend(
+    let names = names.chain(
         meshweave_compiler::mlir::Stage::all()
             .iter()
             .map(ToString::to_string),
     );
-    names
+    names.collect()
 }
 
 /// CPU features that kernels compiled here need, as LLVM lists them.

@@ -177,37 +177,9 @@ impl Session {
         .map_err(|error| self.search_error(error, &directives))
     }
 
-    /// The solved plan as text: a line for the mesh, then one for every kept source and placed op,
-    /// repeated layers once.
+    /// The document with every decision taken; replaying it gives the same plan.
     pub fn plan_text(&self, model: &Model, solution: &Solution) -> String {
-        let graph = &model.graph;
-        let mut lines = vec![format!("mesh main = {}", solution.plan.mesh)];
-        let mut push = |line: String| {
-            if !lines.contains(&line) {
-                lines.push(line);
-            }
-        };
-        for (id, layout) in &solution.plan.sources {
-            let tensor = graph.tensor(*id);
-            push(format!(
-                "keep {} : {}",
-                folded(&tensor.name),
-                layout.display(tensor.ty.dims())
-            ));
-        }
-        for (op, placement) in graph.ops.iter().zip(&solution.plan.placements) {
-            let axes: Vec<String> = placement
-                .factors
-                .iter()
-                .map(|(axis, factor)| format!("{factor}/{axis}"))
-                .collect();
-            push(format!(
-                "place {} : [{}]",
-                folded(graph.op_name(op)),
-                axes.join(", ")
-            ));
-        }
-        lines.join("\n") + "\n"
+        weave::print(&resolve::print_plan(&self.document, &model.graph, solution))
     }
 
     fn search_error(&self, error: SearchError, directives: &Directives) -> Error {
@@ -233,19 +205,6 @@ impl Session {
         }
         Error::new(vec![diagnostic], self.sources.clone())
     }
-}
-
-/// A name with `*` for the number of its layer.
-fn folded(name: &str) -> String {
-    let mut text = String::with_capacity(name.len());
-    let mut rest = name;
-    while let Some(start) = rest.find("layers[") {
-        let (before, after) = rest.split_at(start + "layers[".len());
-        text.push_str(before);
-        text.push('*');
-        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
-    }
-    text + rest
 }
 
 fn read_text(path: &Path) -> Result<String> {

@@ -29,7 +29,7 @@ pub fn profile(args: &ProfileArgs, format: Format) -> Result<()> {
     let cluster =
         meshweave_runtime::profile::measure_host(args.devices).map_err(super::runtime_error)?;
     let text = match format {
-        Format::Text => format!("{cluster:#?}\n"),
+        Format::Text => meshweave_compiler::resolve::print_cluster(&cluster),
         Format::Json => format!(
             "{}\n",
             serde_json::json!({"cluster": cluster, "basis": "measured"})

@@ -461,8 +461,9 @@ impl Program {
             }
             model
         };
+        // The pure-Rust solver takes no limits.
         #[cfg(not(feature = "highs"))]
-        let mut model = good_lp::microlp(unsolved);
+        let (mut model, _) = (good_lp::microlp(unsolved), limits);
         for constraint in self.constraints {
             model.add_constraint(constraint);
         }
