@@ -80,10 +80,7 @@ impl Error {
 
     /// Text for people.
     pub fn render_with(&self, color: Color) -> String {
-        let options = RenderOptions {
-            color,
-            ..RenderOptions::default()
-        };
+        let options = RenderOptions { color };
         render_all(&self.diagnostics, &self.sources, options)
     }
 

@@ -1,4 +1,5 @@
 //! Plans in the words of other systems, and what these cannot say.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/plans.rs"]
 mod plans;

@@ -1,4 +1,5 @@
 //! The report of a real plan: a golden model, partitioned and lowered.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/plans.rs"]
 mod plans;

@@ -3,6 +3,7 @@
 //!
 //! All that a rule finds is evaluated, not only what extraction chooses, in f64 with a tolerance far
 //! below the error of a wrong rule: only the order of sums and products may differ.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/plans.rs"]
 mod plans;
@@ -1087,7 +1088,8 @@ fn close(graphs: &[Graph], expected: &[Value]) -> Result<(), String> {
             return Err(format!("{} became {}", expected.ty(), found.ty()));
         }
         for (a, b) in found.data().iter().zip(expected.data()) {
-            if !((a - b).abs() <= 1e-9 * (1.0 + b.abs())) {
+            let is_close = (a - b).abs() <= 1e-9 * (1.0 + b.abs());
+            if !is_close {
                 return Err(format!("{a} instead of {b}"));
             }
         }
