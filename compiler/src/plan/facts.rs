@@ -71,12 +71,19 @@ impl Facts {
         let mut is_saved = vec![false; graph.tensors.len()];
         for (_, op) in graph.ops().take(n_forward) {
             for result in &op.results {
-                // Relabelings share the bytes of their operand.
-                let is_alias = matches!(
-                    op.kind,
-                    OpKind::Rename { .. } | OpKind::Split { .. } | OpKind::Merge { .. }
-                ) && op.inputs.iter().any(|input| reads_late(*input));
-                is_saved[result.index()] = reads_late(*result) && !is_alias;
+                // Relabelings share the bytes of their operand; functions of one saved tensor are
+                // computed again by the fragments that read them.
+                let is_again = match &op.kind {
+                    OpKind::Rename { .. } | OpKind::Split { .. } | OpKind::Merge { .. } => true,
+                    OpKind::Unary(_) => {
+                        let late = consumers[result.index()].iter();
+                        late.filter(|reader| reader.index() >= n_forward)
+                            .all(|reader| fuses(*reader))
+                    }
+                    _ => false,
+                };
+                let is_spared = is_again && op.inputs.iter().any(|input| reads_late(*input));
+                is_saved[result.index()] = reads_late(*result) && !is_spared;
             }
         }
         Self {

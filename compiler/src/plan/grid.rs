@@ -378,10 +378,12 @@ impl<'a> Metric<'a> {
                     part = (part - 1) & set;
                 }
             }
-            for node in 0..n {
-                let reached = (0..n).map(|via| price(node, via) + here[via]);
-                best[set][node] = reached.fold(f64::INFINITY, f64::min);
-            }
+            best[set] = (0..n)
+                .map(|node| {
+                    let reached = (0..n).map(|via| price(node, via) + here[via]);
+                    reached.fold(f64::INFINITY, f64::min)
+                })
+                .collect();
         }
         best[n_sets - 1][position(&from)]
     }

@@ -501,3 +501,43 @@ fn reshards_cost_what_partitioning_makes_of_them() {
         );
     }
 }
+/// A plan in a few lines: mesh, rounded figures, and one layer's placements and kept layouts.
+fn summary(graph: &Graph, solution: &Solution) -> String {
+    let certificate = &solution.certificate;
+    let mut lines = vec![format!(
+        "{}: {:.3} ms, gap {:.3} %, {:.2} MB a device",
+        solution.plan.mesh,
+        1e3 * certificate.predicted_s,
+        100.0 * certificate.gap,
+        certificate.memory.peak_bytes() / 1e6
+    )];
+    for ((_, op), placement) in graph.ops().zip(&solution.plan.placements) {
+        let name = graph.op_name(op);
+        if name.contains("layers[0]") && op.kind.is_matmul() {
+            let factors = placement.factors.iter();
+            let factors: Vec<String> = factors
+                .map(|(axis, factor)| format!("{factor}/{axis}"))
+                .collect();
+            lines.push(format!("{name} over {}", factors.join(", ")));
+        }
+    }
+    for id in graph.params() {
+        let name = &graph.tensor(id).name;
+        if !name.contains("layers[1]") {
+            lines.push(format!("{name} {}", kept(graph, &solution.plan, name)));
+        }
+    }
+    lines.join("\n")
+}
+
+#[test]
+fn plans_of_a_tiny_model() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    for (name, mesh) in [
+        ("dp4", Mesh::new([("dp", 4)])),
+        ("three", Mesh::new([("m", 3)])),
+    ] {
+        let solution = found(&graph, &local(mesh.n_ranks()), &on(mesh)).unwrap();
+        insta::assert_snapshot!(name, summary(&graph, &solution));
+    }
+}
