@@ -370,3 +370,23 @@ fn clusters_read_back() {
         assert_eq!(resolved.request.unwrap().cluster, cluster);
     }
 }
+
+#[test]
+fn examples_resolve_and_are_formatted() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let mut n_examples = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|ending| ending != "weave") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("# "), "{path:?} says what it shows");
+        let resolved = resolve_all(&file_name(&path), &text, &folder);
+        assert_eq!(resolved.diagnostics, [], "{path:?}");
+        assert!(resolved.directives.is_some(), "{path:?}");
+        assert_eq!(print(&resolved.document), text, "{path:?}");
+        n_examples += 1;
+    }
+    assert!(n_examples >= 6);
+}

@@ -330,60 +330,71 @@ impl Claims<'_> {
         let place = |span| expanded.origin.place(span);
         let references = shard.over.iter().map(|axis| (&axis.node, place(axis.span)));
         let axes = self.axes(references);
-        let mut scope: Vec<TensorId> = Vec::new();
-        let mut updates_of_gradients = BTreeMap::new();
-        for target in &shard.on {
-            let found = match &target.node {
-                // A gradient is divided where it is used: a contraction over the batch gives
-                // partial sums, which are scattered to the parts of the update.
-                Target::Class(TensorClass::Gradients) => {
-                    let graph = self.scene.graph;
-                    let by_gradient: BTreeMap<TensorId, TensorId> = graph
-                        .gradients
-                        .iter()
-                        .filter_map(|(param, grad)| Some((*grad, *graph.updates.get(param)?)))
-                        .collect();
-                    let gradients = self.scene.class(TensorClass::Gradients);
-                    updates_of_gradients.extend(by_gradient);
-                    gradients
-                }
-                Target::Class(class) => self.scene.class(*class),
-                Target::Selector(selector) => {
-                    let selector = Spanned::new(selector.clone(), target.span);
-                    self.select(&selector, expanded)
-                }
-            };
-            scope.extend(self.without_exceptions(found, &expanded.except, &shard.except));
-        }
-        let scope: Vec<TensorId> = scope
-            .into_iter()
-            .map(|id| updates_of_gradients.get(&id).copied().unwrap_or(id))
+        // Each target is a claim of its own: how specific it is does not depend on the others.
+        let scopes: Vec<Vec<TensorId>> = shard
+            .on
+            .iter()
+            .map(|target| self.target(target, shard, expanded))
             .collect();
         let Some(axes) = axes else { return };
-        let mut dims = BTreeMap::new();
-        let mut largest = Vec::new();
-        for id in &scope {
-            let wanted = shard.dims.iter().map(|dim| dim.node.as_str());
-            let found = wanted
-                .clone()
-                .find(|dim| *dim == LARGEST || self.scene.graph.ty(*id).has(&(*dim).into()));
-            match found {
-                Some(LARGEST) => largest.push(*id),
-                Some(dim) if self.is_divisible(*id, &dim.into()) => {
-                    dims.insert(*id, dim.into());
+        let mut n_divided = 0;
+        for scope in &scopes {
+            let mut dims = BTreeMap::new();
+            let mut largest = Vec::new();
+            for id in scope {
+                let mut wanted = shard.dims.iter().map(|dim| dim.node.as_str());
+                let ty = self.scene.graph.ty(*id);
+                match wanted.find(|dim| *dim == LARGEST || ty.has(&(*dim).into())) {
+                    Some(LARGEST) => largest.push(*id),
+                    Some(dim) if self.is_divisible(*id, &dim.into()) => {
+                        dims.insert(*id, dim.into());
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
+            n_divided += dims.len() + largest.len();
+            let said = Said::Shard {
+                axes: axes.clone(),
+                dims,
+                largest,
+            };
+            self.push(expanded, false, scope.clone(), said);
         }
-        if dims.is_empty() && largest.is_empty() && !scope.is_empty() {
+        let scope: Vec<TensorId> = scopes.into_iter().flatten().collect();
+        if n_divided == 0 && !scope.is_empty() {
             self.shards_nothing(shard, &scope, expanded);
         }
-        let said = Said::Shard {
-            axes,
-            dims,
-            largest,
+    }
+
+    /// The tensors of a target, without exceptions.
+    fn target(
+        &mut self,
+        target: &Spanned<Target>,
+        shard: &Shard,
+        expanded: &Expanded,
+    ) -> Vec<TensorId> {
+        let found = match &target.node {
+            Target::Class(class) => self.scene.class(*class),
+            Target::Selector(selector) => {
+                let selector = Spanned::new(selector.clone(), target.span);
+                self.select(&selector, expanded)
+            }
         };
-        self.push(expanded, false, scope, said);
+        let mut found = self.without_exceptions(found, &expanded.except, &shard.except);
+        if target.node == Target::Class(TensorClass::Gradients) {
+            // A gradient is divided where it is used: a contraction over the batch gives partial
+            // sums, which are scattered to the parts of the update.
+            let graph = self.scene.graph;
+            let updates: BTreeMap<TensorId, TensorId> = graph
+                .gradients
+                .iter()
+                .filter_map(|(param, gradient)| Some((*gradient, *graph.updates.get(param)?)))
+                .collect();
+            for id in &mut found {
+                *id = updates.get(id).copied().unwrap_or(*id);
+            }
+        }
+        found
     }
 
     fn shards_nothing(&mut self, shard: &Shard, scope: &[TensorId], expanded: &Expanded) {
@@ -468,7 +479,11 @@ impl Claims<'_> {
 
     /// `prefer PATH.DIM = AXIS over AXIS weight N`; `none` is unsharded.
     fn prefer(&mut self, prefer: &Prefer, expanded: &Expanded) {
-        let scope = self.select(&prefer.on, expanded);
+        let is_way = prefer.ranking.iter().any(|call| !call.args.is_empty());
+        let scope = match is_way {
+            true => Vec::new(),
+            false => self.select(&prefer.on, expanded),
+        };
         let dim: Dim = prefer.key.node.as_str().into();
         let graph = self.scene.graph;
         let subjects: Vec<TensorId> = scope
@@ -476,10 +491,9 @@ impl Claims<'_> {
             .copied()
             .filter(|id| graph.ty(*id).has(&dim))
             .collect();
-        if scope.is_empty() {
+        if scope.is_empty() && !is_way {
             return;
         }
-        let is_way = prefer.ranking.iter().any(|call| !call.args.is_empty());
         if is_way || subjects.is_empty() {
             self.diagnostics.push(
                 Diagnostic::unsupported(format!(
