@@ -1,6 +1,9 @@
 //! The oracle on examples whose results are known without it.
 #![allow(clippy::unwrap_used)]
 
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use meshweave_dsl::dtype::DType::{F32, I32};

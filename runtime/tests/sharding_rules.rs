@@ -2,6 +2,9 @@
 //! part by part and put together as the factor says, gives what the whole op gives.
 #![allow(clippy::unwrap_used)]
 
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use meshweave_dsl::dtype::DType::{F32, I32};
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::layout::{Interval, Layout, Mesh, ReduceKind};

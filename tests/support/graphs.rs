@@ -150,6 +150,14 @@ impl Build {
         }
     }
 
+    /// A new source whose elements differ by more than rounding, so that the greatest are the same
+    /// however they were computed.
+    fn without_ties(&mut self, shape: Vec<(Dim, usize)>) -> TensorId {
+        let stream = self.numbers.below(1000) as u32;
+        let init = Init::Hash { stream, scale: 0.9 };
+        self.source(DType::F32, shape, Role::Param(init))
+    }
+
     fn index_of_shape(&mut self, shape: Vec<(Dim, usize)>) -> TensorId {
         self.source(DType::I32, shape, Role::Input)
     }
@@ -352,6 +360,7 @@ impl Build {
                     choice: choice.clone(),
                     k: 2,
                 };
+                let x = self.without_ties(ty.shape.clone());
                 if let Some(results) = self.add(kind, &[x]) {
                     self.add(OpKind::TopKGrad { dim, choice, size }, &results);
                 }
@@ -440,7 +449,7 @@ impl Build {
     fn moe(&mut self) {
         let dims = self.dims.clone();
         let [batch, seq, expert, embed] = [0, 1, 2, 3].map(|at| dims[at].clone());
-        let logits = self.of_shape(vec![batch.clone(), seq.clone(), expert.clone()]);
+        let logits = self.without_ties(vec![batch.clone(), seq.clone(), expert.clone()]);
         let choice = Dim::from("pick");
         let top = OpKind::TopK {
             dim: expert.0.clone(),

@@ -12,7 +12,8 @@
 //! Of a global graph:
 //! 7. there are no collectives;
 //! 8. the `offset` fields are 0;
-//! 9. a dim has one size everywhere, except behind a slice or a concatenation along it.
+//! 9. a dim has one size everywhere, unless the graph slices or concatenates along it or along a dim
+//!    that is renamed to it, split into it or merged into it.
 //!
 //! Of a local graph:
 //! 10. a collective's group holds this rank, only ranks of the mesh, none twice, and is the group of
@@ -27,7 +28,7 @@
 
 mod ranks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Graph, Op, Role, TensorId, TensorType};
 use crate::layout::Mesh;
@@ -413,33 +414,33 @@ fn verify_roles(graph: &Graph) -> Result<(), VerifyError> {
     Ok(())
 }
 
-/// Rule 9. A dim of a tensor is *cut* when the tensor was sliced or concatenated along it, or made
-/// from one that was; cut dims are not compared.
+/// Rule 9.
 fn one_size_a_dim(graph: &Graph) -> Result<(), VerifyError> {
-    let mut cut: Vec<Vec<Dim>> = vec![Vec::new(); graph.tensors.len()];
-    for (_, op) in graph.ops() {
-        let mut dims: Vec<Dim> = op
-            .inputs
-            .iter()
-            .flat_map(|id| cut[id.index()].clone())
-            .collect();
-        match &op.kind {
-            OpKind::Slice { dim, .. } | OpKind::Concat { dim } => dims.push(dim.clone()),
-            OpKind::Rename { from, to } if dims.contains(from) => dims.push(to.clone()),
-            OpKind::Merge { dims: merged, into } if merged.iter().any(|dim| dims.contains(dim)) => {
-                dims.push(into.clone());
+    let mut cut: BTreeSet<&Dim> = BTreeSet::new();
+    let mut n_known = None;
+    // Dims made of cut dims are cut; until nothing new is found.
+    while n_known != Some(cut.len()) {
+        n_known = Some(cut.len());
+        for (_, op) in graph.ops() {
+            match &op.kind {
+                OpKind::Slice { dim, .. } | OpKind::Concat { dim } => {
+                    cut.insert(dim);
+                }
+                OpKind::Rename { from, to } if cut.contains(from) || cut.contains(to) => {
+                    cut.extend([from, to]);
+                }
+                OpKind::Merge { dims, into } if dims.iter().any(|dim| cut.contains(dim)) => {
+                    cut.insert(into);
+                }
+                OpKind::Split { dim, into } if cut.contains(dim) => {
+                    cut.extend(into.iter().map(|(dim, _)| dim));
+                }
+                _ => {}
             }
-            OpKind::Split { dim, into } if dims.contains(dim) => {
-                dims.extend(into.iter().map(|(dim, _)| dim.clone()));
-            }
-            _ => {}
-        }
-        for result in &op.results {
-            cut[result.index()].clone_from(&dims);
         }
     }
     let mut sizes: BTreeMap<&Dim, (usize, &str)> = BTreeMap::new();
-    for (tensor, cut) in graph.tensors.iter().zip(&cut) {
+    for tensor in &graph.tensors {
         for (dim, size) in &tensor.ty.shape {
             if cut.contains(dim) {
                 continue;
