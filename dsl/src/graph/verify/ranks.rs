@@ -1,4 +1,4 @@
-//! Rule 12: the collectives of all ranks fit together.
+//! Rule 11: the collectives of all ranks fit together.
 //!
 //! The ranks are stepped from collective to collective, each waiting for all members of its group.
 
