@@ -6,12 +6,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
+use meshweave_compiler::import::read_config;
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
+use meshweave_dsl::diagnostics::SourceId;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::analysis::{
     articulation_ops, cuts, dominators, in_order, layers, live_ranges, post_dominators, ties,
     to_petgraph, topological_order,
 };
+use meshweave_dsl::graph::text::{parse, print};
+use meshweave_dsl::graph::verify::verify_global;
 
 fn golden(n_layers: usize, capacity_factor: Option<f64>, optimizer: &Optimizer) -> Graph {
     let size = GoldenSize {
@@ -151,4 +155,41 @@ fn order_and_live_ranges_agree() {
             }
         }
     }
+}
+
+/// Every shipped config, differentiated: the graph obeys the rules, prints and parses, and has no more
+/// classes of ops than its kinds of layers account for.
+#[test]
+fn graphs_of_public_models_verify_print_and_tie() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models");
+    let mut names: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_dir())
+        .collect();
+    names.sort();
+    assert!(names.len() >= 12);
+    let mut report = String::new();
+    for path in names {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(path.join("config.json")).unwrap();
+        let imported = read_config(&name, &text).unwrap();
+        let forward = build_decoder(&imported.config, 8, 128, Goal::Training).unwrap();
+        let graph = differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
+        assert_eq!(verify_global(&graph), Ok(()), "{name}");
+        let parsed = parse(&print(&graph), SourceId::default());
+        assert_eq!(parsed.diagnostics, [], "{name}");
+        assert!(parsed.graph == graph, "{name} prints as another graph");
+        let ties = ties(&graph);
+        let layers = layers(&graph);
+        let kinds: BTreeSet<usize> = layers.iter().map(|layer| layer.kind).collect();
+        report.push_str(&format!(
+            "{name}: {} ops in {} classes, {} layers of {} kinds\n",
+            graph.ops.len(),
+            ties.n_op_classes,
+            layers.len(),
+            kinds.len()
+        ));
+    }
+    insta::assert_snapshot!(report);
 }
