@@ -1,5 +1,4 @@
 //! The oracle on examples whose results are known without it.
-#![allow(clippy::unwrap_used)]
 
 // Helpers of tests may fail as tests do.
 #![allow(clippy::unwrap_used)]

@@ -1,6 +1,5 @@
 //! Every sharding rule against the interpreter: an op divided along any of its factors, computed
 //! part by part and put together as the factor says, gives what the whole op gives.
-#![allow(clippy::unwrap_used)]
 
 // Helpers of tests may fail as tests do.
 #![allow(clippy::unwrap_used)]
