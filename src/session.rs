@@ -158,6 +158,8 @@ impl Session {
     pub fn search_options(&self) -> SearchOptions {
         SearchOptions {
             name: self.request.name.clone(),
+            gap: self.request.solve.gap,
+            branch_s: self.request.solve.time_s,
             ..SearchOptions::default()
         }
     }

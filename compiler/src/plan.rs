@@ -114,7 +114,7 @@ pub fn search(
     let request = PlanRequest::new(cluster, directives, options);
     let plan = match &directives.replay {
         Some(replayed) => replay(graph, &request, replayed)?,
-        None => plan(graph, &request)?,
+        None => plan(graph, &request).map_err(|error| once_a_statement(error, directives))?,
     };
     let certificate = plan.certificate.clone();
     let certificate = certificate
@@ -124,6 +124,22 @@ pub fn search(
         certificate,
         solve_s: start.elapsed().as_secs_f64(),
     })
+}
+
+/// A conflict with one rule of every statement: a statement about all layers made many.
+fn once_a_statement(error: SearchError, directives: &Directives) -> SearchError {
+    let SearchError::Conflict { message, mut rules } = error else {
+        return error;
+    };
+    let mut seen = Vec::new();
+    rules.retain(|number| {
+        let rule = directives.rules.get(*number);
+        let place = rule.map(|rule| (rule.span, rule.text.as_str()));
+        let is_new = !seen.contains(&place);
+        seen.push(place);
+        is_new
+    });
+    SearchError::Conflict { message, rules }
 }
 
 /// Which meshes to search.
@@ -175,7 +191,7 @@ impl PlanRequest {
 /// The fastest plan on the meshes of the request.
 fn plan(graph: &Graph, request: &PlanRequest) -> Result<Plan, SearchError> {
     let candidates = candidates(graph, request)?;
-    let classes = Classes::new(graph);
+    let classes = Classes::new(graph, &request.rules);
     let mut best: Option<Plan> = None;
     let mut results = Vec::with_capacity(candidates.len());
     let mut failures = Vec::new();

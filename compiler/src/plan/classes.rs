@@ -1,8 +1,8 @@
 //! Tied classes: ops and tensors of repeated layers that are planned once.
 //!
-//! Enters: a graph. Leaves: for every op and every source its class.
-//! Invariant: members of a class have the same kind and the same types, so that whatever divides one
-//! divides all; they differ only in the index of `layers[…]` in their names.
+//! Enters: a graph and rules. Leaves: for every op and every source its class.
+//! Invariant: members of a class have the same kind, the same types and the same rules, so that
+//! whatever may divide one may divide all; they differ only in the index of `layers[…]` in their names.
 //!
 //! Edges are tied by the classes of their ends, so a plan of the classes is a plan of the graph
 //! whatever the classes are: tying costs choices (layers planned apart), never correctness.
@@ -11,6 +11,9 @@ use std::collections::BTreeMap;
 
 use meshweave_dsl::graph::{Graph, OpId, Role, TensorId, TensorType};
 use meshweave_dsl::op::OpKind;
+
+use super::directives::Subject;
+use super::rules::Rules;
 
 /// Classes of ops and of sources.
 #[derive(Clone, Debug)]
@@ -26,9 +29,15 @@ pub struct Classes {
 }
 
 impl Classes {
-    /// The classes of a graph. n log n in its size.
-    pub fn new(graph: &Graph) -> Self {
-        type OpKey<'a> = (String, &'a OpKind, Vec<&'a TensorType>, Vec<&'a TensorType>);
+    /// The classes of a graph under rules. n log n in its size.
+    pub fn new(graph: &Graph, rules: &Rules) -> Self {
+        type OpKey<'a> = (
+            String,
+            &'a OpKind,
+            Vec<&'a TensorType>,
+            Vec<&'a TensorType>,
+            String,
+        );
         let types = |ids: &[TensorId]| ids.iter().map(|id| graph.ty(*id)).collect();
         let mut classes = Self {
             ops: Vec::new(),
@@ -39,7 +48,11 @@ impl Classes {
         let mut known: BTreeMap<OpKey, usize> = BTreeMap::new();
         for (op_id, op) in graph.ops() {
             let name = class_name(graph.op_name(op));
-            let key = (name, &op.kind, types(&op.inputs), types(&op.results));
+            let mut asked = rules.signature(Subject::Op(op_id));
+            for result in &op.results {
+                asked.push_str(&rules.signature(Subject::Tensor(*result)));
+            }
+            let key = (name, &op.kind, types(&op.inputs), types(&op.results), asked);
             let class = *known.entry(key).or_insert_with(|| {
                 classes.ops.push(Vec::new());
                 classes.ops.len() - 1
@@ -47,7 +60,7 @@ impl Classes {
             classes.ops[class].push(op_id);
             classes.of_op.push(class);
         }
-        let mut known: BTreeMap<(String, &TensorType, u8), usize> = BTreeMap::new();
+        let mut known: BTreeMap<(String, &TensorType, u8, String), usize> = BTreeMap::new();
         for id in graph.tensor_ids() {
             let tensor = graph.tensor(id);
             let role = match tensor.role {
@@ -57,7 +70,8 @@ impl Classes {
                 Role::State { .. } => 2,
                 Role::Const(_) => 3,
             };
-            let key = (class_name(&tensor.name), &tensor.ty, role);
+            let asked = rules.signature(Subject::Tensor(id));
+            let key = (class_name(&tensor.name), &tensor.ty, role, asked);
             let class = *known.entry(key).or_insert_with(|| {
                 classes.sources.push(Vec::new());
                 classes.sources.len() - 1
@@ -66,6 +80,15 @@ impl Classes {
             classes.of_source[id.index()] = Some(class);
         }
         classes
+    }
+}
+
+/// The name of a class of one or several members.
+pub fn label(name: &str, n_members: usize) -> String {
+    if n_members == 1 {
+        name.into()
+    } else {
+        class_name(name)
     }
 }
 

@@ -20,7 +20,7 @@ use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{Factor, OpKind};
 use meshweave_dsl::plan::{Placement, Plan, op_factors};
 
-use super::classes::Classes;
+use super::classes::{Classes, label};
 use super::directives::Subject;
 use super::facts::{Facts, op_types};
 use super::grid::{Code, Grid, Metric};
@@ -199,7 +199,7 @@ impl Builder<'_> {
             return Ok(());
         }
         let op = self.first_op(class);
-        let name = super::classes::class_name(self.graph.op_name(op));
+        let name = label(self.graph.op_name(op), self.classes.ops[class].len());
         let factors = op_factors(self.graph, op);
         let pinned = self.statements_on(class);
         let habits = self.habits.and_then(|habits| habits.ops.get(class));

@@ -41,6 +41,13 @@ impl Rules {
         subjects.any(|subject| matches!(subject, Subject::Op(_)))
     }
 
+    /// What the rules about a subject ask, as text; empty when there are none. Members of a class
+    /// agree in it.
+    pub fn signature(&self, subject: Subject) -> String {
+        let rules = self.by_subject.get(&subject).into_iter().flatten();
+        rules.map(|(demand, _)| format!("{demand:?};")).collect()
+    }
+
     /// All dims and factors that rules name.
     pub fn dims(&self) -> BTreeSet<Dim> {
         let demands = self.by_subject.values().flatten().map(|(demand, _)| demand);

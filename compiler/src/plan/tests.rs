@@ -203,7 +203,7 @@ fn two_axes_share_the_work() {
 #[test]
 fn certificates_are_priced_apart_from_the_solver() {
     let graph = training(&GoldenSize::named("tiny").unwrap());
-    let classes = Classes::new(&graph);
+    let classes = Classes::new(&graph, &Rules::default());
     for mesh in [
         Mesh::new([("a", 1)]),
         Mesh::new([("a", 3)]),
@@ -274,6 +274,30 @@ fn pins_hold_and_have_a_price() {
     assert!((why.statements[0].without_s - free_s).abs() < 1e-9);
     assert!(why.predicted_s >= free_s * (1.0 - 1e-9));
     assert!(why.costs.is_sorted_by(|a, b| a.seconds >= b.seconds));
+}
+
+#[test]
+fn pins_of_one_layer_untie_it() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let mut directives = on(Mesh::new([("a", 4)]));
+    let wg = |layer: usize| {
+        let id = graph.find(&format!("layers[{layer}].mlp.wg"));
+        Subject::Tensor(id.unwrap())
+    };
+    let whole = Pattern {
+        dims: BTreeMap::from([
+            ("embed".into(), DimPattern::Unsharded),
+            ("ffn".into(), DimPattern::Unsharded),
+        ]),
+        partial: Vec::new(),
+    };
+    directives.rules = vec![
+        rule(wg(0), Demand::Pin(over_ffn()), "pin layers[0]"),
+        rule(wg(1), Demand::Pin(whole), "pin layers[1]"),
+    ];
+    let plan = found(&graph, &local(4), &directives).unwrap().plan;
+    assert_eq!(kept(&graph, &plan, "layers[0].mlp.wg"), "[embed, ffn/a]");
+    assert_eq!(kept(&graph, &plan, "layers[1].mlp.wg"), "[embed, ffn]");
 }
 
 #[test]
@@ -413,7 +437,7 @@ proptest! {
         let cluster = local(degree);
         let grid = Grid::new(Mesh::new([("m", degree)]), &cluster);
         let mut metric = Metric::new(&grid);
-        let classes = Classes::new(&graph);
+        let classes = Classes::new(&graph, &Rules::default());
         let rules = Rules::default();
         let instance = build_instance(&graph, &classes, &grid, &rules, None, &mut metric).unwrap();
         let n_assignments: f64 = instance

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use meshweave_dsl::graph::{Role, TensorId, TensorType};
 
 use super::{Builder, Group, Net, NoStrategy, Port, Strategy};
-use crate::plan::classes::class_name;
+use crate::plan::classes::label;
 use crate::plan::directives::Subject;
 use crate::plan::grid::Metric;
 
@@ -70,7 +70,7 @@ impl Builder<'_> {
                 return Err(self.no_source(source_class));
             }
             self.instance.groups.push(Group {
-                name: class_name(&self.graph.tensor(first).name),
+                name: label(&self.graph.tensor(first).name, members.len()),
                 strategies,
                 ports: [(Port::Source(source_class), 0)].into(),
                 members: Vec::new(),
@@ -86,7 +86,7 @@ impl Builder<'_> {
             statements.extend(self.rules.about(Subject::Tensor(*id)));
         }
         NoStrategy {
-            name: class_name(&self.graph.tensor(members[0]).name),
+            name: label(&self.graph.tensor(members[0]).name, members.len()),
             statements: statements.into_iter().collect(),
         }
     }
