@@ -124,7 +124,7 @@ fn ways_to_the_loss_go_through_the_residual_stream() {
     let post = post_dominators(&graph);
     assert_eq!(dominators(&graph).len(), graph.ops.len());
     // The gradients are ends of their own, so not everything leads to the loss.
-    assert!(post.iter().any(|op| *op == Some(loss_op)));
+    assert!(post.contains(&Some(loss_op)));
 }
 
 #[test]
