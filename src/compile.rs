@@ -187,8 +187,8 @@ pub fn stage_names() -> Vec<String> {
     #[cfg(feature = "mlir")]
     let names = names.chain(
         meshweave_compiler::mlir::Stage::all()
-            .iter()
-            .map(ToString::to_string),
+            .into_iter()
+            .map(|stage| stage.to_string()),
     );
     names.collect()
 }
