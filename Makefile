@@ -7,8 +7,8 @@ PACKAGES := build-essential cmake llvm-22-dev libmlir-22-dev mlir-22-tools libcl
 .PHONY: demo test setup bench fmt
 
 demo: setup ## plan, compile and train a small decoder on 8 virtual devices
-	cargo build --release --quiet
-	target/release/meshweave run examples/demo.weave --report out/demo/report.html
+	cargo build
+	target/debug/meshweave run examples/demo.weave --report out/demo/report.html
 
 test: setup ## format, lints and all tests
 	cargo fmt --all --check

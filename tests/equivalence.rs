@@ -1,4 +1,6 @@
 //! Compiled programs against the oracle, on the meshes that people use: losses and every gradient.
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![cfg(feature = "mlir")]
 
 #[path = "support/plans.rs"]

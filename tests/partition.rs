@@ -1,6 +1,8 @@
 //! Partitioning against the interpreter: whatever the plan, the ranks together compute the model.
 //!
 //! In f64, so that the tolerance (1e-9) is far below any error of placement or resharding.
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "support/plans.rs"]
 mod plans;
@@ -80,9 +82,9 @@ fn check(graph: &Graph, plan: &Plan) -> Result<(), String> {
 
     let compare = |id: TensorId, layout: &Layout, local_of: &dyn Fn(&Graph) -> TensorId| {
         let mut gathered = Value::full(graph.ty(id).clone(), f64::NAN);
-        for rank in 0..n_ranks {
+        for (rank, values) in ranks.iter().enumerate() {
             let region = layout.region(&graph.ty(id).shape, &plan.mesh, rank);
-            let part = ranks[rank]
+            let part = values
                 .require(&parts.locals[rank], local_of(&parts.locals[rank]))
                 .unwrap();
             gathered.put_part(&region, part).unwrap();

@@ -46,6 +46,8 @@ pub struct Request {
 }
 
 /// Where the graph comes from.
+// One a request: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq)]
 pub enum ModelSource {
     /// Defined in the document.

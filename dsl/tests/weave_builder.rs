@@ -1,4 +1,6 @@
 //! The builder makes the same trees as the parser.
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use meshweave_dsl::diagnostics::SourceId;
 use meshweave_dsl::units::{Quantity, Unit};

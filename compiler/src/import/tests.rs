@@ -226,7 +226,7 @@ fn windows_are_refused_only_where_they_matter() {
         |changes: &[(&str, Value)]| read("qwen2-7b", changes).unwrap().config.attention.window;
     assert_eq!(qwen(&[]), None);
     let used = ("use_sliding_window", json!(true));
-    assert_eq!(qwen(&[used.clone()]), None);
+    assert_eq!(qwen(std::slice::from_ref(&used)), None);
     assert_eq!(
         qwen(&[used, ("max_window_layers", json!(20))]),
         Some(131072)
