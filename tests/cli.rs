@@ -1,0 +1,101 @@
+//! The command line as a user meets it: a verified run, and messages for wrong inputs.
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn meshweave(args: &[&str], folder: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_meshweave"))
+        .args(args)
+        .current_dir(folder)
+        .output()
+        .unwrap()
+}
+
+/// What `plan` says of a document, and its exit code.
+fn complaint(text: &str) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("plan.weave"), text).unwrap();
+    let output = meshweave(&["plan", "plan.weave"], folder.path());
+    let files = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(files, 1, "nothing is left behind");
+    format!(
+        "exit {}\n{}",
+        output.status.code().unwrap(),
+        String::from_utf8(output.stderr).unwrap()
+    )
+}
+
+const HEAD: &str = "plan \"x\" model m cluster \"local:8\"\nmodel m = golden {\n  size tiny\n}\n";
+
+#[test]
+fn wrong_documents_are_refused_with_a_way_out() {
+    let documents = [
+        format!(
+            "{HEAD}train batch 8 seq 64 optimizer adamw\nmesh main = tp:8\napply megatron(main.tp)\n"
+        ),
+        format!("{HEAD}train batch 8 seq 64 optimiser adamw\n"),
+        format!(
+            "{HEAD}train batch 8 seq 64 optimizer adamw\npin layers[*].atn.wq : [embed, heads]\n"
+        ),
+        format!("{HEAD}train batch 8 seq 64 optimizer adamw\nmesh main = dp:3\n"),
+        format!(
+            "{HEAD}train batch 8 seq 64 optimizer adamw\npipeline main.pp {{\n  chunks 2\n}}\n"
+        ),
+        "plan \"x\" model m cluster \"local:8\"\nmodel m = golden {\n  size tiny\n".to_string(),
+    ];
+    let complaints: Vec<String> = documents.iter().map(|text| complaint(text)).collect();
+    insta::assert_snapshot!(complaints.join("\n----\n"));
+}
+
+#[test]
+fn a_folder_that_is_no_artifact_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = meshweave(&["run", "."], folder.path());
+    assert_eq!(output.status.code(), Some(1));
+    insta::assert_snapshot!(String::from_utf8(output.stderr).unwrap());
+}
+
+#[cfg(feature = "mlir")]
+#[test]
+fn the_golden_example_runs_verified_and_reports() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("report.html");
+    let output = meshweave(
+        &[
+            "run",
+            "examples/golden-tiny.weave",
+            "--steps",
+            "5",
+            "--verify",
+            "--report",
+            report.to_str().unwrap(),
+            "--format",
+            "json",
+        ],
+        root,
+    );
+    let text = String::from_utf8(output.stdout).unwrap();
+    let result: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let published = [6.739996, 5.957613, 5.208904, 4.504258, 3.849025];
+    let losses: Vec<f64> = result["losses"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_f64().unwrap())
+        .collect();
+    assert_eq!(losses.len(), published.len());
+    for (got, want) in losses.iter().zip(published) {
+        assert!((got - want).abs() <= 1e-4, "{got} is not {want}");
+    }
+    for (name, error) in result["errors"].as_object().unwrap() {
+        assert!(error.as_f64().unwrap() <= 1e-5, "{name}: {error}");
+    }
+    assert!(
+        std::fs::read_to_string(report)
+            .unwrap()
+            .contains("golden-tiny")
+    );
+}
