@@ -11,6 +11,7 @@ use meshweave_compiler::simplify::{self, simplify_ranks};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::graph::Graph;
+use meshweave_dsl::graph::verify::{verify_local, verify_ranks};
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::Program;
 
@@ -73,6 +74,11 @@ pub fn compile(
         .map_err(|error| Error::plain(Class::Internal, error))?;
     parts.locals = locals;
     clock.lap("simplify");
+    for (rank, local) in parts.locals.iter().enumerate() {
+        verify_local(local, rank, &plan.mesh).map_err(broken)?;
+    }
+    verify_ranks(&parts.locals).map_err(broken)?;
+    clock.lap("verify");
     let lowered = lower(graph, plan, &parts, cluster)
         .map_err(|error| Error::plain(Class::Internal, error))?;
     clock.lap("fuse and lower");
@@ -95,6 +101,11 @@ pub fn compile(
         emitted,
         seconds: clock.laps,
     })
+}
+
+/// A stage that gave a graph which breaks the rules: our bug.
+fn broken(error: impl ToString) -> Error {
+    Error::plain(Class::Internal, error)
 }
 
 struct Clock {

@@ -16,6 +16,7 @@ use meshweave_compiler::simplify::{self, simplify};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Class, Diagnostic, Severity, Sources};
 use meshweave_dsl::graph::Graph;
+use meshweave_dsl::graph::verify::verify_global;
 use meshweave_dsl::weave::{self, Document};
 use meshweave_dsl::weights::WeightMap;
 
@@ -95,6 +96,7 @@ impl Session {
         };
         let graph = simplify(&graph, &simplify::Options::default())
             .map_err(|error| Error::plain(Class::Internal, error))?;
+        verify_global(&graph).map_err(|error| Error::plain(Class::Internal, error))?;
         Ok(Model {
             graph,
             weights,
@@ -136,7 +138,7 @@ impl Session {
                 if has_errors(&parsed.diagnostics) {
                     return Err(Error::new(parsed.diagnostics, sources));
                 }
-                meshweave_dsl::graph::verify::verify_global(&parsed.graph)
+                verify_global(&parsed.graph)
                     .map_err(|error| Error::plain(Class::Invalid, error))?;
                 Ok((parsed.graph, None, None))
             }
