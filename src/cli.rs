@@ -6,6 +6,7 @@
 mod check;
 mod compile;
 mod explain;
+mod export;
 mod fmt;
 mod plan;
 mod profile;
@@ -74,6 +75,8 @@ pub enum Command {
     Show(show::ShowArgs),
     /// Say why the plan is what it is: where time goes, the runner-up, the price of each pin.
     Explain(explain::ExplainArgs),
+    /// Write the plan as a configuration of another engine.
+    Export(export::ExportArgs),
     /// Measure this machine and print it as a cluster.
     Profile(profile::ProfileArgs),
 }
@@ -98,6 +101,7 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Run(args) => run::run(args, cli.format),
         Command::Show(args) => show::show(args, cli.format),
         Command::Explain(args) => explain::explain(args, cli.format),
+        Command::Export(args) => export::export(args, cli.format),
         Command::Profile(args) => profile::profile(args, cli.format),
     };
     match done {

@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use meshweave_compiler::codegen::kernel::Kernel;
 use meshweave_compiler::lower::lower;
 use meshweave_compiler::partition::{Keep, partition};
 use meshweave_compiler::simplify::{self, simplify_ranks};
@@ -60,8 +61,44 @@ pub fn compile(
     cluster: &Cluster,
     options: &CompileOptions,
 ) -> Result<Compiled> {
+    let (mut program, locals, fragments, mut clock) =
+        lower_plan(graph, plan, cluster, options.keep)?;
+    let mut emitted = Vec::new();
+    if options.emit.iter().any(|stage| stage == "local") {
+        let texts: Vec<String> = locals
+            .iter()
+            .map(meshweave_dsl::graph::text::print)
+            .collect();
+        emitted.push(("local".into(), texts.join("\n")));
+    }
+    let kernels = generate(&fragments, &mut program, options, &mut emitted)?;
+    clock.lap("generate and link");
+    Ok(Compiled {
+        program,
+        kernels,
+        locals,
+        emitted,
+        seconds: clock.laps,
+    })
+}
+
+/// The program of a plan without code for its kernels: what a report shows, and needs no LLVM.
+///
+/// # Errors
+/// Those of [`compile`], code generation aside.
+pub fn outline(graph: &Graph, plan: &Plan, cluster: &Cluster) -> Result<(Program, Vec<Graph>)> {
+    let (program, locals, _, _) = lower_plan(graph, plan, cluster, Keep::Outputs)?;
+    Ok((program, locals))
+}
+
+fn lower_plan(
+    graph: &Graph,
+    plan: &Plan,
+    cluster: &Cluster,
+    keep: Keep,
+) -> Result<(Program, Vec<Graph>, Vec<Kernel>, Clock)> {
     let mut clock = Clock::start();
-    let mut parts = partition(graph, plan, options.keep, cluster).map_err(|error| {
+    let mut parts = partition(graph, plan, keep, cluster).map_err(|error| {
         let class = match &error {
             meshweave_compiler::partition::PartitionError::Invalid(_) => Class::Invalid,
             meshweave_compiler::partition::PartitionError::Internal(_) => Class::Internal,
@@ -82,25 +119,7 @@ pub fn compile(
     let lowered = lower(graph, plan, &parts, cluster)
         .map_err(|error| Error::plain(Class::Internal, error))?;
     clock.lap("fuse and lower");
-    let mut emitted = Vec::new();
-    if options.emit.iter().any(|stage| stage == "local") {
-        let texts: Vec<String> = parts
-            .locals
-            .iter()
-            .map(meshweave_dsl::graph::text::print)
-            .collect();
-        emitted.push(("local".into(), texts.join("\n")));
-    }
-    let mut program = lowered.program;
-    let kernels = generate(&lowered.kernels, &mut program, options, &mut emitted)?;
-    clock.lap("generate and link");
-    Ok(Compiled {
-        program,
-        kernels,
-        locals: parts.locals,
-        emitted,
-        seconds: clock.laps,
-    })
+    Ok((lowered.program, parts.locals, lowered.kernels, clock))
 }
 
 /// A stage that gave a graph which breaks the rules: our bug.
@@ -129,7 +148,7 @@ impl Clock {
 
 #[cfg(feature = "mlir")]
 fn generate(
-    kernels: &[meshweave_compiler::codegen::kernel::Kernel],
+    kernels: &[Kernel],
     program: &mut Program,
     options: &CompileOptions,
     emitted: &mut Vec<(String, String)>,
@@ -183,7 +202,7 @@ fn mlir_error(error: meshweave_compiler::mlir::Error) -> Error {
 
 #[cfg(not(feature = "mlir"))]
 fn generate(
-    _kernels: &[meshweave_compiler::codegen::kernel::Kernel],
+    _kernels: &[Kernel],
     _program: &mut Program,
     _options: &CompileOptions,
     _emitted: &mut Vec<(String, String)>,

@@ -7,7 +7,7 @@ use meshweave_compiler::show::{Folding, dot, perfetto, report};
 use serde_json::json;
 
 use super::{Format, Input, write_atomically};
-use crate::compile::{CompileOptions, compile};
+use crate::compile::outline;
 use crate::error::Result;
 use crate::report::{Shown, predicted_timeline, report_input};
 use crate::session::Session;
@@ -43,25 +43,20 @@ pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
         Kind::Html | Kind::Perfetto => {
             let solution = session.plan(&model)?;
             let cluster = &session.request.cluster;
-            let compiled = compile(
-                &model.graph,
-                &solution.plan,
-                cluster,
-                &CompileOptions::default(),
-            )?;
+            let (program, locals) = outline(&model.graph, &solution.plan, cluster)?;
             if args.kind == Kind::Perfetto {
                 (
                     "trace.json",
-                    perfetto(&[predicted_timeline(&compiled.program)]).to_string(),
+                    perfetto(&[predicted_timeline(&program)]).to_string(),
                 )
             } else {
                 let shown = Shown {
                     session: &session,
                     model: &model,
                     solution: &solution,
-                    program: &compiled.program,
+                    program: &program,
                 };
-                let local = compiled.locals.first().cloned();
+                let local = locals.first().cloned();
                 (
                     "report.html",
                     report(&report_input(&shown, local, None, Vec::new())),
