@@ -14,6 +14,7 @@ pub mod build;
 pub mod weights;
 pub mod cluster;
 pub mod layout;
+pub mod mapping;
 pub mod plan;
 pub mod program;
 pub mod timeline;

@@ -32,7 +32,7 @@ use crate::session::{Model, Session};
 pub struct RunArgs {
     /// A .weave document, which is planned and compiled first, or an artifact folder.
     input: PathBuf,
-    /// Use this cluster instead of the document's: a preset such as `local:8`, or a .weave file.
+    /// Use this preset, such as `local:8`, instead of the document's cluster.
     #[arg(long)]
     cluster: Option<String>,
     /// Steps to run; the document's number by default.
@@ -143,7 +143,7 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
         }
     }
     let (program, kernels) = artifact::load(&args.input).map_err(runtime_error)?;
-    let init = args.init.as_deref().map_or(Init::Golden, parse_init);
+    let init = args.init.as_deref().map_or(Ok(Init::Golden), parse_init)?;
     Ok(Prepared {
         execution: Execution::new(program, kernels, &options(args, &init))
             .map_err(runtime_error)?,
@@ -203,7 +203,7 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
     let init = args
         .init
         .as_deref()
-        .map_or_else(|| session.request.init.clone(), parse_init);
+        .map_or_else(|| Ok(session.request.init.clone()), parse_init)?;
     let n_steps = match &session.request.job {
         Job::Train { n_steps, .. } => *n_steps,
         Job::Infer { .. } => 1,
@@ -235,14 +235,15 @@ fn options(args: &RunArgs, init: &Init) -> SessionOptions {
     }
 }
 
-fn parse_init(text: &str) -> Init {
+fn parse_init(text: &str) -> Result<Init> {
     match text.split_once(':') {
-        _ if text == "golden" => Init::Golden,
-        Some(("random", seed)) if seed.parse::<u64>().is_ok() => Init::Random {
-            seed: seed.parse().unwrap_or(0),
-        },
-        _ if text == "random" => Init::Random { seed: 1 },
-        _ => Init::Load(PathBuf::from(text)),
+        _ if text == "golden" => Ok(Init::Golden),
+        _ if text == "random" => Ok(Init::Random { seed: 1 }),
+        Some(("random", seed)) => seed.parse().map(|seed| Init::Random { seed }).map_err(|_| {
+            Error::plain(Class::Invalid, format!("`{seed}` is no seed"))
+                .help("write a whole number, as in `--init random:7`")
+        }),
+        _ => Ok(Init::Load(PathBuf::from(text))),
     }
 }
 
