@@ -9,6 +9,7 @@
 //! because few distinct layouts meet on a tensor; repeated layers are planned once ([`classes`]).
 
 pub mod cost;
+pub mod estimate;
 pub mod directives;
 mod rules;
 pub mod price;

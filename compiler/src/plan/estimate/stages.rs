@@ -1,0 +1,81 @@
+//! Which layers each stage of a pipeline holds.
+//!
+//! Enters: a workload and a mapping. Leaves: a range of layers a stage, in model order.
+//! Invariant: every layer is in exactly one stage; the first stage embeds, the last one predicts.
+
+use std::ops::Range;
+
+use meshweave_dsl::mapping::Mapping;
+
+use super::workload::Workload;
+
+/// The layers of one stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StageLayers {
+    pub layers: Range<usize>,
+    /// Holds the embedding.
+    pub embeds: bool,
+    /// Holds the final norm, the head and the loss.
+    pub predicts: bool,
+}
+
+/// The stages of a mapping.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stages {
+    stages: Vec<StageLayers>,
+    pp: usize,
+    is_v: bool,
+}
+
+impl Stages {
+    /// The stages that the mapping lists, else as even as possible, the first ones with a layer more.
+    pub fn new(workload: &Workload, mapping: &Mapping) -> Self {
+        let n_stages = mapping.n_stages().max(1);
+        let n_layers = workload.model.n_layers;
+        let mut next = 0;
+        let stages = (0..n_stages)
+            .map(|stage| {
+                let count = match &mapping.pipeline.layers {
+                    Some(layers) => layers.get(stage).copied().unwrap_or(0),
+                    None => n_layers / n_stages + usize::from(stage < n_layers % n_stages),
+                };
+                let first = next;
+                next += count;
+                StageLayers {
+                    layers: first..next,
+                    embeds: stage == 0,
+                    predicts: stage + 1 == n_stages,
+                }
+            })
+            .collect();
+        Self {
+            stages,
+            pp: mapping.pp,
+            is_v: places_in_a_v(&mapping.pipeline.schedule),
+        }
+    }
+
+    /// All stages, in model order.
+    pub fn all(&self) -> &[StageLayers] {
+        &self.stages
+    }
+
+    /// A stage; the last one beyond the end.
+    pub fn get(&self, stage: usize) -> &StageLayers {
+        &self.stages[stage.min(self.stages.len() - 1)]
+    }
+
+    /// The stage that a pipeline rank runs as its so-manieth chunk.
+    pub fn stage_of(&self, pipeline_rank: usize, chunk: usize) -> usize {
+        if self.is_v && chunk % 2 == 1 {
+            chunk * self.pp + self.pp - 1 - pipeline_rank
+        } else {
+            chunk * self.pp + pipeline_rank
+        }
+    }
+}
+
+/// Schedules whose second chunks run back from the last rank to the first.
+fn places_in_a_v(schedule: &str) -> bool {
+    ["zb-v", "dualpipe-v", "v-half", "v-min"].contains(&schedule)
+}
