@@ -86,7 +86,7 @@ pub enum Command {
 pub struct Input {
     /// The .weave document.
     pub document: PathBuf,
-    /// Use this preset, such as `local:8`, instead of the document's cluster.
+    /// Use this cluster instead of the document's: a preset such as `local:8`, or a .weave file.
     #[arg(long)]
     pub cluster: Option<String>,
 }

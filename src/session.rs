@@ -44,7 +44,8 @@ pub struct Model {
 }
 
 impl Session {
-    /// Reads and resolves the document at `path`; `cluster` replaces the one it names.
+    /// Reads and resolves the document at `path`; `cluster` (a preset or a `.weave` file, relative to
+    /// the working directory) replaces the one it names.
     ///
     /// # Errors
     /// The file cannot be read, or the document has errors.
@@ -72,8 +73,7 @@ impl Session {
             return Err(Error::new(findings, sources));
         };
         if let Some(cluster) = cluster {
-            request.cluster =
-                Cluster::preset(cluster).map_err(|error| Error::plain(Class::Invalid, error))?;
+            request.cluster = named_cluster(cluster)?;
         }
         Ok(Self {
             document: parsed.document,
@@ -242,4 +242,15 @@ fn has_errors(diagnostics: &[Diagnostic]) -> bool {
     diagnostics
         .iter()
         .any(|diagnostic| diagnostic.severity == Severity::Error)
+}
+
+/// A preset such as `h100:16`, or the cluster block of a `.weave` file.
+fn named_cluster(name: &str) -> Result<Cluster> {
+    if !name.ends_with(".weave") {
+        return Cluster::preset(name).map_err(|error| Error::plain(Class::Invalid, error));
+    }
+    let text = read_text(Path::new(name))?;
+    let mut sources = Sources::new();
+    let (cluster, findings) = resolve::cluster_of_text(name, &text, &mut sources);
+    cluster.ok_or_else(|| Error::new(findings, sources))
 }

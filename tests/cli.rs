@@ -50,6 +50,32 @@ fn wrong_documents_are_refused_with_a_way_out() {
 }
 
 #[test]
+fn wrong_arguments_are_refused_with_a_way_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let document = format!("{HEAD}train batch 8 seq 64 optimizer adamw\n");
+    std::fs::write(folder.path().join("plan.weave"), document).unwrap();
+    std::fs::write(folder.path().join("empty.weave"), "# no cluster\n").unwrap();
+    let complaints: Vec<String> = [
+        ["run", "plan.weave", "--init", "random:abc"],
+        ["plan", "plan.weave", "--cluster", "h10:8"],
+        ["plan", "plan.weave", "--cluster", "absent.weave"],
+        ["plan", "plan.weave", "--cluster", "empty.weave"],
+    ]
+    .iter()
+    .map(|args| {
+        let output = meshweave(args, folder.path());
+        format!(
+            "{}\nexit {}\n{}",
+            args.join(" "),
+            output.status.code().unwrap(),
+            String::from_utf8(output.stderr).unwrap()
+        )
+    })
+    .collect();
+    insta::assert_snapshot!(complaints.join("\n----\n"));
+}
+
+#[test]
 fn a_folder_that_is_no_artifact_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let output = meshweave(&["run", "."], folder.path());

@@ -4,60 +4,31 @@
 // Helpers of tests may fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/golden.rs"]
+mod golden_case;
 #[path = "support/plans.rs"]
 mod plans;
 
 use std::collections::BTreeMap;
 
-use meshweave_compiler::differentiate::{Optimizer, differentiate};
-use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
 use meshweave_compiler::partition::{Keep, partition};
 use meshweave_dsl::cluster::{Cluster, Host};
 use meshweave_dsl::graph::{Graph, Role, TensorId};
 use meshweave_dsl::layout::{Layout, Mesh};
 use meshweave_dsl::plan::Plan;
-use meshweave_runtime::reference::{Value, evaluate, evaluate_ranks, golden_inputs, initial_value};
+use meshweave_runtime::reference::{Value, evaluate, evaluate_ranks};
 use proptest::prelude::*;
 
+use golden_case::{first_step, golden};
+
 const TOLERANCE: f64 = 1e-9;
-
-fn golden(capacity_factor: Option<f64>, tied: bool) -> Graph {
-    let size = GoldenSize {
-        n_layers: 2,
-        embed: 16,
-        heads: 4,
-        ffn: 24,
-        vocab: 40,
-        seq: 8,
-        batch: 8,
-    };
-    let mut config = DecoderConfig::golden(&size, capacity_factor);
-    config.tied = tied;
-    let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
-    differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap()
-}
-
-/// Values of all sources of a global graph at its first step.
-fn sources(graph: &Graph) -> BTreeMap<TensorId, Value> {
-    let mut values = golden_inputs(graph, 40).unwrap();
-    for id in graph.tensor_ids() {
-        let tensor = graph.tensor(id);
-        if let Some(value) = initial_value(&tensor.role, &tensor.ty).unwrap() {
-            values.insert(id, value);
-        }
-    }
-    if let Some(step) = graph.find("step") {
-        values.insert(step, Value::full(graph.ty(step).clone(), 1.0));
-    }
-    values
-}
 
 /// Runs all ranks and compares what leaves them, gathered, with the whole graph's values.
 fn check(graph: &Graph, plan: &Plan) -> Result<(), String> {
     let cluster = Cluster::local(plan.mesh.n_ranks(), &Host::nominal());
     let parts =
         partition(graph, plan, Keep::Gradients, &cluster).map_err(|error| error.to_string())?;
-    let sources = sources(graph);
+    let sources = first_step(graph);
     let whole = evaluate(graph, &sources).map_err(|error| error.to_string())?;
     let ids: Vec<TensorId> = graph
         .tensor_ids()

@@ -5,14 +5,14 @@
 //! below the error of a wrong rule: only the order of sums and products may differ.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "support/golden.rs"]
+mod golden_case;
 #[path = "support/plans.rs"]
 mod plans;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_compiler::codegen::fuse::fuse;
-use meshweave_compiler::differentiate::{Optimizer, differentiate};
-use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
 use meshweave_compiler::partition::{Keep, partition};
 use meshweave_compiler::simplify::{Options, RULES, simplify, simplify_ranks, variants};
 use meshweave_dsl::cluster::{Cluster, Host};
@@ -21,8 +21,10 @@ use meshweave_dsl::graph::{ConstInit, Graph, Role, TensorId, TensorType};
 use meshweave_dsl::layout::{Interval, Mesh, ReduceKind};
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{BinaryFn, Group, OpKind, UnaryFn};
-use meshweave_runtime::reference::{Value, evaluate_ranks, golden_inputs, initial_value};
+use meshweave_runtime::reference::{Value, evaluate_ranks};
 use proptest::prelude::*;
+
+use golden_case::golden;
 
 const TOLERANCE: f64 = 1e-12;
 
@@ -819,35 +821,9 @@ fn graphs_of_other_ranks_must_be_alike() {
     insta::assert_snapshot!(error, @"internal error in simplification: rank 1 has another graph than rank 0 (`case`)");
 }
 
-fn golden(capacity_factor: Option<f64>, tied: bool) -> Graph {
-    let size = GoldenSize {
-        n_layers: 2,
-        embed: 16,
-        heads: 4,
-        ffn: 24,
-        vocab: 40,
-        seq: 8,
-        batch: 8,
-    };
-    let mut config = DecoderConfig::golden(&size, capacity_factor);
-    config.tied = tied;
-    let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
-    differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap()
-}
-
 /// Values of all sources at the first step, by name.
-fn first_step(graph: &Graph) -> BTreeMap<String, Value> {
-    let mut values = golden_inputs(graph, 40).unwrap();
-    for id in graph.tensor_ids() {
-        let tensor = graph.tensor(id);
-        if let Some(value) = initial_value(&tensor.role, &tensor.ty).unwrap() {
-            values.insert(id, value);
-        }
-    }
-    if let Some(step) = graph.find("step") {
-        values.insert(step, Value::full(graph.ty(step).clone(), 1.0));
-    }
-    values
+fn named_first_step(graph: &Graph) -> BTreeMap<String, Value> {
+    golden_case::first_step(graph)
         .into_iter()
         .map(|(id, value)| (graph.tensor(id).name.clone(), value))
         .collect()
@@ -890,7 +866,7 @@ fn models_keep_their_meaning_and_names() {
             .map(|tensor| tensor.name.as_str())
             .collect();
         assert_eq!(unique.len(), simplified.tensors.len());
-        let values = first_step(&graph);
+        let values = named_first_step(&graph);
         let inputs = |graph: &Graph| {
             let given = graph
                 .tensor_ids()
@@ -1049,7 +1025,7 @@ proptest! {
         let locals = partition(&graph, &plan, Keep::Gradients, &cluster).unwrap().locals;
         let (simplified, report) = simplify_ranks(&locals, &Options::default()).unwrap();
         prop_assert!(report.after_s <= report.before_s * (1.0 + 1e-9), "{:?}", report);
-        let values = first_step(&graph);
+        let values = named_first_step(&graph);
         let inputs = |locals: &[Graph]| -> Vec<BTreeMap<TensorId, Value>> {
             locals
                 .iter()

@@ -25,7 +25,7 @@ use meshweave_dsl::weave::ast::{
     Spanned, Statement,
 };
 
-pub use cluster::print_cluster;
+pub use cluster::{cluster_of_text, print_cluster};
 pub use direct::direct;
 pub use replay::print_plan;
 

@@ -32,7 +32,7 @@ use crate::session::{Model, Session};
 pub struct RunArgs {
     /// A .weave document, which is planned and compiled first, or an artifact folder.
     input: PathBuf,
-    /// Use this preset, such as `local:8`, instead of the document's cluster.
+    /// Use this cluster instead of the document's: a preset such as `local:8`, or a .weave file.
     #[arg(long)]
     cluster: Option<String>,
     /// Steps to run; the document's number by default.
@@ -156,6 +156,10 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
 
 fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
     let session = Session::open(&args.input, args.cluster.as_deref())?;
+    let init = args
+        .init
+        .as_deref()
+        .map_or_else(|| Ok(session.request.init.clone()), parse_init)?;
     let model = session.model()?;
     let solution = session.plan(&model)?;
     if format == Format::Text {
@@ -200,10 +204,6 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
     let path = folder.path().join("artifact");
     artifact::write(&path, &program, &kernels, &target_features()).map_err(runtime_error)?;
     let (program, kernels) = artifact::load(&path).map_err(runtime_error)?;
-    let init = args
-        .init
-        .as_deref()
-        .map_or_else(|| Ok(session.request.init.clone()), parse_init)?;
     let n_steps = match &session.request.job {
         Job::Train { n_steps, .. } => *n_steps,
         Job::Infer { .. } => 1,

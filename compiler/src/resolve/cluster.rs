@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use meshweave_dsl::cluster::{Cluster, DeviceKind, Link};
-use meshweave_dsl::diagnostics::{Diagnostic, Sources, Span, did_you_mean, has_errors};
+use meshweave_dsl::diagnostics::{Diagnostic, SourceId, Sources, Span, did_you_mean, has_errors};
 use meshweave_dsl::units::{Bytes, Quantity, Unit};
 use meshweave_dsl::weave::ast::{
     Definition, Document, Name, Reference, Setting, SettingLine, Spanned, Statement,
@@ -115,7 +115,31 @@ fn from_file(
         }
     };
     let source = sources.add(text, content.clone());
-    let parsed = parse(&content, source);
+    only_block(&content, text, source, Some(span), diagnostics)
+}
+
+/// The only cluster block of `text`, which came from `name`.
+///
+/// Without a cluster, at least one diagnostic is an error.
+pub fn cluster_of_text(
+    name: &str,
+    text: &str,
+    sources: &mut Sources,
+) -> (Option<Cluster>, Vec<Diagnostic>) {
+    let mut diagnostics = Vec::new();
+    let source = sources.add(name, text);
+    let cluster = only_block(text, name, source, None, &mut diagnostics);
+    (cluster.filter(|_| !has_errors(&diagnostics)), diagnostics)
+}
+
+fn only_block(
+    content: &str,
+    name: &str,
+    source: SourceId,
+    named_at: Option<Span>,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<Cluster> {
+    let parsed = parse(content, source);
     let is_broken = has_errors(&parsed.diagnostics);
     diagnostics.extend(parsed.diagnostics);
     if is_broken {
@@ -124,14 +148,15 @@ fn from_file(
     match definitions(&parsed.document).as_slice() {
         [definition] => define(definition, diagnostics),
         found => {
-            diagnostics.push(
-                Diagnostic::invalid(format!(
-                    "the file `{text}` has {} cluster blocks, but must have one",
-                    found.len()
-                ))
-                .code("W106")
-                .at(span, ""),
-            );
+            let diagnostic = Diagnostic::invalid(format!(
+                "the file `{name}` has {} cluster blocks, but must have one",
+                found.len()
+            ))
+            .code("W106");
+            diagnostics.push(match named_at {
+                Some(span) => diagnostic.at(span, ""),
+                None => diagnostic,
+            });
             None
         }
     }
