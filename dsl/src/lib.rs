@@ -15,6 +15,7 @@ pub mod weights;
 pub mod cluster;
 pub mod layout;
 pub mod mapping;
+pub mod schedule;
 pub mod plan;
 pub mod program;
 pub mod timeline;

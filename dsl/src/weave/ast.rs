@@ -14,8 +14,7 @@ mod statement;
 pub use layout::{Axis, AxisRef, Degree, DimSplit, Layout, MeshDef, Partial, Reduce, Split};
 pub use name::{Name, Pattern};
 pub use schedule::{
-    Action, ActionKind, BinaryOp, Expr, ExprError, ExtremumOp, OrderKey, Row, ScheduleBody,
-    ScheduleDef, Var,
+    BinaryOp, Expr, ExprError, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef, Var,
 };
 pub use select::{Index, IndexItem, Segment, Selector, Target, TensorClass};
 pub use statement::{
@@ -30,6 +29,7 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize};
 
 use crate::diagnostics::Span;
+pub use crate::schedule::{Action, ActionKind, Cell};
 
 /// A whole `.weave` file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -421,13 +421,22 @@ fn schedule() -> impl Strategy<Value = ScheduleDef> {
     let kind = || select(&ActionKind::ALL[..]);
     let key = (kind(), vec(expr(), 1..4)).prop_map(|(action, key)| OrderKey { action, key });
     let keys = list(key).prop_map(|keys| ScheduleBody::Key(unique(keys, |key| key.action)));
-    let action =
-        (any::<u32>(), kind(), any::<u32>()).prop_map(|(stage, kind, microbatch)| Action {
-            stage,
-            kind,
-            microbatch,
-        });
-    let row = vec(option::weighted(0.8, action), 0..6).prop_map(|actions| Row { actions });
+    let action = || {
+        (any::<u32>(), kind(), any::<u32>(), 0u32..3).prop_map(
+            |(stage, kind, microbatch, slice)| Action {
+                stage,
+                kind,
+                microbatch,
+                slice,
+            },
+        )
+    };
+    let cell = prop_oneof![
+        1 => Just(Cell::Wait),
+        3 => action().prop_map(Cell::One),
+        1 => (action(), action()).prop_map(|(first, second)| Cell::Pair(first, second)),
+    ];
+    let row = vec(cell, 0..6).prop_map(|cells| Row { cells });
     let rows = block(vec(row, 0..4), true).prop_map(ScheduleBody::Rows);
     let csv = spanned(text()).prop_map(ScheduleBody::Csv);
     (spanned(name()), prop_oneof![keys, rows, csv])

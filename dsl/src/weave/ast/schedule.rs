@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Block, Name, Spanned};
+use crate::schedule::{ActionKind, Cell};
 
 /// `schedule NAME = …`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,73 +35,11 @@ pub struct OrderKey {
     pub key: Vec<Expr>,
 }
 
-/// What one rank does, in order; `None` is a step in which it waits, written `.`.
+/// What one rank does, in order: `row 0F0 . 0F1+0B0`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Row {
-    pub actions: Vec<Option<Action>>,
-}
-
-/// `2F0`: stage 2, forward, microbatch 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Action {
-    pub stage: u32,
-    pub kind: ActionKind,
-    pub microbatch: u32,
-}
-
-impl Action {
-    /// Reads `2F0`; nothing may follow.
-    pub fn parse(text: &str) -> Option<Action> {
-        let at = text.find(|c: char| !c.is_ascii_digit())?;
-        let (stage, rest) = text.split_at(at);
-        let kind = ActionKind::parse(rest.get(..1)?)?;
-        let microbatch = rest.get(1..)?;
-        if !microbatch.chars().all(|c| c.is_ascii_digit()) {
-            return None;
-        }
-        Some(Action {
-            stage: stage.parse().ok()?,
-            kind,
-            microbatch: microbatch.parse().ok()?,
-        })
-    }
-}
-
-/// What is done for one microbatch in one stage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum ActionKind {
-    /// Forward.
-    F,
-    /// Full backward.
-    B,
-    /// Gradient of the input.
-    I,
-    /// Gradient of the weights.
-    W,
-    /// Recompute.
-    R,
-}
-
-impl ActionKind {
-    /// All kinds.
-    pub const ALL: [Self; 5] = [Self::F, Self::B, Self::I, Self::W, Self::R];
-
-    /// The letter.
-    pub fn text(self) -> &'static str {
-        match self {
-            Self::F => "F",
-            Self::B => "B",
-            Self::I => "I",
-            Self::W => "W",
-            Self::R => "R",
-        }
-    }
-
-    /// The kind of that letter.
-    pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.text() == text)
-    }
+    pub cells: Vec<Cell>,
 }
 
 /// What an order key may depend on.

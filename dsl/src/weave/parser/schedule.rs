@@ -4,7 +4,8 @@ use super::block::BlockKind;
 use super::{Empty, Parse, Parser, Stop};
 use crate::diagnostics::{Diagnostic, did_you_mean};
 use crate::weave::ast::{
-    Action, ActionKind, BinaryOp, Expr, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef, Var,
+    Action, ActionKind, BinaryOp, Cell, Expr, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef,
+    Var,
 };
 use crate::weave::lexer::Tok;
 
@@ -66,30 +67,34 @@ impl<'a> Parser<'a> {
         if !self.eat_word("row") {
             return Err(self.unknown_line(ROWS));
         }
-        let mut actions = Vec::new();
+        let mut cells = Vec::new();
         while !self.at_end_of_statement() {
-            actions.push(self.cell()?);
+            cells.push(self.cell()?);
         }
-        Ok(Row { actions })
+        Ok(Row { cells })
     }
 
-    fn cell(&mut self) -> Parse<Option<Action>> {
+    fn cell(&mut self) -> Parse<Cell> {
         if self.eat(".") {
-            return Ok(None);
+            return Ok(Cell::Wait);
         }
-        let action = Action::parse(self.here());
-        match action {
-            Some(action) => {
-                self.advance();
-                Ok(Some(action))
-            }
-            None => {
-                let diagnostic = self.unexpected_diagnostic("an action").help(
-                    "`2F0` is stage 2, forward, microbatch 0; kinds are F, B, I, W, R; `.` waits",
-                );
-                Err(self.report(diagnostic))
-            }
+        let first = self.action()?;
+        if self.eat("+") {
+            return Ok(Cell::Pair(first, self.action()?));
         }
+        Ok(Cell::One(first))
+    }
+
+    fn action(&mut self) -> Parse<Action> {
+        let Some(action) = Action::parse(self.here()) else {
+            let diagnostic = self.unexpected_diagnostic("an action").help(
+                "`2F0` is stage 2, forward, microbatch 0; kinds are F, B, I, W, R; `.` waits; \
+                 `2F3+5B1` overlaps two",
+            );
+            return Err(self.report(diagnostic));
+        };
+        self.advance();
+        Ok(action)
     }
 
     /// Sums of products.

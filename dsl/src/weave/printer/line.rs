@@ -1,7 +1,7 @@
 //! How each kind of line looks: its columns, and its block if it has one.
 
 use super::super::ast::{
-    Apply, Block, Choice, Comment, Definition, ExpertsItem, Forbid, Keep, MemoryItem, Pin,
+    Apply, Block, Cell, Choice, Comment, Definition, ExpertsItem, Forbid, Keep, MemoryItem, Pin,
     Pipeline, PipelineItem, Place, Prefer, Row, ScheduleBody, ScheduleDef, Selector, SettingLine,
     Shard, Spanned, Statement, TacticDef, TacticItem,
 };
@@ -244,12 +244,8 @@ impl Show for Keep {
 
 impl Show for Row {
     fn form(&self) -> Form {
-        let cells = self.actions.iter().map(|action| match action {
-            Some(action) => action.to_string(),
-            None => ".".to_owned(),
-        });
         let mut columns = vec!["row".to_owned()];
-        columns.extend(cells);
+        columns.extend(self.cells.iter().map(Cell::to_string));
         Form::columns(Family::Row, columns)
     }
 }

@@ -3,10 +3,9 @@
 use std::fmt::{self, Display, Formatter};
 
 use super::super::ast::{
-    Action, ActionKind, Arg, Axis, AxisRef, BinaryOp, Call, Choice, Degree, DimSplit, Dispatch,
-    Expr, Goal, Index, IndexItem, Init, Layout, OffloadTo, OrderKey, Partial, RecomputePolicy,
-    Reduce, Reference, Segment, Selector, Setting, Solve, Spanned, Split, Target, TensorClass,
-    Value, Var,
+    Arg, Axis, AxisRef, BinaryOp, Call, Choice, Degree, DimSplit, Dispatch, Expr, Goal, Index,
+    IndexItem, Init, Layout, OffloadTo, OrderKey, Partial, RecomputePolicy, Reduce, Reference,
+    Segment, Selector, Setting, Solve, Spanned, Split, Target, TensorClass, Value, Var,
 };
 use crate::units::Number;
 
@@ -264,12 +263,6 @@ impl Display for Solve {
     }
 }
 
-impl Display for Action {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}{}", self.stage, self.kind, self.microbatch)
-    }
-}
-
 impl Display for OrderKey {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "{}:({})", self.action, join(&self.key, ","))
@@ -323,4 +316,4 @@ macro_rules! display_text {
     )*};
 }
 
-display_text! { Reduce TensorClass RecomputePolicy OffloadTo Goal ActionKind Var }
+display_text! { Reduce TensorClass RecomputePolicy OffloadTo Goal Var }

@@ -1,0 +1,151 @@
+//! Schedules as CSV, in the form that PyTorch's pipelines read and write.
+//!
+//! Enters: CSV text, one line a rank, one cell a step: `2F0`, an empty cell to wait,
+//! `(2F3;5B1)OVERLAP_F_B` for an overlapped pair. Leaves: a [`Schedule`].
+//! Invariant: reading is strict, every character has a meaning or is an error with its place
+//! (PyTorch's reader accepts `2F0xyz` as `2F0`, and duplicates).
+//! Source: `torch/distributed/pipelining/schedules.py`, `_load_csv`, `_dump_csv`, `_Action.from_str`.
+
+use super::{Action, Cell, Schedule, ScheduleError};
+
+const OVERLAP: &str = "OVERLAP_F_B";
+
+impl Schedule {
+    /// Reads the CSV form; blanks around a cell and quotes around it are allowed. Linear.
+    ///
+    /// # Errors
+    /// [`ScheduleError::Invalid`] that names line and cell, and as [`Schedule::from_cells`].
+    pub fn from_csv(name: impl Into<String>, text: &str) -> Result<Self, ScheduleError> {
+        let mut rows = Vec::new();
+        let lines: Vec<&str> = text.trim_start_matches('\u{feff}').lines().collect();
+        for (rank, line) in lines.iter().enumerate() {
+            let is_last = lines[rank..].iter().all(|line| line.trim().is_empty());
+            if is_last {
+                break;
+            }
+            let cells = line.split(',').enumerate().map(|(step, cell)| {
+                read_cell(cell).ok_or_else(|| {
+                    ScheduleError::Invalid(format!(
+                        "line {} (rank {rank}), cell {}: `{}` is no action; a cell is empty, or \
+                         such as `2F0`, or `(2F3;5B1){OVERLAP}`",
+                        rank + 1,
+                        step + 1,
+                        cell.trim()
+                    ))
+                })
+            });
+            rows.push(cells.collect::<Result<Vec<Cell>, ScheduleError>>()?);
+        }
+        if rows.iter().flatten().all(|cell| *cell == Cell::Wait) {
+            return Err(ScheduleError::Invalid(
+                "the file has no action; write one line a rank, such as `0F0,0F1,,0B0`".into(),
+            ));
+        }
+        Self::from_cells(name, &rows)
+    }
+
+    /// The CSV form, without waiting cells.
+    pub fn to_csv(&self) -> String {
+        let mut text = String::new();
+        for row in self.cells() {
+            let cells: Vec<String> = row.iter().map(write_cell).collect();
+            text += &cells.join(",");
+            text.push('\n');
+        }
+        text
+    }
+}
+
+fn read_cell(text: &str) -> Option<Cell> {
+    let text = text.trim();
+    let text = match text.strip_prefix('"') {
+        Some(quoted) => quoted.strip_suffix('"')?.trim(),
+        None => text,
+    };
+    if text.is_empty() {
+        return Some(Cell::Wait);
+    }
+    match text.strip_prefix('(') {
+        Some(rest) => {
+            let (first, second) = rest
+                .strip_suffix(OVERLAP)?
+                .strip_suffix(')')?
+                .split_once(';')?;
+            Some(Cell::Pair(
+                Action::parse(first.trim())?,
+                Action::parse(second.trim())?,
+            ))
+        }
+        None => Action::parse(text).map(Cell::One),
+    }
+}
+
+fn write_cell(cell: &Cell) -> String {
+    match cell {
+        Cell::Wait => String::new(),
+        Cell::One(action) => action.to_string(),
+        Cell::Pair(first, second) => format!("({first};{second}){OVERLAP}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO_RANKS: &str = "0F0,0F1,,0B0,,0B1\n,1F0,1B0,1F1,1B1\n";
+
+    #[test]
+    fn csv_reads_and_prints() {
+        let schedule = Schedule::from_csv("x", TWO_RANKS).unwrap();
+        assert_eq!((schedule.n_ranks, schedule.n_stages), (2, 2));
+        assert_eq!(schedule.n_microbatches, 2);
+        assert_eq!(schedule.to_csv(), "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n");
+        let again = Schedule::from_csv("x", &schedule.to_csv()).unwrap();
+        assert_eq!(again, schedule);
+        let json = serde_json::to_string(&schedule).unwrap();
+        assert_eq!(serde_json::from_str::<Schedule>(&json).unwrap(), schedule);
+    }
+
+    #[test]
+    fn pairs_survive() {
+        let text = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n";
+        let schedule = Schedule::from_csv("x", text).unwrap();
+        assert_eq!(schedule.pairs, [[1]]);
+        assert_eq!(schedule.to_csv(), text);
+    }
+
+    #[test]
+    fn junk_is_refused_with_its_place() {
+        let error = |text: &str| Schedule::from_csv("x", text).unwrap_err().to_string();
+        insta::assert_snapshot!(error("0F0,0B0\n1F0,2F0xyz\n"), @"line 2 (rank 1), cell 2: `2F0xyz` is no action; a cell is empty, or such as `2F0`, or `(2F3;5B1)OVERLAP_F_B`");
+        insta::assert_snapshot!(error("0F0,0F1,0F0\n"), @"
+        `0F0` stands twice, on rank 0 at step 0 and on rank 0 at step 2; remove one
+        step   rank 0
+           0  >0F0<
+           1   0F1
+           2  >0F0<
+        ");
+        insta::assert_snapshot!(error("0F0,0B0\n0F1,1B0\n"), @"
+        stage 0 stands on rank 0 and, with `0F1`, on rank 1; a stage's weights are on one rank
+        step   rank 0  rank 1
+           0  >0F0<   >0F1<
+           1   0B0     1B0
+        ");
+        insta::assert_snapshot!(error("0F0,0B0\n2F0,2B0\n"), @"
+        stage 1 has no action and there are stages up to 2; number the stages without gaps
+        step   rank 0  rank 1
+           0   0F0     2F0
+           1   0B0     2B0
+        ");
+        insta::assert_snapshot!(error(",\n"), @"the file has no action; write one line a rank, such as `0F0,0F1,,0B0`");
+        for text in [
+            "0F0,(0F1;0B0)OVERLAP_F_B junk",
+            "0F0,(0F1;0B0",
+            "\"0F0",
+            "0F0;0F1",
+            "0F0 0F1",
+        ] {
+            assert!(Schedule::from_csv("x", text).is_err(), "{text}");
+        }
+    }
+}
