@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use meshweave_dsl::cluster::{Cluster, Device, DeviceKind, Host, Link};
+use meshweave_dsl::cluster::{Arch, Cluster, Device, DeviceKind, Host, Link};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::ContractIndex;
 
@@ -74,6 +74,7 @@ pub fn measure_host(n_devices: usize) -> Result<Cluster> {
         device: Device {
             name: "thread".into(),
             kind: DeviceKind::Host,
+            arch: Arch::Host,
             memory_bytes: host.memory_bytes / n_devices as u64,
             memory_bytes_per_s: median(|rates| rates.memory_bytes_per_s),
             matmul_flops_per_s: BTreeMap::from([(
@@ -84,6 +85,8 @@ pub fn measure_host(n_devices: usize) -> Result<Cluster> {
             matmul_efficiency: 1.0,
             vector_efficiency: 1.0,
             launch_s: 1.0e-6,
+            host_bytes_per_s: 0.0,
+            host_memory_bytes: 0,
         },
         within_node: link.clone(),
         between_nodes: link,

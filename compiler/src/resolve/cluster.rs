@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use meshweave_dsl::cluster::{Cluster, DeviceKind, Link};
+use meshweave_dsl::cluster::{Arch, Cluster, DeviceKind, Link};
 use meshweave_dsl::diagnostics::{Diagnostic, SourceId, Sources, Span, did_you_mean, has_errors};
 use meshweave_dsl::units::{Bytes, Quantity, Unit};
 use meshweave_dsl::weave::ast::{
@@ -172,6 +172,7 @@ const LINES: [(&str, &[&str]); 6] = [
         &[
             "device",
             "kind",
+            "arch",
             "memory",
             "bandwidth",
             "throughput",
@@ -179,6 +180,8 @@ const LINES: [(&str, &[&str]); 6] = [
             "launch",
             "matmul_efficiency",
             "vector_efficiency",
+            "host_bandwidth",
+            "host_memory",
         ],
     ),
     ("matmul", &["matmul"]),
@@ -382,6 +385,18 @@ fn change_device(cluster: &mut Cluster, s: &mut Settings<'_>) {
     if let Some(launch) = s.quantity("launch", "4 us", |q| q.seconds().map(|t| t.0)) {
         device.launch_s = launch;
     }
+    if let Some(name) = s.word("arch", &Arch::ALL.map(Arch::name)) {
+        let found = Arch::ALL.into_iter().find(|arch| arch.name() == name);
+        device.arch = found.unwrap_or(device.arch);
+    }
+    if let Some(speed) = s.quantity("host_bandwidth", "25 GB/s", |q| {
+        q.bytes_per_second().map(|value| value.0)
+    }) {
+        device.host_bytes_per_s = speed;
+    }
+    if let Some(bytes) = s.quantity("host_memory", "128 GB", |q| q.bytes().map(|b| b.0 as f64)) {
+        device.host_memory_bytes = bytes as u64;
+    }
 }
 
 /// A block that is read back to the same cluster.
@@ -406,6 +421,16 @@ pub fn print_cluster(cluster: &Cluster) -> String {
         DeviceKind::Host => "host",
         DeviceKind::Gpu => "gpu",
     };
+    let host = if device.host_bytes_per_s > 0.0 {
+        let speed = exact(
+            device.host_bytes_per_s,
+            [Unit::GigabytePerSecond, Unit::BytePerSecond],
+        );
+        let memory = Bytes(device.host_memory_bytes);
+        format!(" host_bandwidth {speed} host_memory {memory:#}")
+    } else {
+        String::new()
+    };
     let mut text = format!("cluster {name} {{\n");
     let mut line = |content: String| text.push_str(&format!("  {content}\n"));
     if name != cluster.name {
@@ -414,8 +439,9 @@ pub fn print_cluster(cluster: &Cluster) -> String {
     line(format!("nodes {}", cluster.n_nodes));
     line(format!("devices {}", cluster.devices_per_node));
     line(format!(
-        "device {:?} kind {kind} memory {:#} bandwidth {} vector {} launch {} matmul_efficiency {:?} vector_efficiency {:?}",
+        "device {:?} kind {kind} arch {} memory {:#} bandwidth {} vector {} launch {} matmul_efficiency {:?} vector_efficiency {:?}{host}",
         device.name,
+        device.arch.name(),
         Bytes(device.memory_bytes),
         exact(
             device.memory_bytes_per_s,
