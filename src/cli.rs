@@ -13,6 +13,7 @@ mod profile;
 pub(crate) mod render;
 mod run;
 mod show;
+mod validate;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -79,6 +80,8 @@ pub enum Command {
     Export(export::ExportArgs),
     /// Measure this machine and print it as a cluster.
     Profile(profile::ProfileArgs),
+    /// Score the cost model on a table of published measurements.
+    Validate(validate::ValidateArgs),
 }
 
 /// The document that most commands start from.
@@ -103,6 +106,7 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Explain(args) => explain::explain(args, cli.format),
         Command::Export(args) => export::export(args, cli.format),
         Command::Profile(args) => profile::profile(args, cli.format),
+        Command::Validate(args) => validate::validate(args, cli.format),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

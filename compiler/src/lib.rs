@@ -14,3 +14,4 @@ pub mod lower;
 pub mod mlir;
 pub mod export;
 pub mod show;
+pub mod validate;

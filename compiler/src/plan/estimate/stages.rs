@@ -28,19 +28,32 @@ pub struct Stages {
 }
 
 impl Stages {
-    /// The stages that the mapping lists, else as even as possible, the first ones with a layer more.
+    /// The stages that the mapping lists; else equal ones; else such that the embedding, the head and
+    /// every prediction layer count as a layer (Megatron-Core's `account_for_embedding_in_pipeline_split`
+    /// and `account_for_loss_in_pipeline_split`).
     pub fn new(workload: &Workload, mapping: &Mapping) -> Self {
         let n_stages = mapping.n_stages().max(1);
         let n_layers = workload.model.n_layers;
+        let slots = n_layers + 2 + workload.prediction_layers;
+        let even = |stage: usize| {
+            if n_layers.is_multiple_of(n_stages) {
+                return n_layers / n_stages;
+            }
+            slots / n_stages + usize::from(stage < slots % n_stages)
+        };
         let mut next = 0;
         let stages = (0..n_stages)
             .map(|stage| {
                 let count = match &mapping.pipeline.layers {
                     Some(layers) => layers.get(stage).copied().unwrap_or(0),
-                    None => n_layers / n_stages + usize::from(stage < n_layers % n_stages),
+                    None if n_layers.is_multiple_of(n_stages) => even(stage),
+                    None => even(stage).saturating_sub(usize::from(stage == 0)),
                 };
                 let first = next;
-                next += count;
+                next = (first + count).min(n_layers);
+                if stage + 1 == n_stages {
+                    next = n_layers;
+                }
                 StageLayers {
                     layers: first..next,
                     embeds: stage == 0,

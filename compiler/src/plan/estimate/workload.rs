@@ -60,6 +60,27 @@ impl Default for Software {
     }
 }
 
+impl Software {
+    /// Megatron-LM of 2021: a fused softmax, nothing overlapped (Narayanan et al., SC 2021).
+    pub fn megatron_2021() -> Self {
+        Self {
+            attention: AttentionKernel::FusedSoftmax,
+            overlap_tp: false,
+            overlap_dp: false,
+            ..Self::default()
+        }
+    }
+
+    /// PyTorch's FSDP: parameters are prefetched, elementwise ops are kernels of their own.
+    pub fn fsdp() -> Self {
+        Self {
+            fused_elementwise: false,
+            overlap_tp: false,
+            ..Self::default()
+        }
+    }
+}
+
 /// A model, the sizes of a step, and how the program is written.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {
@@ -184,7 +205,8 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    fn of(model: &DecoderConfig, prediction_layers: usize) -> Self {
+    /// Counts the weights of a model with so many prediction layers.
+    pub fn of(model: &DecoderConfig, prediction_layers: usize) -> Self {
         let attention = &model.attention;
         let embed = model.embed as f64;
         let heads = (attention.heads * attention.head) as f64;

@@ -1,0 +1,230 @@
+//! Validation: the cost model and the memory model against tables of published measurements.
+//!
+//! Enters: a table of the schema of `data/published/`. Leaves: predicted and measured values of every
+//! row, and their scores.
+//! Invariant: a row is priced as its source states it; one that cannot be priced says why and is
+//! counted. No measured value enters a prediction.
+
+mod cluster;
+mod mapping;
+mod model;
+pub mod score;
+mod software;
+mod table;
+
+use std::collections::BTreeMap;
+
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::mapping::Mapping;
+use serde::Serialize;
+
+pub use score::{ScoredRow, Summary};
+pub use table::{Row, Table};
+
+use crate::plan::estimate::{Estimate, Job, Workload, estimate};
+
+/// What a table measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Seconds of a step.
+    Training,
+    /// Peak memory in GB.
+    Memory,
+    /// Whether a configuration fits: 1, or runs out of memory: 0.
+    Feasibility,
+}
+
+/// The scores of a table.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    #[serde(skip)]
+    pub kind: Kind,
+    pub rows: Vec<ScoredRow>,
+    pub summary: Summary,
+    #[serde(skip)]
+    pub by_source: BTreeMap<String, Summary>,
+}
+
+/// Why a table cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ValidateError {
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// What a row measures, as the model sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Case {
+    pub workload: Workload,
+    pub cluster: Cluster,
+    /// The mappings that agree with the row: one, unless it leaves a choice open.
+    pub mappings: Vec<Mapping>,
+}
+
+impl Case {
+    /// Reads a row.
+    ///
+    /// # Errors
+    /// What is missing or contradicts itself.
+    pub fn read(row: Row<'_>) -> Result<Self, String> {
+        let model = model::model(row)?;
+        let cluster = cluster::cluster(row)?;
+        let dp = row.count("dp").unwrap_or(1);
+        let batch = row
+            .count("global_batch")
+            .unwrap_or_else(|| row.count("micro_batch").unwrap_or(1) * dp);
+        let seq = row.count("seq_len").ok_or("`seq_len` is blank")?;
+        let workload = Workload {
+            prediction_layers: model.prediction_layers,
+            window_every: model.window_every,
+            software: software::software(row, cluster.device.arch),
+            ..Workload::new(model.config, batch, seq, Job::Train)
+        };
+        let mappings = mapping::mappings(row, &workload)?;
+        Ok(Self {
+            workload,
+            cluster,
+            mappings,
+        })
+    }
+
+    /// The estimate of the fastest mapping that agrees with the row and fits the memory; of the
+    /// smallest one where none fits.
+    ///
+    /// # Errors
+    /// Why no mapping has a price.
+    pub fn estimate(&self) -> Result<(&Mapping, Estimate), String> {
+        let mut reason = "no mapping agrees with the row".to_owned();
+        let mut best: Option<(&Mapping, Estimate)> = None;
+        let room = self.cluster.device.memory_bytes;
+        for mapping in &self.mappings {
+            match estimate(&self.workload, mapping, &self.cluster) {
+                Ok(found) => {
+                    let key = |found: &Estimate| {
+                        let need = found.memory.total().0;
+                        if need <= room {
+                            (0, found.step_s)
+                        } else {
+                            (1, need as f64)
+                        }
+                    };
+                    let is_better = best
+                        .as_ref()
+                        .is_none_or(|(_, best)| key(&found) < key(best));
+                    if is_better {
+                        best = Some((mapping, found));
+                    }
+                }
+                Err(error) => reason = error.to_string(),
+            }
+        }
+        best.ok_or(reason)
+    }
+}
+
+/// Scores a table.
+///
+/// # Errors
+/// A table of none of the known schemas.
+pub fn validate(text: &str) -> Result<Report, ValidateError> {
+    let table = Table::parse(text);
+    let kind = kind(&table)?;
+    let rows: Vec<ScoredRow> = table
+        .rows()
+        .enumerate()
+        .map(|(idx, row)| score_row(kind, idx, row))
+        .collect();
+    let summarize = |rows: &[&ScoredRow]| match kind {
+        Kind::Training => Summary {
+            regret: score::regret(rows),
+            ..Summary::of_errors(rows)
+        },
+        Kind::Memory => Summary::of_errors(rows),
+        Kind::Feasibility => Summary::of_answers(rows),
+    };
+    let mut by_source: BTreeMap<String, Vec<&ScoredRow>> = BTreeMap::new();
+    for row in &rows {
+        by_source.entry(row.source.clone()).or_default().push(row);
+    }
+    Ok(Report {
+        kind,
+        summary: summarize(&rows.iter().collect::<Vec<_>>()),
+        by_source: by_source
+            .iter()
+            .map(|(source, rows)| (source.clone(), summarize(rows)))
+            .collect(),
+        rows,
+    })
+}
+
+/// A table is known by its columns.
+fn kind(table: &Table) -> Result<Kind, ValidateError> {
+    if table.has("step_time_s") {
+        Ok(Kind::Training)
+    } else if table.has("mem_gb") {
+        Ok(Kind::Memory)
+    } else if table.has("fits") {
+        Ok(Kind::Feasibility)
+    } else {
+        Err(ValidateError::Invalid(
+            "the table has none of the columns `step_time_s` (training), `mem_gb` (memory) and `fits` (feasibility)".into(),
+        ))
+    }
+}
+
+fn score_row(kind: Kind, idx: usize, row: Row<'_>) -> ScoredRow {
+    let row_id = row
+        .text("row_id")
+        .map_or_else(|| format!("row {}", idx + 1), str::to_owned);
+    let measured = match kind {
+        Kind::Training => row.number("step_time_s").filter(|seconds| *seconds > 0.0),
+        Kind::Memory => row.number("mem_gb"),
+        Kind::Feasibility => row.number("fits"),
+    };
+    let predicted = Case::read(row).and_then(|case| predict(kind, &case));
+    let (predicted, reason) = match predicted {
+        Ok(predicted) => (Some(predicted), None),
+        Err(reason) => (None, Some(reason)),
+    };
+    ScoredRow {
+        row_id,
+        source: row.text_or_blank("source").into(),
+        error: predicted
+            .zip(measured.filter(|measured| *measured > 0.0))
+            .map(|(predicted, measured)| (predicted - measured) / measured),
+        predicted,
+        measured,
+        reason,
+        choice: choice(row),
+    }
+}
+
+/// The prediction of a row in the unit of its table.
+fn predict(kind: Kind, case: &Case) -> Result<f64, String> {
+    let (_, found) = case.estimate()?;
+    let need = found.memory.total().0 as f64;
+    Ok(match kind {
+        Kind::Training => found.step_s,
+        Kind::Memory => need / 1e9,
+        Kind::Feasibility => f64::from(u8::from(need <= case.cluster.device.memory_bytes as f64)),
+    })
+}
+
+/// What rows must share to be choices of one mapping: source, model, devices, batch, sequence, format.
+fn choice(row: Row<'_>) -> Option<String> {
+    let columns = [
+        "source",
+        "model",
+        "gpu",
+        "gpus",
+        "global_batch",
+        "seq_len",
+        "dtype",
+    ];
+    let fields: Vec<&str> = columns
+        .iter()
+        .map(|column| row.text_or_blank(column))
+        .collect();
+    (!fields[4].is_empty()).then(|| fields.join("|"))
+}

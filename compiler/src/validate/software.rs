@@ -1,0 +1,62 @@
+//! How the program of a row is written.
+//!
+//! Enters: the source of a row and its notes. Leaves: kernels, and what runs under what.
+//! Invariant: these are facts about frameworks, not fits: each follows from what the source or its
+//! documentation states.
+
+use meshweave_dsl::cluster::Arch;
+
+use super::table::Row;
+use crate::plan::estimate::{AttentionKernel, Software};
+
+/// The software of a row.
+pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
+    let source = row.text_or_blank("source").to_ascii_lowercase();
+    let notes = row.text_or_blank("notes").to_ascii_lowercase();
+    let names = |words: &[&str]| words.iter().any(|word| source.contains(word));
+    let says = |words: &[&str]| words.iter().any(|word| notes.contains(word));
+    let is_fsdp = row.number("zero_stage") == Some(3.0) || says(&["fsdp"]) || names(&["fsdp"]);
+    let mut software = if names(&[
+        "sc21",
+        "zero-bubble",
+        "bigscience",
+        "bloom",
+        "alpa",
+        "turing",
+    ]) || arch == Arch::Volta
+    {
+        Software::megatron_2021()
+    } else if is_fsdp || names(&["torchtitan", "llm-foundry", "mosaic"]) {
+        Software::fsdp()
+    } else if names(&["hagemann", "nanotron", "neox", "frontier", "deepspeed"]) {
+        Software {
+            overlap_dp: false,
+            overlap_tp: false,
+            ..Software::default()
+        }
+    } else {
+        Software::default()
+    };
+    if says(&["deepspeed zero-3"]) {
+        software.attention = AttentionKernel::FusedSoftmax;
+    }
+    if says(&["kernel=torch", "non-flash attention"]) {
+        software.attention = AttentionKernel::Unfused;
+    } else if says(&["kernel=fused"]) {
+        software.attention = AttentionKernel::FusedSoftmax;
+    } else if says(&["flash_attentionv1", "flash attention 1"]) {
+        software.attention = AttentionKernel::Flash1;
+    } else if says(&["kernel=flash_attention2"]) {
+        software.attention = AttentionKernel::Flash;
+    }
+    if says(&["kernel="]) {
+        software.fused_elementwise = says(&["rms kernel"]);
+    }
+    if says(&["a2a overlapped with compute: yes", "ep comm overlap"]) {
+        software.overlap_ep = true;
+    }
+    if says(&["cuda graphs"]) {
+        software.graphs = true;
+    }
+    software
+}
