@@ -13,7 +13,7 @@ use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::mapping::{GridAxis, Mapping, Recompute};
 
-pub use memory::{MemoryEstimate, memory};
+pub use memory::{Framework, MemoryEstimate, memory};
 pub use workload::{AttentionKernel, Job, Parameters, Software, Workload};
 
 use super::cost::{GroupShape, Traffic, contract_seconds, fragment_seconds, traffic_seconds};

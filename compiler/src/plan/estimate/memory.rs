@@ -1,33 +1,70 @@
 //! Memory of the ranks of one pipeline rank.
 //!
-//! Enters: a workload, a mapping, a pipeline rank. Leaves: bytes by what they hold.
-//! Invariant: what `zero`, `tp`, `ep` and `pp` divide is divided here.
+//! Enters: a workload, a mapping, a pipeline rank. Leaves: bytes by what they hold at the peak of a step,
+//! whether they fit a device, and how often such a prediction was exceeded.
+//! Invariant: what `zero`, `tp`, `cp`, `ep` and `pp` divide is divided here; activations are the sum of
+//! the tensors in [`activations`], replayed through the schedule's peak in [`schedules`].
 
-use meshweave_dsl::cluster::Cluster;
+pub mod activations;
+pub mod framework;
+pub mod schedules;
+
+#[cfg(test)]
+mod tests;
+
+use meshweave_dsl::cluster::{Cluster, Device};
 use meshweave_dsl::mapping::{Mapping, Recompute};
 use meshweave_dsl::units::Bytes;
 
 use super::stages::Stages;
 use super::workload::{Job, Workload};
+use activations::LayerSizes;
+pub use framework::{Framework, Loss};
 
-/// Bytes of a rank at the peak of a step.
+/// Part of what lives and dies within a step that an allocator of variable blocks cannot reuse.
+///
+/// PyTorch's allocator rounds blocks above 1 MiB to 2 MiB and splits none above a configured size; in
+/// published pairs of allocated and reserved peaks of runs without pinned tensors the gap is 0 to 7 %.
+pub const UNUSABLE: f64 = 0.04;
+
+/// The CUDA context with the modules of a training program, in bytes (`nvidia-smi` of an idle process
+/// that has loaded PyTorch, cuBLAS and cuDNN on an H100 or A100: 0.5 to 0.8 GiB).
+pub const CONTEXT_BYTES: f64 = 0.7e9;
+
+/// Buffers of one NCCL communicator: up to 16 channels, each with a buffer of 4 MiB
+/// (`NCCL_BUFFSIZE`) and the smaller ones of LL and LL128 to send and to receive.
+pub const COMMUNICATOR_BYTES: f64 = 0.2e9;
+
+/// Measured over predicted bytes at the tenths of the published rows that the model was held against,
+/// from the lowest to the highest; `docs/cost-model.md` lists the rows.
+pub const MEASURED_OVER_PREDICTED: [f64; 11] = [
+    0.70, 0.85, 0.92, 0.96, 0.99, 1.01, 1.04, 1.07, 1.11, 1.18, 1.60,
+];
+
+/// Bytes of a rank at the peak of a step; what is not live then counts as nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryEstimate {
     pub parameters: Bytes,
     pub gradients: Bytes,
     pub optimizer: Bytes,
+    /// Kept for the backward pass.
     pub activations: Bytes,
-    /// Operands and results of the op that has most of them.
+    /// The working set of the layer in work, or copies that an update makes.
     pub temporaries: Bytes,
+    /// Buffers of collectives, and parameters gathered from their shards.
     pub communication: Bytes,
     pub logits: Bytes,
-    /// Context, libraries, and what an allocator cannot use.
+    /// Keys and values of the tokens before.
+    pub cache: Bytes,
+    /// What an allocator holds and cannot use.
+    pub fragmentation: Bytes,
+    /// Context, libraries, communicators.
     pub framework: Bytes,
 }
 
 impl MemoryEstimate {
-    /// All of it.
-    pub fn total(&self) -> Bytes {
+    /// What the program's tensors take: PyTorch's `max_memory_allocated`.
+    pub fn allocated(&self) -> Bytes {
         let parts = [
             self.parameters,
             self.gradients,
@@ -36,84 +73,348 @@ impl MemoryEstimate {
             self.temporaries,
             self.communication,
             self.logits,
-            self.framework,
+            self.cache,
         ];
         parts.into_iter().fold(Bytes(0), Bytes::saturating_add)
     }
+
+    /// What its allocator takes from the device: PyTorch's `max_memory_reserved`.
+    pub fn reserved(&self) -> Bytes {
+        self.allocated().saturating_add(self.fragmentation)
+    }
+
+    /// What the process takes.
+    pub fn total(&self) -> Bytes {
+        self.reserved().saturating_add(self.framework)
+    }
+
+    /// Whether the process fits a device of which a part, 0 to 1, stays free.
+    pub fn fits(&self, device: &Device, headroom: f64) -> bool {
+        self.total().0 as f64 <= device.memory_bytes as f64 * (1.0 - headroom)
+    }
+
+    /// How often a prediction like this one was exceeded by so much that the device would overflow: the
+    /// part of the published rows whose measured bytes over predicted ones lie above the room there is.
+    pub fn risk(&self, device: &Device) -> f64 {
+        let room = device.memory_bytes as f64 - self.framework.0 as f64;
+        let ratio = room / (self.reserved().0 as f64).max(1.0);
+        let table = &MEASURED_OVER_PREDICTED;
+        let n_steps = table.len() - 1;
+        let above = table.iter().filter(|quantile| **quantile <= ratio).count();
+        if above == 0 {
+            return 1.0;
+        }
+        if above > n_steps {
+            return 0.0;
+        }
+        let (low, high) = (table[above - 1], table[above]);
+        let within = (ratio - low) / (high - low);
+        1.0 - (above as f64 - 1.0 + within) / n_steps as f64
+    }
 }
 
-/// Memory of the ranks of a pipeline rank.
+/// The parameters of one pipeline rank, per rank of `tp` and of `etp × ep`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    dense: f64,
+    experts: f64,
+    /// Of the largest layer.
+    layer: f64,
+    n_dense_layers: f64,
+    n_moe_layers: f64,
+    predicts: bool,
+}
+
+impl Held {
+    /// The greater price of the kinds of layers there are.
+    fn either(&self, price: &dyn Fn(bool) -> f64) -> f64 {
+        let kinds = [(self.n_dense_layers, false), (self.n_moe_layers, true)];
+        let present = kinds.into_iter().filter(|(n_layers, _)| *n_layers > 0.0);
+        present.map(|(_, is_moe)| price(is_moe)).fold(0.0, f64::max)
+    }
+}
+
+/// Memory of the ranks of a pipeline rank, in bytes at the peak of a step.
 pub fn memory(
     workload: &Workload,
     mapping: &Mapping,
-    _cluster: &Cluster,
+    cluster: &Cluster,
     pipeline_rank: usize,
 ) -> MemoryEstimate {
+    let held = held(workload, mapping, pipeline_rank);
+    let sizes = LayerSizes::new(workload, mapping);
+    let mut estimate = match workload.job {
+        Job::Train => training(workload, mapping, &held, &sizes, pipeline_rank),
+        Job::Prefill | Job::Decode { .. } => {
+            inference(workload, mapping, &held, &sizes, pipeline_rank)
+        }
+    };
+    if cluster.device.kind == meshweave_dsl::cluster::DeviceKind::Gpu {
+        estimate.framework = bytes(CONTEXT_BYTES + COMMUNICATOR_BYTES * n_communicators(mapping));
+    }
+    estimate
+}
+
+fn bytes(value: f64) -> Bytes {
+    Bytes(value.max(0.0).round() as u64)
+}
+
+fn held(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Held {
     let parameters = workload.parameters();
     let stages = Stages::new(workload, mapping);
-    let (tp, precision) = (mapping.tp as f64, mapping.precision);
-    let (mut dense, mut experts, mut n_layers) = (0.0, 0.0, 0.0);
+    let (tp, within) = (mapping.tp as f64, (mapping.etp * mapping.ep) as f64);
+    let experts = parameters.n_experts * parameters.expert / within;
+    let mut held = Held::default();
+    let add_layer = |held: &mut Held, is_moe: bool| {
+        let dense = parameters.active(is_moe)
+            - if is_moe {
+                parameters.top_k * parameters.expert
+            } else {
+                0.0
+            };
+        held.dense += dense / tp;
+        held.layer = held
+            .layer
+            .max(dense / tp + if is_moe { experts } else { 0.0 });
+        if is_moe {
+            held.experts += experts;
+            held.n_moe_layers += 1.0;
+        } else {
+            held.n_dense_layers += 1.0;
+        }
+    };
+    let mut embeds = false;
     for chunk in 0..mapping.pipeline.chunks {
         let stage = stages.get(stages.stage_of(pipeline_rank, chunk));
         for layer_idx in stage.layers.clone() {
-            n_layers += 1.0;
-            let is_moe = workload.is_moe(layer_idx);
-            dense += (parameters.active(is_moe)
-                - f64::from(u8::from(is_moe)) * parameters.top_k * parameters.expert)
-                / tp;
-            if is_moe {
-                experts +=
-                    parameters.n_experts * parameters.expert / (mapping.etp * mapping.ep) as f64;
+            add_layer(&mut held, workload.is_moe(layer_idx));
+        }
+        embeds |= stage.embeds;
+        held.predicts |= stage.predicts;
+    }
+    if held.predicts {
+        for ahead in 0..workload.prediction_layers {
+            add_layer(&mut held, workload.is_moe(workload.model.n_layers + ahead));
+        }
+        held.dense += parameters.prediction / tp;
+    }
+    if embeds {
+        held.dense += parameters.embedding / tp;
+    }
+    if held.predicts && parameters.head > 0.0 {
+        held.dense += parameters.head / tp;
+    } else if held.predicts && !embeds {
+        // A tied head on another rank than the embedding is a second copy of it.
+        held.dense += (workload.model.embed * workload.model.vocab) as f64 / tp;
+    }
+    let copies = schedules::weight_copies(&mapping.pipeline.schedule);
+    held.dense *= copies;
+    held.experts *= copies;
+    held
+}
+
+/// Axes with more than one rank: each has its communicator.
+fn n_communicators(mapping: &Mapping) -> f64 {
+    let degrees = [
+        mapping.tp,
+        mapping.cp,
+        mapping.dp,
+        mapping.pp,
+        mapping.ep,
+        mapping.etp,
+        mapping.edp(),
+    ];
+    let has_experts = mapping.ep * mapping.etp > 1;
+    let used = degrees.iter().enumerate();
+    used.filter(|(idx, degree)| **degree > 1 && (*idx < 4 || has_experts))
+        .count() as f64
+}
+
+fn training(
+    workload: &Workload,
+    mapping: &Mapping,
+    held: &Held,
+    sizes: &LayerSizes<'_>,
+    pipeline_rank: usize,
+) -> MemoryEstimate {
+    let framework = &workload.software.framework;
+    let (precision, zero) = (mapping.precision, mapping.zero);
+    let replicas = mapping.dp * mapping.cp;
+    // Bytes of something of every parameter that is divided from a stage of ZeRO on (Rajbhandari et al.
+    // 2020, arXiv 1910.02054, Figure 1); experts have their own replicas.
+    let divided = |per_parameter: f64, from_stage: u8| {
+        let shard = |replicas: usize| match zero.stage >= from_stage {
+            true => zero.group.unwrap_or(replicas).min(replicas).max(1) as f64,
+            false => 1.0,
+        };
+        per_parameter * (held.dense / shard(replicas) + held.experts / shard(mapping.edp()))
+    };
+    let all = held.dense + held.experts;
+    let is_replicated = replicas > 1;
+    let parameters = divided(f64::from(precision.parameter_bytes), 3);
+    // Host optimizers of ZeRO-2 and up take the gradients with them (ZeRO-Offload, arXiv 2101.06840).
+    let gradients_leave = mapping.offload.optimizer && zero.stage >= 2;
+    let accumulated = match gradients_leave {
+        true => 0.0,
+        false => divided(f64::from(precision.gradient_bytes), 2),
+    };
+    let buckets = if is_replicated {
+        f64::from(framework.bucket_bytes) * all
+    } else {
+        0.0
+    };
+    let optimizer = match mapping.offload.optimizer {
+        true => 0.0,
+        false => divided(f64::from(precision.optimizer_bytes), 1),
+    };
+
+    let n_microbatches = mapping.n_microbatches(workload.batch).max(1);
+    let schedule = &mapping.pipeline.schedule;
+    let chunks = mapping.pipeline.chunks;
+    let in_flight =
+        schedules::in_flight(schedule, mapping.pp, chunks, pipeline_rank, n_microbatches);
+    let recompute = &mapping.recompute;
+    let kept = |recompute: &Recompute| {
+        let mut layers = 0.0;
+        for (n_layers, is_moe) in [(held.n_dense_layers, false), (held.n_moe_layers, true)] {
+            if n_layers > 0.0 {
+                layers += n_layers * sizes.kept(is_moe, recompute);
             }
         }
-        if stage.embeds {
-            dense += parameters.embedding / tp;
+        layers
+    };
+    let n_layers = held.n_dense_layers + held.n_moe_layers;
+    let per_microbatch = match recompute {
+        Recompute::Layers(whole) => {
+            let part = (*whole as f64 / n_layers.max(1.0)).min(1.0);
+            part * kept(&Recompute::Full) + (1.0 - part) * kept(&Recompute::None)
         }
-        if stage.predicts {
-            dense += (if parameters.head > 0.0 {
-                parameters.head
-            } else {
-                parameters.embedding
-            }) / tp;
+        other => kept(other),
+    };
+    let activations =
+        per_microbatch * in_flight * (1.0 - mapping.offload.activations.clamp(0.0, 1.0));
+
+    let either = |price: &dyn Fn(bool) -> f64| held.either(price);
+    let working_set = either(&|is_moe| sizes.working_set(is_moe, recompute));
+    let staging = if mapping.offload.activations > 0.0 {
+        // One layer on its way out or in while the next one computes.
+        2.0 * per_microbatch / n_layers.max(1.0)
+    } else {
+        0.0
+    };
+    let gathered = if zero.stage >= 3 && is_replicated {
+        // The layer in work and the one fetched ahead, and the gradients of one before they are divided.
+        held.layer * (2.0 * compute_bytes(mapping) + compute_bytes(mapping).max(2.0))
+    } else if gradients_leave || (zero.stage == 2 && is_replicated) {
+        held.layer * f64::from(precision.gradient_bytes)
+    } else {
+        0.0
+    };
+    let communication = either(&|is_moe| sizes.buffers(is_moe)) + gathered;
+    let (at_loss, waiting) = if held.predicts {
+        sizes.logits()
+    } else {
+        (0.0, 0.0)
+    };
+    let waiting = if schedules::keeps_losses(schedule) {
+        waiting * (n_microbatches as f64 - 1.0)
+    } else {
+        0.0
+    };
+    let logits = at_loss + waiting;
+    // The loss is computed before the backward pass of the layers below begins.
+    let layers_work = working_set + staging;
+    let (temporaries, logits) = if logits > layers_work + waiting {
+        (0.0, logits)
+    } else {
+        (layers_work, waiting)
+    };
+
+    let pinned = if framework.pins_sequences && mapping.tp > 1 {
+        // The host meets the device at every boundary of a pipeline: then one of the two tensors that a
+        // layer's backward pass leaves behind is free again.
+        let per_layer = if mapping.pp > 1 { 1.0 } else { 2.0 };
+        per_layer * n_layers * sizes.stream()
+    } else {
+        0.0
+    };
+    let fragmentation = UNUSABLE * (activations + temporaries + logits + communication) + pinned;
+    let update = if framework.gathers_at_once && zero.stage >= 1 && is_replicated {
+        f64::from(precision.parameter_bytes) * all
+            + divided(f64::from(precision.parameter_bytes), 1)
+    } else {
+        0.0
+    };
+    let state = MemoryEstimate {
+        parameters: bytes(parameters),
+        gradients: bytes(accumulated + buckets),
+        optimizer: bytes(optimizer),
+        ..MemoryEstimate::default()
+    };
+    if update > activations + temporaries + logits + communication + fragmentation {
+        return MemoryEstimate {
+            temporaries: bytes(update),
+            ..state
+        };
+    }
+    MemoryEstimate {
+        activations: bytes(activations),
+        temporaries: bytes(temporaries),
+        communication: bytes(communication),
+        logits: bytes(logits),
+        fragmentation: bytes(fragmentation),
+        ..state
+    }
+}
+
+/// Bytes of a parameter as contractions read it.
+fn compute_bytes(mapping: &Mapping) -> f64 {
+    use meshweave_dsl::mapping::Compute;
+    match mapping.precision.compute {
+        Compute::F32 | Compute::Tf32 => 4.0,
+        _ => 2.0,
+    }
+}
+
+fn inference(
+    workload: &Workload,
+    mapping: &Mapping,
+    held: &Held,
+    sizes: &LayerSizes<'_>,
+    pipeline_rank: usize,
+) -> MemoryEstimate {
+    let parameters = f64::from(mapping.precision.parameter_bytes) * (held.dense + held.experts);
+    let either = |price: &dyn Fn(bool) -> f64| held.either(price);
+    // A replica's sequences are all in the caches of its pipeline ranks, each for its own layers.
+    let sequences = (workload.batch as f64 / mapping.dp as f64).max(1.0);
+    let n_tokens = match workload.job {
+        Job::Decode { context } => context + 1,
+        Job::Train | Job::Prefill => workload.seq,
+    };
+    let stages = Stages::new(workload, mapping);
+    let mut layer_tokens = 0.0;
+    for chunk in 0..mapping.pipeline.chunks {
+        let stage = stages.get(stages.stage_of(pipeline_rank, chunk));
+        for layer_idx in stage.layers.clone() {
+            let window = workload.window_of(layer_idx).unwrap_or(n_tokens);
+            layer_tokens += window.min(n_tokens) as f64 / mapping.cp as f64;
         }
     }
-    let shard = |stage: u8, group: usize| {
-        if mapping.zero.stage >= stage {
-            group.max(1) as f64
-        } else {
-            1.0
-        }
+    let cache = sequences * layer_tokens * sizes.cached_token();
+    let working_set = either(&|is_moe| sizes.forward_set(is_moe));
+    let communication = either(&|is_moe| sizes.buffers(is_moe));
+    let logits = if held.predicts {
+        sizes.last_logits()
+    } else {
+        0.0
     };
-    let (dp, edp) = (mapping.dp * mapping.cp, mapping.edp());
-    let held = |bytes: u8, stage: u8| {
-        f64::from(bytes) * (dense / shard(stage, dp) + experts / shard(stage, edp))
-    };
-    let tokens = mapping.micro_batch as f64 * workload.seq as f64 / mapping.cp as f64;
-    let embed = workload.model.embed as f64;
-    let in_flight = (mapping.pp - pipeline_rank)
-        .min(mapping.n_microbatches(workload.batch))
-        .max(1) as f64;
-    // Korthikanti et al. 2022, table 2: 34 bytes an element without the scores, 2 with full recomputation.
-    let per_layer = match (&mapping.recompute, workload.job) {
-        (_, Job::Prefill | Job::Decode { .. }) => 0.0,
-        (Recompute::Full, Job::Train) => 2.0,
-        (_, Job::Train) if mapping.sequence_parallel || tp < 2.0 => 34.0 / tp,
-        (_, Job::Train) => 10.0 + 24.0 / tp,
-    };
-    let is_training = workload.job == Job::Train;
-    let training = |bytes: f64| Bytes(if is_training { bytes as u64 } else { 0 });
     MemoryEstimate {
-        parameters: Bytes(held(precision.parameter_bytes, 3) as u64),
-        gradients: training(held(precision.gradient_bytes, 2)),
-        optimizer: training(held(precision.optimizer_bytes, 1)),
-        activations: training(per_layer * tokens * embed * n_layers * in_flight),
-        temporaries: Bytes(0),
-        communication: Bytes(0),
-        logits: training(if pipeline_rank + 1 == mapping.pp {
-            8.0 * tokens * workload.model.vocab as f64 / tp
-        } else {
-            0.0
-        }),
-        framework: Bytes(3_000_000_000),
+        parameters: bytes(parameters),
+        cache: bytes(cache),
+        temporaries: bytes(working_set),
+        communication: bytes(communication),
+        logits: bytes(logits),
+        fragmentation: bytes(UNUSABLE * (working_set + communication + logits)),
+        ..MemoryEstimate::default()
     }
 }

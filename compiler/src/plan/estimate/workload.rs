@@ -3,6 +3,7 @@
 //! Enters: a decoder's config. Leaves: sizes, parameters and operations that prices are made of.
 //! Invariant: operations are those of the model, whatever the mapping computes again or pads.
 
+use super::memory::Framework;
 use crate::model::DecoderConfig;
 
 /// What a step does.
@@ -45,6 +46,8 @@ pub struct Software {
     pub overlap_ep: bool,
     /// Kernels are launched from recorded graphs, not one by one.
     pub graphs: bool,
+    /// What the program holds in memory beyond what the mapping says.
+    pub framework: Framework,
 }
 
 impl Default for Software {
@@ -56,6 +59,7 @@ impl Default for Software {
             overlap_dp: true,
             overlap_ep: false,
             graphs: false,
+            framework: Framework::MEGATRON,
         }
     }
 }
