@@ -3,6 +3,7 @@
 //! Enters: parsed arguments. Leaves: results on standard output, everything else on standard error.
 //! Invariant: with `--format json`, standard output holds exactly one JSON value, errors included.
 
+mod calibrate;
 mod check;
 mod compile;
 mod explain;

@@ -83,6 +83,14 @@ impl Session {
         })
     }
 
+    /// The same request on another cluster.
+    #[must_use]
+    pub fn on(&self, cluster: Cluster) -> Self {
+        let mut session = self.clone();
+        session.request.cluster = cluster;
+        session
+    }
+
     /// Builds, differentiates and simplifies the graph.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ pub mod reshard;
 pub mod partition;
 pub mod codegen;
 pub mod lower;
+pub mod calibrate;
 #[cfg(feature = "mlir")]
 pub mod mlir;
 pub mod export;

@@ -7,11 +7,10 @@ use std::time::Instant;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use meshweave_compiler::partition::Keep;
-use meshweave_compiler::plan::Solution;
 use meshweave_compiler::resolve::{Init, Job};
 use meshweave_compiler::show::{perfetto, report};
 use meshweave_dsl::diagnostics::Class;
-use meshweave_dsl::graph::{Graph, Role};
+use meshweave_dsl::graph::Role;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
 use meshweave_runtime::artifact;
@@ -21,12 +20,13 @@ use meshweave_runtime::pretrained::Pretrained;
 use meshweave_runtime::tensor::{Elements, HostTensor};
 use serde_json::json;
 
+use super::calibrate::{Calibrated, Origin, calibrated};
 use super::render::{bytes, plan_summary, seconds, sparkline};
 use super::{Format, runtime_error, write_atomically};
 use crate::compile::{CompileOptions, Compiled, compile, target_features};
 use crate::error::{Error, Result};
 use crate::report::{Shown, predicted_timeline, report_input};
-use crate::session::{Model, Session};
+use crate::session::Session;
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -59,6 +59,10 @@ pub struct RunArgs {
     /// Start from parameters and state saved with --save, under any plan.
     #[arg(long)]
     resume: Option<PathBuf>,
+    /// Correct the cluster's constants by what this run measures, write the cluster here, and say
+    /// which plan is best on it (documents only).
+    #[arg(long)]
+    calibrate: Option<PathBuf>,
     /// Compare the first step with the serial f64 interpreter: loss and every gradient (documents only).
     #[arg(long)]
     verify: bool,
@@ -73,14 +77,6 @@ struct Prepared {
     origin: Option<Origin>,
 }
 
-/// The document behind a program.
-struct Origin {
-    session: Session,
-    model: Model,
-    solution: Solution,
-    locals: Vec<Graph>,
-}
-
 /// What a run measured.
 #[derive(Default)]
 struct Outcome {
@@ -88,6 +84,8 @@ struct Outcome {
     /// Wall seconds of every step.
     step_s: Vec<f64>,
     timeline: Option<Timeline>,
+    /// What that timeline says of the cluster, where it was asked for.
+    calibrated: Option<Calibrated>,
 }
 
 /// Runs a document or an artifact.
@@ -124,6 +122,13 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
         meshweave_runtime::checkpoint::save(&prepared.execution, path).map_err(runtime_error)?;
     }
     write_pictures(args, &prepared, &outcome)?;
+    if let (Some(path), Some(origin), Some(timeline)) =
+        (&args.calibrate, &prepared.origin, &outcome.timeline)
+    {
+        let found = calibrated(origin, prepared.execution.program(), timeline)?;
+        found.write(path)?;
+        outcome.calibrated = Some(found);
+    }
     print(args, &prepared, &outcome, checked.as_ref(), format);
     Ok(())
 }
@@ -133,6 +138,7 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
         (args.report.is_some(), "--report"),
         (args.verify, "--verify"),
         (args.cluster.is_some(), "--cluster"),
+        (args.calibrate.is_some(), "--calibrate"),
     ] {
         if given {
             return Err(Error::plain(
@@ -514,6 +520,7 @@ fn print(
                 "errors": checked,
                 "report": args.report,
                 "trace": args.trace,
+                "calibrated": outcome.calibrated.as_ref().map(Calibrated::json),
             })
         );
         return;
@@ -554,7 +561,10 @@ fn print(
             .collect();
         println!("losses     {}", losses.join(" "));
     }
-    for path in [&args.report, &args.trace, &args.save]
+    if let Some(calibrated) = &outcome.calibrated {
+        println!("{}", calibrated.text());
+    }
+    for path in [&args.report, &args.trace, &args.save, &args.calibrate]
         .into_iter()
         .flatten()
     {
