@@ -376,7 +376,7 @@ impl PlanBuilder {
                 Some(line) => match &mut line.item.node {
                     MemoryItem::Recompute(item) => Some(&mut item.overrides),
                     MemoryItem::Offload(item) => Some(&mut item.overrides),
-                    MemoryItem::Budget(_) => None,
+                    MemoryItem::Budget(_) | MemoryItem::Headroom(_) => None,
                 },
                 None => None,
             },

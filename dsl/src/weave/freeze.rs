@@ -204,7 +204,7 @@ impl Settle for PipelineItem {
 impl Settle for MemoryItem {
     fn settle(&mut self, step: Step) {
         match self {
-            Self::Budget(choice) => choice.settle(step),
+            Self::Budget(choice) | Self::Headroom(choice) => choice.settle(step),
             Self::Recompute(item) => item.policy.settle(step),
             Self::Offload(item) => item.to.settle(step),
         }

@@ -456,7 +456,14 @@ fn pipeline() -> impl Strategy<Value = Pipeline> {
 
 fn memory() -> impl Strategy<Value = Block<MemoryItem>> {
     let budget = choice(quantity(Measure::Bytes).boxed()).prop_map(MemoryItem::Budget);
-    let policy = choice(select(&RecomputePolicy::ALL[..]));
+    let headroom = choice(quantity(Measure::Ratio).boxed()).prop_map(MemoryItem::Headroom);
+    let policy = choice(
+        prop_oneof![
+            select(&RecomputePolicy::ALL[..]),
+            vec(0u64..100, 1..4).prop_map(RecomputePolicy::First),
+        ]
+        .boxed(),
+    );
     let recompute =
         (spanned(selector()), policy, any::<bool>()).prop_map(|(on, policy, overrides)| {
             MemoryItem::Recompute(Recompute {
@@ -465,15 +472,24 @@ fn memory() -> impl Strategy<Value = Block<MemoryItem>> {
                 overrides,
             })
         });
-    let to = choice(select(&OffloadTo::ALL[..]));
+    let to = choice(
+        prop_oneof![
+            select(&OffloadTo::ALL[..]),
+            quantity(Measure::Ratio).prop_map(OffloadTo::Part),
+        ]
+        .boxed(),
+    );
     let offload = (spanned(target()), to, any::<bool>())
         .prop_map(|(on, to, overrides)| MemoryItem::Offload(Offload { on, to, overrides }));
     let lines = (
         option::of(budget),
+        option::of(headroom),
         vec(prop_oneof![recompute, offload], 0..4),
     );
     block(
-        lines.prop_map(|(budget, more)| budget.into_iter().chain(more).collect()),
+        lines.prop_map(|(budget, headroom, more)| {
+            budget.into_iter().chain(headroom).chain(more).collect()
+        }),
         true,
     )
 }

@@ -346,6 +346,8 @@ pub enum PipelineItem {
 pub enum MemoryItem {
     /// Bytes a device.
     Budget(Choice<Quantity>),
+    /// Part of the device's memory that a plan leaves free.
+    Headroom(Choice<Quantity>),
     Recompute(Recompute),
     Offload(Offload),
 }
@@ -360,24 +362,19 @@ pub struct Recompute {
 }
 
 /// What is computed again in the backward pass instead of being kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RecomputePolicy {
     None,
     Full,
+    /// `first 4`: so many of the selected layers of every pipeline rank, the first ones; or one
+    /// number a rank, `first (4,3,2,1)`. At least one number.
+    First(Vec<u64>),
 }
 
 impl RecomputePolicy {
-    /// All policies.
+    /// The policies without numbers.
     pub const ALL: [Self; 2] = [Self::None, Self::Full];
-
-    /// The spelling in the language.
-    pub fn text(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Full => "full",
-        }
-    }
 }
 
 /// `offload TARGET = PLACE`
@@ -390,26 +387,20 @@ pub struct Offload {
 }
 
 /// Where offloaded tensors live.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OffloadTo {
     /// On the device.
     None,
     /// In the host's memory.
     Host,
+    /// `host 50 %`: this part of them in the host's memory.
+    Part(Quantity),
 }
 
 impl OffloadTo {
-    /// All places.
+    /// The places without a part.
     pub const ALL: [Self; 2] = [Self::None, Self::Host];
-
-    /// The spelling in the language.
-    pub fn text(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Host => "host",
-        }
-    }
 }
 
 /// A line of `experts`.

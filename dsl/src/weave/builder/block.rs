@@ -234,6 +234,13 @@ impl MemoryBuilder {
         self
     }
 
+    /// `headroom PERCENT` of the device's memory.
+    #[must_use]
+    pub fn headroom(mut self, headroom: impl Into<Choice<Quantity>>) -> Self {
+        self.items.push(MemoryItem::Headroom(headroom.into()));
+        self
+    }
+
     /// `recompute SELECTOR = POLICY`
     #[must_use]
     pub fn recompute(mut self, on: &str, policy: impl Into<Choice<RecomputePolicy>>) -> Self {

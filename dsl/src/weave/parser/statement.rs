@@ -25,7 +25,7 @@ const PIPELINE: BlockKind = BlockKind {
 };
 const MEMORY: BlockKind = BlockKind {
     name: "memory",
-    keywords: &["budget", "recompute", "offload"],
+    keywords: &["budget", "headroom", "recompute", "offload"],
 };
 const EXPERTS: BlockKind = BlockKind {
     name: "experts",
@@ -217,6 +217,7 @@ impl<'a> Parser<'a> {
         let body = self.block(MEMORY, Self::memory_item)?;
         self.only_once(&body, |item| match item {
             MemoryItem::Budget(_) => Some("budget"),
+            MemoryItem::Headroom(_) => Some("headroom"),
             MemoryItem::Recompute(_) | MemoryItem::Offload(_) => None,
         });
         Ok(body)
@@ -227,11 +228,14 @@ impl<'a> Parser<'a> {
             let budget = self.choice(|p| p.quantity(Measure::Bytes))?;
             return Ok(MemoryItem::Budget(budget));
         }
+        if self.eat_word("headroom") {
+            let headroom = self.choice(|p| p.quantity(Measure::Ratio))?;
+            return Ok(MemoryItem::Headroom(headroom));
+        }
         if self.eat_word("recompute") {
             let on = self.spanned(Self::selector)?;
             self.expect("=")?;
-            let all = RecomputePolicy::ALL;
-            let policy = self.choice(|p| p.one_of("a policy", &all, RecomputePolicy::text))?;
+            let policy = self.choice(Self::recompute_policy)?;
             let overrides = self.overrides();
             return Ok(MemoryItem::Recompute(Recompute {
                 on,
@@ -242,12 +246,45 @@ impl<'a> Parser<'a> {
         if self.eat_word("offload") {
             let on = self.spanned(Self::target)?;
             self.expect("=")?;
-            let all = OffloadTo::ALL;
-            let to = self.choice(|p| p.one_of("a place", &all, OffloadTo::text))?;
+            let to = self.choice(Self::offload_to)?;
             let overrides = self.overrides();
             return Ok(MemoryItem::Offload(Offload { on, to, overrides }));
         }
         Err(self.unknown_line(MEMORY))
+    }
+
+    /// `none`, `full`, `first 4`, `first (4,3)`
+    fn recompute_policy(&mut self) -> Parse<RecomputePolicy> {
+        if self.eat_word("none") {
+            return Ok(RecomputePolicy::None);
+        }
+        if self.eat_word("full") {
+            return Ok(RecomputePolicy::Full);
+        }
+        if self.eat_word("first") {
+            let what = "a number of layers";
+            let counts = if self.is_sign("(") {
+                self.parenthesized(Empty::Refused, |p| p.count(what))?
+            } else {
+                vec![self.count(what)?]
+            };
+            return Ok(RecomputePolicy::First(counts));
+        }
+        Err(self.unexpected_word("a policy", &["none", "full", "first"]))
+    }
+
+    /// `none`, `host`, `host 50 %`
+    fn offload_to(&mut self) -> Parse<OffloadTo> {
+        if self.eat_word("none") {
+            return Ok(OffloadTo::None);
+        }
+        if self.eat_word("host") {
+            return Ok(match self.peek() {
+                Tok::Number => OffloadTo::Part(self.quantity(Measure::Ratio)?),
+                _ => OffloadTo::Host,
+            });
+        }
+        Err(self.unexpected_word("a place", &["none", "host"]))
     }
 
     fn experts(&mut self) -> Parse<crate::weave::ast::Block<ExpertsItem>> {

@@ -280,6 +280,7 @@ impl Show for MemoryItem {
     fn form(&self) -> Form {
         Form::plain(match self {
             Self::Budget(budget) => format!("budget {budget}"),
+            Self::Headroom(headroom) => format!("headroom {headroom}"),
             Self::Recompute(item) => {
                 let overrides = marker(item.overrides);
                 format!("recompute {} = {}{overrides}", item.on, item.policy)

@@ -241,6 +241,29 @@ impl Display for Call {
     }
 }
 
+impl Display for RecomputePolicy {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Full => f.write_str("full"),
+            Self::First(counts) => match counts.as_slice() {
+                [count] => write!(f, "first {count}"),
+                counts => write!(f, "first ({})", join(counts, ",")),
+            },
+        }
+    }
+}
+
+impl Display for OffloadTo {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Host => f.write_str("host"),
+            Self::Part(part) => write!(f, "host {part}"),
+        }
+    }
+}
+
 impl Display for Dispatch {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
@@ -316,4 +339,4 @@ macro_rules! display_text {
     )*};
 }
 
-display_text! { Reduce TensorClass RecomputePolicy OffloadTo Goal Var }
+display_text! { Reduce TensorClass Goal Var }

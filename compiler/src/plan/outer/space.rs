@@ -1,0 +1,173 @@
+//! The space of a search: what every dimension of a mapping may be.
+//!
+//! Enters: what a document leaves open. Leaves: the choices of each dimension.
+//! Invariant: every list is in the order in which it is searched, without repetition.
+
+use std::collections::BTreeSet;
+
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::mapping::{Context, GridAxis, Module, Precision};
+
+use crate::plan::estimate::{Job, Workload};
+
+/// What a degree may be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Allowed {
+    /// Anything that is legal.
+    #[default]
+    Any,
+    /// One of these.
+    Among(Vec<usize>),
+}
+
+impl Allowed {
+    /// Exactly this.
+    pub fn only(degree: usize) -> Self {
+        Self::Among(vec![degree])
+    }
+
+    /// Whether it may be this.
+    pub fn admits(&self, degree: usize) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Among(degrees) => degrees.contains(&degree),
+        }
+    }
+}
+
+/// Where the layers are cut into stages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Cuts {
+    /// As many layers a stage as possible alike.
+    Even,
+    /// Evenly, or so that the slowest stage is as fast as can be.
+    #[default]
+    Any,
+    /// So many layers a stage.
+    Given(Vec<usize>),
+}
+
+/// Which whole layers are computed again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whole {
+    /// None.
+    None,
+    /// All.
+    Full,
+    /// So many of every pipeline rank; the least that fits where absent.
+    First(Option<usize>),
+}
+
+/// Among how many ranks ZeRO divides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShardGroup {
+    /// All data-parallel ranks.
+    All,
+    /// Those of a node.
+    Node,
+    Ranks(usize),
+}
+
+/// The choices of every dimension.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Space {
+    pub tp: Allowed,
+    pub cp: Allowed,
+    pub dp: Allowed,
+    pub pp: Allowed,
+    pub ep: Allowed,
+    pub etp: Allowed,
+    pub edp: Allowed,
+    /// Axes whose groups must not cross nodes.
+    pub within_node: BTreeSet<GridAxis>,
+    pub sequence_parallel: Vec<bool>,
+    pub contexts: Vec<Context>,
+    pub zero_stages: Vec<u8>,
+    pub shard_groups: Vec<ShardGroup>,
+    pub micro_batches: Allowed,
+    pub n_microbatches: Allowed,
+    pub schedules: Vec<String>,
+    pub chunks: Allowed,
+    pub cuts: Cuts,
+    /// Parts of layers that must be computed again.
+    pub again: BTreeSet<Module>,
+    /// Parts of layers that may be computed again.
+    pub maybe_again: BTreeSet<Module>,
+    pub whole: Vec<Whole>,
+    pub offload_optimizer: Vec<bool>,
+    /// Parts of the kept activations.
+    pub offload_activations: Vec<f64>,
+    pub precisions: Vec<Precision>,
+    /// Bytes that a plan may use of a device.
+    pub budget_bytes: u64,
+    /// Whether every device takes part.
+    pub uses_all_devices: bool,
+}
+
+/// Part of a device's memory that plans leave free where the user does not say otherwise.
+pub const HEADROOM: f64 = 0.05;
+/// Chunks of a pipeline rank that are searched.
+pub const MAX_CHUNKS: usize = 16;
+/// Schedules that are searched where the user does not name any: those that Megatron-Core runs.
+pub const SCHEDULES: [&str; 2] = ["1f1b", "interleaved"];
+
+impl Space {
+    /// Everything that is legal for the workload on the cluster.
+    pub fn everything(workload: &Workload, cluster: &Cluster) -> Self {
+        let is_training = workload.job == Job::Train;
+        let model = &workload.model;
+        let mut maybe_again = BTreeSet::new();
+        if is_training {
+            maybe_again.extend([Module::CoreAttention, Module::Norm, Module::Mlp]);
+            if model.attention.mla.is_some() {
+                maybe_again.insert(Module::MlaUp);
+            }
+            if model.moe.is_some() {
+                maybe_again.extend([Module::Moe, Module::MoeActivation]);
+            }
+        }
+        Self {
+            tp: Allowed::Any,
+            cp: Allowed::Any,
+            dp: Allowed::Any,
+            pp: Allowed::Any,
+            ep: Allowed::Any,
+            etp: Allowed::Any,
+            edp: Allowed::Any,
+            within_node: BTreeSet::new(),
+            sequence_parallel: vec![true, false],
+            contexts: vec![Context::Ring, Context::AllGather, Context::Ulysses],
+            zero_stages: if is_training { vec![1, 0, 2, 3] } else { vec![0] },
+            shard_groups: vec![ShardGroup::All, ShardGroup::Node],
+            micro_batches: Allowed::Any,
+            n_microbatches: Allowed::Any,
+            schedules: if is_training {
+                SCHEDULES.map(str::to_owned).to_vec()
+            } else {
+                vec!["1f1b".into()]
+            },
+            chunks: Allowed::Any,
+            cuts: Cuts::Any,
+            again: BTreeSet::new(),
+            maybe_again,
+            whole: if is_training {
+                vec![Whole::None, Whole::First(None), Whole::Full]
+            } else {
+                vec![Whole::None]
+            },
+            offload_optimizer: if is_training {
+                vec![false, true]
+            } else {
+                vec![false]
+            },
+            offload_activations: if is_training {
+                vec![0.0, 0.25, 0.5, 0.75, 1.0]
+            } else {
+                vec![0.0]
+            },
+            precisions: vec![Precision::MIXED_BF16],
+            budget_bytes: (cluster.device.memory_bytes as f64 * (1.0 - HEADROOM)) as u64,
+            uses_all_devices: true,
+        }
+    }
+}
