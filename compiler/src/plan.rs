@@ -10,6 +10,7 @@
 
 pub mod cost;
 pub mod estimate;
+pub mod outer;
 pub mod directives;
 mod rules;
 pub mod price;

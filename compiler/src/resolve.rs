@@ -401,6 +401,7 @@ fn refuse_unsupported(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
                             refuse(item.span, "offloading is", "write `none`, or remove it");
                         }
                         MemoryItem::Budget(_)
+                        | MemoryItem::Headroom(_)
                         | MemoryItem::Recompute(_)
                         | MemoryItem::Offload(_) => {}
                     }

@@ -6,12 +6,14 @@
 //! the choice. It is made of the same prices: the layers' own time, evenly spread over the pipeline,
 //! with no bubble, no exposed gradient reduction, no optimizer, nothing computed again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use meshweave_dsl::mapping::{Mapping, Offload, Recompute, Zero};
+use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::mapping::{Mapping, Module, Offload, Recompute, Zero};
 
 use super::Problem;
 use super::grids::{Grid, LayerKey};
+use super::saving::front;
 use super::space::{Cuts, ShardGroup, Whole};
 use crate::plan::estimate::{Job, StageEstimate, Workload, estimate, memory};
 
@@ -47,6 +49,7 @@ impl LayerCosts {
 #[derive(Default)]
 pub(super) struct Layers {
     known: BTreeMap<LayerKey, Option<LayerCosts>>,
+    module_sets: BTreeMap<LayerKey, Vec<BTreeSet<Module>>>,
 }
 
 impl Layers {
@@ -56,6 +59,19 @@ impl Layers {
             .entry(key)
             .or_insert_with(|| probe(problem, &key))
             .as_ref()
+    }
+
+    /// The worthwhile sets of parts to compute again.
+    pub fn module_sets(&mut self, problem: &Problem<'_>, key: &LayerKey) -> &[BTreeSet<Module>] {
+        self.module_sets.entry(*key).or_insert_with(|| {
+            let space = problem.space;
+            let worth: Vec<(Module, f64, f64)> = space
+                .maybe_again
+                .iter()
+                .filter_map(|module| worth_of(problem, key, *module))
+                .collect();
+            front(&space.again, &worth)
+        })
     }
 
     /// How many were asked for.
@@ -77,9 +93,12 @@ fn runs(workload: &Workload) -> Vec<(usize, usize)> {
     runs
 }
 
-/// Prices a pipeline whose stages are: the embedding, one run of like layers each, the head.
-fn probe(problem: &Problem<'_>, key: &LayerKey) -> Option<LayerCosts> {
-    let runs = runs(problem.workload);
+/// A pipeline whose stages are: the embedding, one run of like layers each, the head.
+fn probe_of(
+    problem: &Problem<'_>,
+    key: &LayerKey,
+    runs: &[(usize, usize)],
+) -> (Workload, Mapping, Cluster) {
     // The smallest grid that the experts fold into: prices of layers know nothing of the rest.
     let attention = key.tp * key.cp;
     let experts = key.etp * key.ep;
@@ -106,6 +125,41 @@ fn probe(problem: &Problem<'_>, key: &LayerKey) -> Option<LayerCosts> {
     let mut cluster = problem.cluster.clone();
     let per_node = cluster.devices_per_node.max(1);
     cluster.n_nodes = cluster.n_nodes.max(mapping.n_ranks().div_ceil(per_node));
+    (workload, mapping, cluster)
+}
+
+/// What computing a part again takes and saves, over all layers of a microbatch.
+fn worth_of(
+    problem: &Problem<'_>,
+    key: &LayerKey,
+    module: Module,
+) -> Option<(Module, f64, f64)> {
+    let (workload, mapping, cluster) = probe_of(problem, key, &runs(problem.workload));
+    let with = Mapping {
+        recompute: Recompute::Modules([module].into()),
+        ..mapping.clone()
+    };
+    let seconds = |mapping: &Mapping| {
+        let found = estimate(&workload, mapping, &cluster).ok()?;
+        Some(found.stages.iter().map(|stage| stage.recompute_s).sum::<f64>())
+    };
+    let bytes = |mapping: &Mapping| {
+        let ranks = 0..mapping.pp;
+        ranks
+            .map(|rank| memory(&workload, mapping, &cluster, rank).activations.0 as f64)
+            .sum::<f64>()
+    };
+    Some((
+        module,
+        seconds(&with)? - seconds(&mapping)?,
+        bytes(&mapping) - bytes(&with),
+    ))
+}
+
+/// Prices the stages of the probe.
+fn probe(problem: &Problem<'_>, key: &LayerKey) -> Option<LayerCosts> {
+    let runs = runs(problem.workload);
+    let (workload, mapping, cluster) = probe_of(problem, key, &runs);
     let found = estimate(&workload, &mapping, &cluster).ok()?;
     let is_training = workload.job == Job::Train;
     let seconds = |stage: &StageEstimate| {
@@ -143,7 +197,7 @@ pub(super) fn least_seconds(
     n_microbatches as f64 * costs.least_of_slowest(grid.pp)
 }
 
-/// Bytes that the first rank needs at least: everything saved that may be saved.
+/// Bytes that the first and the last rank need at least: everything saved that may be saved.
 pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> u64 {
     let space = problem.space;
     let mut mapping = grid.mapping(key);
@@ -186,7 +240,7 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
             };
             let needed = [0, grid.pp - 1]
                 .map(|rank| memory(problem.workload, &with, problem.cluster, rank).total().0);
-            least = least.min(needed[0].min(needed[1]));
+            least = least.min(needed[0].max(needed[1]));
         }
     }
     least

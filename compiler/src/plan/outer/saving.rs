@@ -1,0 +1,110 @@
+//! Ways to save memory within a layer, the worthwhile ones.
+//!
+//! Enters: the choices of a layer, a mapping. Leaves: what may be computed again, without what costs
+//! more time and saves no more memory than something else (the Pareto front of Mist, EuroSys'25).
+//! Invariant: the front is of one layer's seconds and bytes, which are additive over layers.
+
+use std::collections::BTreeSet;
+
+use meshweave_dsl::mapping::{Mapping, Module, Recompute};
+
+use super::Problem;
+use super::bound::Layers;
+use super::grids::LayerKey;
+use super::search::worst_bytes;
+use super::space::Whole;
+
+/// What may be computed again in this mapping, least first; its own recomputation included.
+pub(super) fn savings(
+    problem: &Problem<'_>,
+    layers: &mut Layers,
+    key: &LayerKey,
+    base: &Mapping,
+) -> Vec<Recompute> {
+    let space = problem.space;
+    let mut found = Vec::new();
+    if space.whole.contains(&Whole::None) {
+        let sets = layers.module_sets(problem, key);
+        found.extend(sets.iter().map(|set| match set.is_empty() {
+            true => Recompute::None,
+            false => Recompute::Modules(set.clone()),
+        }));
+    }
+    for whole in &space.whole {
+        match whole {
+            Whole::None => {}
+            Whole::Full => found.push(Recompute::Full),
+            Whole::First(Some(count)) => found.push(Recompute::Layers(*count)),
+            Whole::First(None) if space.again.is_empty() => {
+                found.extend(fewest_layers(problem, base).map(Recompute::Layers));
+            }
+            Whole::First(None) => {}
+        }
+    }
+    found
+}
+
+/// The fewest whole layers of every rank that must be computed again to fit, by bisection: memory
+/// falls with their number.
+fn fewest_layers(problem: &Problem<'_>, base: &Mapping) -> Option<usize> {
+    let fits = |count: usize| {
+        let mapping = Mapping {
+            recompute: Recompute::Layers(count),
+            ..base.clone()
+        };
+        worst_bytes(problem, &mapping) <= problem.space.budget_bytes
+    };
+    let most = problem.workload.model.n_layers.div_ceil(base.pp);
+    if most == 0 || !fits(most) {
+        return None;
+    }
+    let (mut too_few, mut enough) = (0, most);
+    while enough - too_few > 1 {
+        let middle = too_few.midpoint(enough);
+        if fits(middle) {
+            enough = middle;
+        } else {
+            too_few = middle;
+        }
+    }
+    Some(enough)
+}
+
+/// All sets of parts that hold the required ones, each with (seconds, bytes saved) of a microbatch,
+/// without the dominated ones; by seconds.
+pub(super) fn front(
+    again: &BTreeSet<Module>,
+    worth: &[(Module, f64, f64)],
+) -> Vec<BTreeSet<Module>> {
+    let optional: Vec<&(Module, f64, f64)> = worth
+        .iter()
+        .filter(|(module, _, bytes)| !again.contains(module) && *bytes > 0.0)
+        .collect();
+    let mut sets: Vec<(f64, f64, BTreeSet<Module>)> = Vec::new();
+    for chosen in 0..1u32 << optional.len() {
+        let mut set = again.clone();
+        let (mut seconds, mut bytes) = (0.0, 0.0);
+        for (idx, (module, own_s, own_bytes)) in optional.iter().enumerate() {
+            if chosen & (1 << idx) != 0 {
+                set.insert(*module);
+                seconds += own_s;
+                bytes += own_bytes;
+            }
+        }
+        // The experts are computed again with their activation.
+        let is_nested = set.contains(&Module::Moe) && set.contains(&Module::MoeActivation);
+        if !is_nested || again.contains(&Module::MoeActivation) {
+            sets.push((seconds, bytes, set));
+        }
+    }
+    sets.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.total_cmp(&a.1)));
+    let mut most_saved = f64::NEG_INFINITY;
+    sets.into_iter()
+        .filter(|(_, bytes, _)| {
+            let is_worthwhile = *bytes > most_saved;
+            most_saved = most_saved.max(*bytes);
+            is_worthwhile
+        })
+        .map(|(_, _, set)| set)
+        .collect()
+}
