@@ -5,6 +5,7 @@ pub mod import;
 pub mod differentiate;
 pub mod simplify;
 pub mod resolve;
+pub mod schedule;
 pub mod plan;
 pub mod reshard;
 pub mod partition;

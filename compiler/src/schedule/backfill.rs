@@ -23,7 +23,10 @@ const MAX_PASSES: usize = 12;
 pub fn backfill(schedule: &Schedule, costs: &Costs) -> Result<Schedule, PipelineError> {
     let mut best = schedule.clone();
     let mut simulation = simulate(&best, costs)?;
-    let limit_bytes = costs.memory_limit_bytes.unwrap_or(0.0).max(simulation.peak());
+    let limit_bytes = costs
+        .memory_limit_bytes
+        .unwrap_or(0.0)
+        .max(simulation.peak());
     for _ in 0..MAX_PASSES {
         let Some(filled) = pass(&best, &simulation, costs, limit_bytes) else {
             break;
@@ -45,7 +48,11 @@ pub(super) fn hasten_drain(schedule: &Schedule) -> Schedule {
     let mut hastened = schedule.clone();
     for (row, pairs) in hastened.rows.iter_mut().zip(&schedule.pairs) {
         let is_forward = |action: &Action| action.kind == ActionKind::F;
-        let Some(last) = row.iter().rposition(is_forward).filter(|_| pairs.is_empty()) else {
+        let Some(last) = row
+            .iter()
+            .rposition(is_forward)
+            .filter(|_| pairs.is_empty())
+        else {
             continue;
         };
         row[last + 1..].sort_by_key(|action| action.kind == ActionKind::W);
@@ -55,7 +62,12 @@ pub(super) fn hasten_drain(schedule: &Schedule) -> Schedule {
 
 /// One pass: every rank fills its gaps by the times of the last simulation. `None` when nothing
 /// moves.
-fn pass(schedule: &Schedule, simulation: &Simulation, costs: &Costs, limit_bytes: f64) -> Option<Schedule> {
+fn pass(
+    schedule: &Schedule,
+    simulation: &Simulation,
+    costs: &Costs,
+    limit_bytes: f64,
+) -> Option<Schedule> {
     let index = Index::new(schedule);
     let memories = replay(schedule, costs);
     let mut filled = schedule.clone();
@@ -242,4 +254,3 @@ impl Row<'_> {
         keyed.into_iter().map(|(_, action)| action).collect()
     }
 }
-

@@ -109,7 +109,9 @@ impl Placement {
         let n_ranks = shape.n_ranks;
         let turned = |stage: usize| n_ranks - 1 - stage % n_ranks;
         match self {
-            Self::Loop => (0..n_ranks * shape.n_chunks).map(|stage| stage % n_ranks).collect(),
+            Self::Loop => (0..n_ranks * shape.n_chunks)
+                .map(|stage| stage % n_ranks)
+                .collect(),
             Self::V => (0..n_ranks * shape.n_chunks)
                 .map(|stage| match stage / n_ranks % 2 {
                     0 => stage % n_ranks,
@@ -117,7 +119,13 @@ impl Placement {
                 })
                 .collect(),
             Self::TwoWay => (0..2 * n_ranks)
-                .map(|stage| if stage < n_ranks { stage } else { turned(stage) })
+                .map(|stage| {
+                    if stage < n_ranks {
+                        stage
+                    } else {
+                        turned(stage)
+                    }
+                })
                 .collect(),
             Self::Explicit(ranks) => ranks.clone(),
         }
@@ -204,18 +212,26 @@ impl Builtin {
         match self {
             Self::GPipe => "all forwards, then all backwards (Huang et al. 2019)",
             Self::OneFOneB => "one forward, one backward (PipeDream-Flush; Narayanan et al. 2021)",
-            Self::LoopedBfs => "all microbatches through a chunk before the next chunk (Lamy-Poirier 2023)",
-            Self::Interleaved => "1F1B over several chunks a rank (Megatron-LM; Narayanan et al. 2021)",
+            Self::LoopedBfs => {
+                "all microbatches through a chunk before the next chunk (Lamy-Poirier 2023)"
+            }
+            Self::Interleaved => {
+                "1F1B over several chunks a rank (Megatron-LM; Narayanan et al. 2021)"
+            }
             Self::ZbH1 => "1F1B with delayed weight gradients, memory of 1F1B (Qi et al. 2023)",
             Self::ZbH2 => "twice the warm-up, no bubble but the fill (Qi et al. 2023)",
             Self::InterleavedZb => "interleaved 1F1B with delayed weight gradients",
-            Self::ZbV => "two chunks in a V, no bubble but the fill, memory of 1F1B (Qi et al. 2023)",
+            Self::ZbV => {
+                "two chunks in a V, no bubble but the fill, memory of 1F1B (Qi et al. 2023)"
+            }
             Self::VHalf => "two chunks in a V, half the memory of 1F1B (Qi et al. 2024)",
             Self::VMin => "two chunks in a V, a third of the memory of 1F1B (Qi et al. 2024)",
             Self::DualPipe => "two copies in both directions, overlapped pairs (DeepSeek-V3)",
             Self::DualPipeV => "DualPipe cut in half: two chunks in a V, overlapped pairs",
             Self::Chimera => "two copies in both directions (Li and Hoefler 2021)",
-            Self::PipeDream => "1F1B with an update after every microbatch: stale gradients (Harlap et al. 2018)",
+            Self::PipeDream => {
+                "1F1B with an update after every microbatch: stale gradients (Harlap et al. 2018)"
+            }
             Self::Seq1f1b => "1F1B over slices of sequences (Sun et al. 2024)",
             Self::TeraPipe => "GPipe over slices of sequences (Li et al. 2021)",
         }
@@ -322,7 +338,11 @@ impl Builtin {
             // k − 1 more forwards.
             Self::Seq1f1b => by(&[F, B], &|s| match s.kind {
                 F => [s.microbatch * k + s.slice, 1, 0],
-                _ => [s.microbatch * k + (k - 1 - s.slice) + p - s.rank + k - 1, 0, 0],
+                _ => [
+                    s.microbatch * k + (k - 1 - s.slice) + p - s.rank + k - 1,
+                    0,
+                    0,
+                ],
             }),
             Self::TeraPipe => by(&[F, B], &|s| match s.kind {
                 F => [0, s.microbatch, s.slice],

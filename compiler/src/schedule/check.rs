@@ -55,12 +55,18 @@ fn shape(schedule: &Schedule) -> Result<(), PipelineError> {
             schedule.n_copies
         ))
     } else if schedule.rows.len() != schedule.n_ranks || schedule.pairs.len() != schedule.n_ranks {
-        Some(format!("has {} rows for {} ranks", schedule.rows.len(), schedule.n_ranks))
+        Some(format!(
+            "has {} rows for {} ranks",
+            schedule.rows.len(),
+            schedule.n_ranks
+        ))
     } else {
         let beyond = schedule.stage_rank.iter().enumerate();
         beyond
             .filter(|(_, rank)| **rank >= schedule.n_ranks)
-            .map(|(stage, rank)| format!("puts stage {stage} on rank {rank} of {}", schedule.n_ranks))
+            .map(|(stage, rank)| {
+                format!("puts stage {stage} on rank {rank} of {}", schedule.n_ranks)
+            })
             .next()
     };
     match problem {
@@ -80,10 +86,16 @@ fn cells(schedule: &Schedule) -> Result<(), PipelineError> {
             let at = (rank, position);
             let bounds = [
                 ("stage", action.stage as usize, schedule.stage_rank.len()),
-                ("microbatch", action.microbatch as usize, schedule.n_microbatches),
+                (
+                    "microbatch",
+                    action.microbatch as usize,
+                    schedule.n_microbatches,
+                ),
                 ("slice", action.slice as usize, schedule.n_slices),
             ];
-            if let Some((what, value, bound)) = bounds.iter().find(|(_, value, bound)| value >= bound) {
+            if let Some((what, value, bound)) =
+                bounds.iter().find(|(_, value, bound)| value >= bound)
+            {
                 let message = format!(
                     "`{action}` on rank {rank} at step {position} is of {what} {value} and there are \
                      {bound}; they count from 0"
@@ -155,7 +167,11 @@ fn completeness(index: &Index) -> Result<(), PipelineError> {
                     (Some(full), input, weight) => {
                         let marks: Vec<(usize, usize)> =
                             [Some(full), input, weight].into_iter().flatten().collect();
-                        let half = if input.is_some() { ActionKind::I } else { ActionKind::W };
+                        let half = if input.is_some() {
+                            ActionKind::I
+                        } else {
+                            ActionKind::W
+                        };
                         let message = format!(
                             "rank {rank} has both `{}` and `{}`; the full backward is both halves, \
                              remove one of them",
@@ -255,12 +271,17 @@ fn cycle(index: &Index, next: &[usize], is_done: &[bool], from: usize) -> Pipeli
     while !visited.iter().any(|(seen, _)| *seen == rank) {
         let action = schedule.rows[rank][next[rank]];
         let Some(needed) = first_missing(index, action, is_done) else {
-            return PipelineError::Internal(format!("rank {rank} is stuck at `{action}` and waits for nothing"));
+            return PipelineError::Internal(format!(
+                "rank {rank} is stuck at `{action}` and waits for nothing"
+            ));
         };
         visited.push((rank, needed));
         rank = index.place(needed).0;
     }
-    let start = visited.iter().position(|(seen, _)| *seen == rank).unwrap_or(0);
+    let start = visited
+        .iter()
+        .position(|(seen, _)| *seen == rank)
+        .unwrap_or(0);
     let cycle = &visited[start..];
     let mut marks = Vec::new();
     let mut lines = Vec::new();

@@ -125,7 +125,9 @@ pub fn closed_form(name: &str, shape: &Shape, costs: &RankCosts) -> Option<Close
     };
     let (peak_microbatches, peak_is) = match builtin {
         Builtin::GPipe | Builtin::LoopedBfs | Builtin::TeraPipe => (m, Exact),
-        Builtin::OneFOneB | Builtin::ZbH1 | Builtin::InterleavedZb | Builtin::PipeDream => (p, Exact),
+        Builtin::OneFOneB | Builtin::ZbH1 | Builtin::InterleavedZb | Builtin::PipeDream => {
+            (p, Exact)
+        }
         Builtin::Interleaved => ((2.0 * (p - 1.0) + (v - 1.0) * p + 1.0) / v, from(enough)),
         Builtin::ZbH2 => (2.0 * p - 1.0, Exact),
         Builtin::ZbV => (p, Approximate),
@@ -139,7 +141,11 @@ pub fn closed_form(name: &str, shape: &Shape, costs: &RankCosts) -> Option<Close
     Some(ClosedForm {
         bubble_s,
         peak_microbatches: peak_microbatches.min(m),
-        n_weight_copies: if matches!(builtin, Builtin::DualPipe | Builtin::Chimera) { 2 } else { 1 },
+        n_weight_copies: if matches!(builtin, Builtin::DualPipe | Builtin::Chimera) {
+            2
+        } else {
+            1
+        },
         n_weight_versions: match builtin {
             Builtin::PipeDream => shape.n_ranks.min(shape.n_microbatches),
             _ => 1,

@@ -238,7 +238,9 @@ impl<'a> Graph<'a> {
                 {
                     self.edge(before, cell);
                 }
-                if let (Channels::Buffered(_), Some(peer)) = (lowered.channels, lowered.peer(*command)) {
+                if let (Channels::Buffered(_), Some(peer)) =
+                    (lowered.channels, lowered.peer(*command))
+                {
                     if is_send {
                         sends.entry((rank, peer)).or_default().push(cell);
                     } else {
@@ -277,7 +279,9 @@ impl<'a> Graph<'a> {
         for node in 0..n_nodes {
             first[node + 1] += first[node];
         }
-        let mut ready: Vec<u32> = (0..n_nodes as u32).filter(|node| n_before[*node as usize] == 0).collect();
+        let mut ready: Vec<u32> = (0..n_nodes as u32)
+            .filter(|node| n_before[*node as usize] == 0)
+            .collect();
         let mut n_done = 0;
         while let Some(node) = ready.pop() {
             n_done += 1;
@@ -337,7 +341,10 @@ impl<'a> Graph<'a> {
             })
             .collect();
         let shown = if names.len() > 12 {
-            let (head, tail) = (names[..6].join("\n  "), names[names.len() - 5..].join("\n  "));
+            let (head, tail) = (
+                names[..6].join("\n  "),
+                names[names.len() - 5..].join("\n  "),
+            );
             format!("{head}\n  … {} more\n  {tail}", names.len() - 11)
         } else {
             names.join("\n  ")
@@ -419,7 +426,9 @@ fn collectives(lowered: &Lowered) -> Result<(), PipelineError> {
                 let of = reductions[of].iter().copied();
                 of.filter(move |(stage, _)| is_shared(*stage))
             };
-            let difference = shared(a, b).zip(shared(b, a)).find(|(left, right)| left.0 != right.0);
+            let difference = shared(a, b)
+                .zip(shared(b, a))
+                .find(|(left, right)| left.0 != right.0);
             if let Some((left, right)) = difference {
                 let message = format!(
                     "ranks {a} and {b} reduce gradients of the same stages in different orders: rank {a} \

@@ -28,7 +28,8 @@ impl Row {
     fn forward(&mut self, chunk: usize) {
         let microbatch = self.microbatches[chunk][self.n_forward[chunk]];
         self.n_forward[chunk] += 1;
-        self.actions.push(Action::new(self.stages[chunk], ActionKind::F, microbatch));
+        self.actions
+            .push(Action::new(self.stages[chunk], ActionKind::F, microbatch));
     }
 
     fn backward(&mut self, chunk: usize) {
@@ -142,7 +143,11 @@ pub(super) fn dualpipe(shape: &Shape) -> Result<Schedule, PipelineError> {
     two_way(shape, "dualpipe")?;
     let n_ranks = shape.n_ranks;
     enough(shape, "dualpipe")?;
-    let of_copy = |copy: u32| (copy..shape.n_microbatches as u32).step_by(2).collect::<Vec<u32>>();
+    let of_copy = |copy: u32| {
+        (copy..shape.n_microbatches as u32)
+            .step_by(2)
+            .collect::<Vec<u32>>()
+    };
     let rows = (0..n_ranks).map(|rank| {
         // Copy 1 runs the other way: its stage s lies on rank P − 1 − s.
         let stages = [rank, 2 * n_ranks - 1 - rank].map(|stage| stage as u32);

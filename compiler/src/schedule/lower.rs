@@ -6,7 +6,9 @@
 //! in the order of its peer: no channel model deadlocks. [`lower_naively`] lets each side place its
 //! own, which deadlocks for most schedules; it is there to be refused.
 
-use meshweave_dsl::schedule::{Action, ActionKind, Channels, Command, Lowered, Schedule, Updates, Verb, Wire};
+use meshweave_dsl::schedule::{
+    Action, ActionKind, Channels, Command, Lowered, Schedule, Updates, Verb, Wire,
+};
 use serde::{Deserialize, Serialize};
 
 use super::PipelineError;
@@ -37,7 +39,11 @@ pub struct Lowering {
 /// cannot run.
 pub fn lower(schedule: &Schedule, lowering: &Lowering) -> Result<Lowered, PipelineError> {
     let n_stages = schedule.stage_rank.len();
-    if let Some(stage) = lowering.offloaded_stages.iter().find(|stage| **stage as usize >= n_stages) {
+    if let Some(stage) = lowering
+        .offloaded_stages
+        .iter()
+        .find(|stage| **stage as usize >= n_stages)
+    {
         return Err(PipelineError::Invalid(format!(
             "stage {stage} is offloaded and there are {n_stages}; they count from 0"
         )));
@@ -148,10 +154,15 @@ fn with_memory(schedule: &Schedule, lowering: &Lowering, row: Vec<Command>) -> V
     let last_gradient = |stage: u32| {
         row.iter().rposition(|command| {
             let action = command.action();
-            action.is_some_and(|action| action.stage == stage && action.kind.gives_weight_gradient())
+            action
+                .is_some_and(|action| action.stage == stage && action.kind.gives_weight_gradient())
         })
     };
-    let mut stages: Vec<u32> = row.iter().filter_map(|command| command.action()).map(|a| a.stage).collect();
+    let mut stages: Vec<u32> = row
+        .iter()
+        .filter_map(|command| command.action())
+        .map(|a| a.stage)
+        .collect();
     stages.sort_unstable();
     stages.dedup();
     let last: Vec<(usize, u32)> = stages
@@ -194,13 +205,21 @@ fn with_memory(schedule: &Schedule, lowering: &Lowering, row: Vec<Command>) -> V
             commands.push(Command::of_stage(stage, Verb::ReduceGrad));
         }
     }
-    commands.extend(gathered.iter().map(|stage| Command::of_stage(*stage, Verb::Reshard)));
+    commands.extend(
+        gathered
+            .iter()
+            .map(|stage| Command::of_stage(*stage, Verb::Reshard)),
+    );
     if schedule.updates == Updates::Flush {
         if lowering.barrier && !stages.is_empty() {
             commands.push(Command::of_stage(stages[0], Verb::Barrier));
         }
         if lowering.update {
-            commands.extend(stages.iter().map(|stage| Command::of_stage(*stage, Verb::Update)));
+            commands.extend(
+                stages
+                    .iter()
+                    .map(|stage| Command::of_stage(*stage, Verb::Update)),
+            );
         }
     }
     commands

@@ -22,7 +22,12 @@ pub struct RankMemory {
 }
 
 /// Bytes that a forward adds. `recomputed`: only its input is kept until the recompute.
-pub(super) fn forward_bytes(schedule: &Schedule, costs: &Costs, action: Action, recomputed: bool) -> f64 {
+pub(super) fn forward_bytes(
+    schedule: &Schedule,
+    costs: &Costs,
+    action: Action,
+    recomputed: bool,
+) -> f64 {
     let stage = &costs.stages[schedule.model_stage(action.stage)];
     let bytes = if recomputed {
         stage.checkpoint_bytes
@@ -75,7 +80,9 @@ fn replay_rank(index: &Index, costs: &Costs, rank: usize, stashed: Option<&[f64]
     let weight_bytes = |stage: u32| costs.stages[schedule.model_stage(stage)].weight_bytes;
     let mut held = 0.0;
     for (position, action) in row.iter().enumerate() {
-        let versions = stashed.map_or(0.0, |stashed| stashed[position] * weight_bytes(action.stage));
+        let versions = stashed.map_or(0.0, |stashed| {
+            stashed[position] * weight_bytes(action.stage)
+        });
         memory.before_bytes.push(held + versions);
         let (added, freed) = held_bytes(index, costs, *action);
         held += added;
@@ -117,7 +124,11 @@ fn stashes(schedule: &Schedule) -> Vec<Vec<f64>> {
 ///
 /// # Errors
 /// [`PipelineError::Infeasible`] with the rank, both figures and the grid around the peak.
-pub fn check_memory(schedule: &Schedule, costs: &Costs, limit_bytes: f64) -> Result<(), PipelineError> {
+pub fn check_memory(
+    schedule: &Schedule,
+    costs: &Costs,
+    limit_bytes: f64,
+) -> Result<(), PipelineError> {
     costs.fit(schedule)?;
     for (rank, memory) in replay(schedule, costs).iter().enumerate() {
         if memory.peak_bytes > limit_bytes * (1.0 + 1e-9) {
@@ -150,7 +161,10 @@ pub struct Versions {
 ///
 /// # Errors
 /// [`PipelineError::Invalid`] with the cell whose version is gone.
-pub fn check_versions(schedule: &Schedule, n_kept: Option<usize>) -> Result<Versions, PipelineError> {
+pub fn check_versions(
+    schedule: &Schedule,
+    n_kept: Option<usize>,
+) -> Result<Versions, PipelineError> {
     let n_stages = schedule.stage_rank.len();
     let mut versions = Versions {
         n_versions: vec![1; n_stages],

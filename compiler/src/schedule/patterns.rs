@@ -31,7 +31,12 @@ impl Block {
     fn slots(self, rank: usize, n_ranks: usize) -> [usize; 4] {
         let (r, p) = (rank, n_ranks);
         match self {
-            Self::Full => [4 * r, 6 * p - 5 - 2 * r, 6 * p - 4 + 4 * r, 12 * p - 9 - 2 * r],
+            Self::Full => [
+                4 * r,
+                6 * p - 5 - 2 * r,
+                6 * p - 4 + 4 * r,
+                12 * p - 9 - 2 * r,
+            ],
             Self::Half => {
                 // For an even number of ranks both ways would meet in one slot: the way back waits.
                 let wait = if p.is_multiple_of(2) { 3 } else { 0 };
@@ -127,13 +132,21 @@ pub(super) fn chimera(shape: &Shape) -> Result<Schedule, PipelineError> {
     Ok(Schedule {
         n_stages: n_ranks,
         n_copies: 2,
-        ..Schedule::new("chimera", shape.n_microbatches, stage_rank.clone(), rows.collect())
+        ..Schedule::new(
+            "chimera",
+            shape.n_microbatches,
+            stage_rank.clone(),
+            rows.collect(),
+        )
     })
 }
 
 /// What schedules in two directions ask of a shape.
 pub(super) fn two_way(shape: &Shape, name: &str) -> Result<(), PipelineError> {
-    for (what, count) in [("ranks", shape.n_ranks), ("microbatches", shape.n_microbatches)] {
+    for (what, count) in [
+        ("ranks", shape.n_ranks),
+        ("microbatches", shape.n_microbatches),
+    ] {
         if !count.is_multiple_of(2) {
             return Err(PipelineError::Invalid(format!(
                 "`{name}` runs half of everything in each direction and there are {count} {what}; take \

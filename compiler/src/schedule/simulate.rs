@@ -10,9 +10,9 @@ use std::collections::BinaryHeap;
 use meshweave_dsl::schedule::{Action, ActionKind, Schedule};
 use serde::{Deserialize, Serialize};
 
+use super::PipelineError;
 use super::index::Index;
 use super::memory;
-use super::PipelineError;
 
 /// What one stage costs for one microbatch (all its slices together).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -35,7 +35,9 @@ pub struct StageCosts {
 }
 
 /// Which messages share a link.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Contention {
     /// None: every message has a link of its own.
@@ -72,7 +74,13 @@ pub struct Costs {
 impl Costs {
     /// Even stages: a rank's forward takes `forward_s` a microbatch, whatever its number of chunks;
     /// its activations of one microbatch are 1 byte.
-    pub fn even(n_ranks: usize, n_stages: usize, forward_s: f64, input_s: f64, weight_s: f64) -> Self {
+    pub fn even(
+        n_ranks: usize,
+        n_stages: usize,
+        forward_s: f64,
+        input_s: f64,
+        weight_s: f64,
+    ) -> Self {
         let share = n_ranks as f64 / n_stages.max(1) as f64;
         let stage = StageCosts {
             forward_s: forward_s * share,
@@ -147,7 +155,10 @@ impl Costs {
                 ("recompute", stage.recompute_s),
                 ("message", stage.p2p_s),
             ];
-            if let Some((what, time)) = times.iter().find(|(_, time)| !(time.is_finite() && *time >= 0.0)) {
+            if let Some((what, time)) = times
+                .iter()
+                .find(|(_, time)| !(time.is_finite() && *time >= 0.0))
+            {
                 return Err(PipelineError::Invalid(format!(
                     "the {what} of stage {stage_idx} takes {time} s; times are finite and not negative"
                 )));
@@ -291,7 +302,9 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Result<Simulation, Pipeli
     costs.fit(schedule)?;
     let mut run = Run::new(schedule, costs);
     run.go();
-    if let Some(rank) = (0..schedule.n_ranks).find(|rank| run.next[*rank] < schedule.rows[*rank].len()) {
+    if let Some(rank) =
+        (0..schedule.n_ranks).find(|rank| run.next[*rank] < schedule.rows[*rank].len())
+    {
         let position = run.next[rank];
         return Err(PipelineError::Invalid(format!(
             "rank {rank} waits for ever at step {position} (`{}`); `check` shows the cycle",
@@ -312,7 +325,9 @@ impl Eq for End {}
 
 impl Ord for End {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.at_s.total_cmp(&other.at_s).then(self.rank.cmp(&other.rank))
+        self.at_s
+            .total_cmp(&other.at_s)
+            .then(self.rank.cmp(&other.rank))
     }
 }
 
@@ -415,7 +430,11 @@ impl<'a> Run<'a> {
             return;
         }
         let first = self.index.row_start[rank] + position;
-        let last = if self.is_pair[first] { first + 1 } else { first };
+        let last = if self.is_pair[first] {
+            first + 1
+        } else {
+            first
+        };
         let mut start_s = self.free_s[rank];
         let mut blame = first.checked_sub(1).filter(|_| position > 0);
         let mut missing = None;
@@ -431,7 +450,11 @@ impl<'a> Run<'a> {
                 }
                 // Within a rank the result is there at its end, whoever else waits for a message.
                 let is_here = (index.row_start[rank]..index.row_start[rank + 1]).contains(&needed);
-                let at_s = if is_here { self.spans[needed].end_s } else { arrival_s[needed] };
+                let at_s = if is_here {
+                    self.spans[needed].end_s
+                } else {
+                    arrival_s[needed]
+                };
                 if at_s > start_s {
                     start_s = at_s;
                     blame = Some(needed);
@@ -488,7 +511,9 @@ impl<'a> Run<'a> {
             idle[rank] = gaps;
         }
         let spans = (0..n_ranks)
-            .map(|rank| self.spans[self.index.row_start[rank]..self.index.row_start[rank + 1]].to_vec())
+            .map(|rank| {
+                self.spans[self.index.row_start[rank]..self.index.row_start[rank + 1]].to_vec()
+            })
             .collect();
         let busiest_s = busy_s.iter().copied().fold(0.0, f64::max);
         Simulation {
@@ -523,12 +548,25 @@ impl<'a> Run<'a> {
                 let computed_s = match self.blame[id] {
                     NOBODY => free_s,
                     // A message from another rank: computed first, then on its way.
-                    needed => self.spans[needed as usize].end_s.clamp(free_s, span.start_s),
+                    needed => self.spans[needed as usize]
+                        .end_s
+                        .clamp(free_s, span.start_s),
                 };
                 let room_s = self.waits_for_room_from(rank, position, before_bytes, span.start_s);
-                let memory_s = room_s.map_or(span.start_s, |room_s| room_s.clamp(free_s, span.start_s));
-                push_idle(&mut gaps, free_s, computed_s.min(memory_s), Cause::Dependency);
-                push_idle(&mut gaps, computed_s.min(memory_s), memory_s, Cause::Communication);
+                let memory_s =
+                    room_s.map_or(span.start_s, |room_s| room_s.clamp(free_s, span.start_s));
+                push_idle(
+                    &mut gaps,
+                    free_s,
+                    computed_s.min(memory_s),
+                    Cause::Dependency,
+                );
+                push_idle(
+                    &mut gaps,
+                    computed_s.min(memory_s),
+                    memory_s,
+                    Cause::Communication,
+                );
                 push_idle(&mut gaps, memory_s, span.start_s, Cause::Memory);
             }
             free_s = span.end_s;
@@ -549,9 +587,13 @@ impl<'a> Run<'a> {
         let limit_bytes = self.costs.memory_limit_bytes?;
         let schedule = self.index.schedule;
         let row = &schedule.rows[rank];
-        let forward = row[position..].iter().find(|action| action.kind == ActionKind::F)?;
+        let forward = row[position..]
+            .iter()
+            .find(|action| action.kind == ActionKind::F)?;
         let needed_bytes = memory::forward_bytes(schedule, self.costs, *forward, false);
-        if *forward == row[position] || before_bytes[position] + needed_bytes <= limit_bytes * (1.0 + 1e-9) {
+        if *forward == row[position]
+            || before_bytes[position] + needed_bytes <= limit_bytes * (1.0 + 1e-9)
+        {
             return None;
         }
         let mut ready_s: f64 = 0.0;
@@ -570,7 +612,9 @@ impl<'a> Run<'a> {
         let mut at = ends;
         while let Some(id) = at {
             path.push(self.index.place(id));
-            at = Some(self.blame[id]).filter(|id| *id != NOBODY).map(|id| id as usize);
+            at = Some(self.blame[id])
+                .filter(|id| *id != NOBODY)
+                .map(|id| id as usize);
         }
         path.reverse();
         path
