@@ -6,7 +6,10 @@
 //! counted. No measured value enters a prediction.
 
 mod cluster;
+mod known;
+mod layers;
 mod mapping;
+mod memory;
 mod model;
 pub mod score;
 mod software;
@@ -53,6 +56,9 @@ pub enum ValidateError {
     Invalid(String),
 }
 
+/// Most sequences of a step; a greater batch is given in tokens.
+const MAX_BATCH: usize = 100_000;
+
 /// What a row measures, as the model sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Case {
@@ -71,10 +77,13 @@ impl Case {
         let model = model::model(row)?;
         let cluster = cluster::cluster(row)?;
         let dp = row.count("dp").unwrap_or(1);
-        let batch = row
-            .count("global_batch")
-            .unwrap_or_else(|| row.count("micro_batch").unwrap_or(1) * dp);
         let seq = row.count("seq_len").ok_or("`seq_len` is blank")?;
+        let batch = match row.count("global_batch") {
+            // No run has so many sequences a step: these are tokens.
+            Some(tokens) if tokens > MAX_BATCH && tokens.is_multiple_of(seq) => tokens / seq,
+            Some(batch) => batch,
+            None => row.count("micro_batch").unwrap_or(1) * dp,
+        };
         let workload = Workload {
             prediction_layers: model.prediction_layers,
             window_every: model.window_every,
@@ -179,10 +188,10 @@ fn score_row(kind: Kind, idx: usize, row: Row<'_>) -> ScoredRow {
         .map_or_else(|| format!("row {}", idx + 1), str::to_owned);
     let measured = match kind {
         Kind::Training => row.number("step_time_s").filter(|seconds| *seconds > 0.0),
-        Kind::Memory => row.number("mem_gb"),
+        Kind::Memory => memory::measured_gb(row),
         Kind::Feasibility => row.number("fits"),
     };
-    let predicted = Case::read(row).and_then(|case| predict(kind, &case));
+    let predicted = Case::read(row).and_then(|case| predict(kind, row, &case));
     let (predicted, reason) = match predicted {
         Ok(predicted) => (Some(predicted), None),
         Err(reason) => (None, Some(reason)),
@@ -201,13 +210,12 @@ fn score_row(kind: Kind, idx: usize, row: Row<'_>) -> ScoredRow {
 }
 
 /// The prediction of a row in the unit of its table.
-fn predict(kind: Kind, case: &Case) -> Result<f64, String> {
-    let (_, found) = case.estimate()?;
-    let need = found.memory.total().0 as f64;
+fn predict(kind: Kind, row: Row<'_>, case: &Case) -> Result<f64, String> {
+    let (mapping, found) = case.estimate()?;
     Ok(match kind {
         Kind::Training => found.step_s,
-        Kind::Memory => need / 1e9,
-        Kind::Feasibility => f64::from(u8::from(need <= case.cluster.device.memory_bytes as f64)),
+        Kind::Memory => memory::predicted_gb(row, case, mapping),
+        Kind::Feasibility => f64::from(u8::from(found.memory.fits(&case.cluster.device, 0.0))),
     })
 }
 

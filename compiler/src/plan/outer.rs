@@ -28,7 +28,10 @@ pub use space::{Allowed, Cuts, HEADROOM, ShardGroup, Space, Whole};
 pub enum OuterError {
     /// No degrees are legal.
     #[error("{message}")]
-    Invalid { message: String, reasons: Vec<String> },
+    Invalid {
+        message: String,
+        reasons: Vec<String>,
+    },
     /// Nothing fits the memory, or meets the target.
     #[error("{message}")]
     Infeasible { message: String, least_bytes: u64 },

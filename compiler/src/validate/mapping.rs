@@ -10,6 +10,7 @@ use meshweave_dsl::mapping::{
     Compute, Context, Mapping, Module, Offload, Pipeline, Precision, Recompute, Zero,
 };
 
+use super::layers::layers;
 use super::table::{Row, number_after};
 use crate::plan::estimate::Workload;
 
@@ -66,7 +67,7 @@ pub(super) fn mappings(row: Row<'_>, workload: &Workload) -> Result<Vec<Mapping>
                     pp,
                     ep,
                     etp,
-                    sequence_parallel: tp > 1 && row.number("sp").is_none_or(|sp| sp > 0.0),
+                    sequence_parallel: tp > 1 && sequence_parallel(row),
                     context: Context::Ring,
                     zero: Zero {
                         stage: zero,
@@ -76,7 +77,7 @@ pub(super) fn mappings(row: Row<'_>, workload: &Workload) -> Result<Vec<Mapping>
                     pipeline: Pipeline {
                         schedule: schedule.clone(),
                         chunks,
-                        layers: None,
+                        layers: layers(row, workload, pp * chunks),
                     },
                     recompute,
                     offload: Offload {
@@ -122,6 +123,13 @@ fn shard_group(row: Row<'_>, n_ranks: usize) -> Option<usize> {
 fn offloads(row: Row<'_>) -> bool {
     let notes = row.text_or_blank("notes").to_ascii_lowercase();
     notes.contains("optimizer cpu offload") || notes.contains("cpu offload of optimizer")
+}
+
+/// Megatron's sequence parallelism: stated in a column or in the notes, else used with `tp`.
+fn sequence_parallel(row: Row<'_>) -> bool {
+    let notes = row.text_or_blank("notes").to_ascii_lowercase();
+    let stated = row.number("sp").or_else(|| number_after(&notes, "sp="));
+    stated.is_none_or(|sp| sp > 0.0)
 }
 
 /// Schedules with their chunks. An interleaved one without its chunks is tried with all that divide
@@ -239,8 +247,14 @@ fn precision(row: Row<'_>) -> Precision {
     } else {
         Compute::Bf16
     };
+    let source = row.text_or_blank("source").to_ascii_lowercase();
+    // Aleph Alpha's scaling and DeepSpeed accumulate gradients in the format of the parameters.
+    let is_half = ["hagemann", "deepspeed", "stas00", "colossal"]
+        .iter()
+        .any(|name| source.contains(name));
     Precision {
         compute,
+        gradient_bytes: if is_half { 2 } else { 4 },
         ..Precision::MIXED_BF16
     }
 }

@@ -7,6 +7,7 @@
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{RopeScaling, RopeTable};
 
+use super::known;
 use super::table::{Row, number_after, number_before};
 use crate::model::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, Mla, MoeConfig, Norm,
@@ -21,24 +22,6 @@ pub(super) struct RowModel {
     pub window_every: usize,
 }
 
-/// Models of which rows often leave sizes out: (name, layers, hidden, heads, key heads, feed-forward width, vocabulary).
-const KNOWN: [(&str, [usize; 6]); 14] = [
-    ("llama-3.1-405b", [126, 16384, 128, 8, 53248, 128_256]),
-    ("llama3.1-405b", [126, 16384, 128, 8, 53248, 128_256]),
-    ("llama3-405b", [126, 16384, 128, 8, 53248, 128_256]),
-    ("llama3-70b", [80, 8192, 64, 8, 28672, 128_256]),
-    ("llama3-8b", [32, 4096, 32, 8, 14336, 128_256]),
-    ("llama3.1-70b", [80, 8192, 64, 8, 28672, 128_256]),
-    ("llama3.1-8b", [32, 4096, 32, 8, 14336, 128_256]),
-    ("llama2-70b", [80, 8192, 64, 8, 28672, 32_000]),
-    ("llama2-13b", [40, 5120, 40, 40, 13824, 32_000]),
-    ("llama2-7b", [32, 4096, 32, 32, 11008, 32_000]),
-    ("mistral-7b", [32, 4096, 32, 8, 14336, 32_000]),
-    ("gpt3-175b", [96, 12288, 96, 96, 49152, 51_200]),
-    ("gpt-175b", [96, 12288, 96, 96, 49152, 51_200]),
-    ("bloom-176b", [70, 14336, 112, 112, 57344, 250_880]),
-];
-
 /// Reads the model of a row.
 ///
 /// # Errors
@@ -46,10 +29,13 @@ const KNOWN: [(&str, [usize; 6]); 14] = [
 pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
     let name = row.text("model").unwrap_or("model");
     let lower = name.to_ascii_lowercase().replace(' ', "-");
-    let known = KNOWN.iter().find(|(known, _)| lower.starts_with(known));
+    if let Some((_, why)) = known::UNLIKE.iter().find(|(word, _)| lower.contains(word)) {
+        return Err(format!("`{name}` is not priced: {why}"));
+    }
+    let known = known::find(&lower);
     let size = |column: &str, idx: usize| {
         row.count(column)
-            .or_else(|| known.map(|(_, sizes)| sizes[idx]))
+            .or_else(|| known.map(|known| known.sizes[idx]))
     };
     let need = |value: Option<usize>, column: &str| {
         value
@@ -62,8 +48,16 @@ pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
         .or_else(|| noted(row, "kv="))
         .filter(|kv_heads| heads.is_multiple_of(*kv_heads))
         .unwrap_or(heads);
-    let head = row.count("head_dim").unwrap_or((embed / heads).max(1));
-    let extra = row.text_or_blank("extra_arch").to_ascii_lowercase();
+    let extra = row
+        .text("extra_arch")
+        .or_else(|| known.map(|known| known.extra))
+        .unwrap_or_default()
+        .to_ascii_lowercase();
+    let stated = |column: &str| {
+        row.count(column)
+            .or_else(|| number_after(&extra, &format!("{column} ")).map(|size| size as usize))
+    };
+    let head = stated("head_dim").unwrap_or((embed / heads).max(1));
     let notes = row.text_or_blank("notes").to_ascii_lowercase();
     let is_gpt = [
         "gpt-", "gpt3", "gpt2", "mpt", "opt", "bloom", "bert", "turing", "mt-nlg",
@@ -72,23 +66,22 @@ pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
     .any(|family| lower.starts_with(family))
         && !lower.starts_with("gpt-oss");
     let seq = row.count("seq_len").unwrap_or(2048);
-    let n_experts = row.count("experts").filter(|n_experts| *n_experts > 1);
-    let moe_ffn = row.count("moe_ffn");
-    let ffn = size("ffn_hidden", 4)
-        .or_else(|| noted(row, "ffn="))
-        .or_else(|| {
-            moe_ffn
-                .zip(row.count("topk"))
-                .map(|(width, top_k)| width * top_k)
-        })
-        .unwrap_or(4 * embed);
+    let n_experts = stated("experts").filter(|n_experts| *n_experts > 1);
+    let moe_ffn = stated("moe_ffn");
+    let top_k = stated("topk");
     let vocab = size("vocab", 5).unwrap_or(if is_gpt { 51_200 } else { 32_000 });
+    let stated_ffn = row
+        .count("ffn_hidden")
+        .or_else(|| noted(row, "ffn="))
+        .or_else(|| size("ffn_hidden", 4))
+        .or_else(|| moe_ffn.zip(top_k).map(|(width, top_k)| width * top_k));
+    let ffn = stated_ffn.unwrap_or(4 * embed);
     let mla = mla(&extra);
     let moe = n_experts.map(|n_experts| {
         let width = moe_ffn.unwrap_or(ffn);
         MoeConfig {
             n_experts,
-            top_k: row.count("topk").unwrap_or(2).min(n_experts),
+            top_k: top_k.unwrap_or(2).min(n_experts),
             ffn: width,
             capacity_factor: 0.0,
             router: Router::Softmax {
@@ -153,7 +146,11 @@ pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
         tied,
     };
     if let Some(params) = row.number("params_b").filter(|_| config.moe.is_none()) {
-        config.ffn.gated = gated_fits(&config, params * 1e9);
+        if stated_ffn.is_none() && !is_gpt {
+            config.ffn.width = fitting_width(&config, params * 1e9);
+        } else {
+            config.ffn.gated = gated_fits(&config, params * 1e9);
+        }
     }
     Ok(RowModel {
         config,
@@ -171,6 +168,23 @@ fn noted(row: Row<'_>, word: &str) -> Option<usize> {
     number_after(row.text_or_blank("notes"), word)
         .map(|size| size as usize)
         .filter(|size| *size > 0)
+}
+
+/// The width of gated blocks, in steps of 128, that gives so many parameters.
+fn fitting_width(config: &DecoderConfig, params: f64) -> usize {
+    let of_width = |width: usize| {
+        let mut config = config.clone();
+        config.ffn.width = width;
+        Parameters::of(&config, 0).total()
+    };
+    let (none, step) = (of_width(0), of_width(128) - of_width(0));
+    let n_steps = ((params - none) / step).round();
+    // Wider than eight times the stream or narrower than it is no feed-forward block of a decoder.
+    if (1.0..8.0).contains(&(n_steps * 128.0 / config.embed as f64)) {
+        n_steps as usize * 128
+    } else {
+        config.ffn.width
+    }
 }
 
 /// Whether the parameters are nearer to those of gated blocks than of plain ones.

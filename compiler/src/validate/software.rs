@@ -7,7 +7,7 @@
 use meshweave_dsl::cluster::Arch;
 
 use super::table::Row;
-use crate::plan::estimate::{AttentionKernel, Software};
+use crate::plan::estimate::{AttentionKernel, Framework, Software};
 
 /// The software of a row.
 pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
@@ -58,5 +58,17 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
     if says(&["cuda graphs"]) {
         software.graphs = true;
     }
+    software.framework = if names(&["nanotron"]) {
+        Framework::NANOTRON
+    } else if names(&["hagemann"]) {
+        Framework::SCALING
+    } else if is_fsdp || names(&["torchtitan", "llm-foundry", "mosaic", "stas00", "colossal"]) {
+        Framework::PYTORCH
+    } else if software.attention == AttentionKernel::FusedSoftmax && names(&["zero-bubble", "sc21"])
+    {
+        Framework::MEGATRON_GPT
+    } else {
+        Framework::MEGATRON
+    };
     software
 }

@@ -129,11 +129,7 @@ fn probe_of(
 }
 
 /// What computing a part again takes and saves, over all layers of a microbatch.
-fn worth_of(
-    problem: &Problem<'_>,
-    key: &LayerKey,
-    module: Module,
-) -> Option<(Module, f64, f64)> {
+fn worth_of(problem: &Problem<'_>, key: &LayerKey, module: Module) -> Option<(Module, f64, f64)> {
     let (workload, mapping, cluster) = probe_of(problem, key, &runs(problem.workload));
     let with = Mapping {
         recompute: Recompute::Modules([module].into()),
@@ -141,7 +137,13 @@ fn worth_of(
     };
     let seconds = |mapping: &Mapping| {
         let found = estimate(&workload, mapping, &cluster).ok()?;
-        Some(found.stages.iter().map(|stage| stage.recompute_s).sum::<f64>())
+        Some(
+            found
+                .stages
+                .iter()
+                .map(|stage| stage.recompute_s)
+                .sum::<f64>(),
+        )
     };
     let bytes = |mapping: &Mapping| {
         let ranks = 0..mapping.pp;
@@ -204,7 +206,11 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
     mapping.zero = most_divided(problem, grid);
     mapping.offload = Offload {
         optimizer: space.offload_optimizer.contains(&true),
-        activations: space.offload_activations.iter().copied().fold(0.0, f64::max),
+        activations: space
+            .offload_activations
+            .iter()
+            .copied()
+            .fold(0.0, f64::max),
     };
     mapping.pipeline.chunks = (1..=super::space::MAX_CHUNKS)
         .find(|chunks| space.chunks.admits(*chunks))
@@ -238,8 +244,11 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
                 },
                 ..mapping.clone()
             };
-            let needed = [0, grid.pp - 1]
-                .map(|rank| memory(problem.workload, &with, problem.cluster, rank).total().0);
+            let needed = [0, grid.pp - 1].map(|rank| {
+                memory(problem.workload, &with, problem.cluster, rank)
+                    .total()
+                    .0
+            });
             least = least.min(needed[0].max(needed[1]));
         }
     }

@@ -86,7 +86,10 @@ pub(super) fn objection(problem: &Problem<'_>, grid: Grid) -> Option<String> {
         return no(format!("{name} {degree} is not among the choices"));
     }
     if !attention.heads.is_multiple_of(grid.tp) {
-        return no(format!("tp {} does not divide {} heads", grid.tp, attention.heads));
+        return no(format!(
+            "tp {} does not divide {} heads",
+            grid.tp, attention.heads
+        ));
     }
     if !attention.kv_heads.is_multiple_of(grid.tp) && !grid.tp.is_multiple_of(attention.kv_heads) {
         return no(format!(
@@ -95,7 +98,10 @@ pub(super) fn objection(problem: &Problem<'_>, grid: Grid) -> Option<String> {
         ));
     }
     if has_dense_layers(problem) && !model.ffn.width.is_multiple_of(grid.tp) {
-        return no(format!("tp {} does not divide the width {}", grid.tp, model.ffn.width));
+        return no(format!(
+            "tp {} does not divide the width {}",
+            grid.tp, model.ffn.width
+        ));
     }
     if grid.cp > 1 {
         // Load balance of a causal mask takes two chunks a rank (Llama 3, arXiv 2407.21783, §3.3.2).
@@ -111,7 +117,10 @@ pub(super) fn objection(problem: &Problem<'_>, grid: Grid) -> Option<String> {
         }
     }
     if !workload.batch.is_multiple_of(grid.dp) {
-        return no(format!("dp {} does not divide batch {}", grid.dp, workload.batch));
+        return no(format!(
+            "dp {} does not divide batch {}",
+            grid.dp, workload.batch
+        ));
     }
     if grid.pp > model.n_layers {
         return no(format!("pp {} exceeds {} layers", grid.pp, model.n_layers));
@@ -120,10 +129,16 @@ pub(super) fn objection(problem: &Problem<'_>, grid: Grid) -> Option<String> {
         None if grid.ep * grid.etp > 1 => return no("the model has no experts".into()),
         Some(moe) => {
             if !moe.n_experts.is_multiple_of(grid.ep) {
-                return no(format!("ep {} does not divide {} experts", grid.ep, moe.n_experts));
+                return no(format!(
+                    "ep {} does not divide {} experts",
+                    grid.ep, moe.n_experts
+                ));
             }
             if !moe.ffn.is_multiple_of(grid.etp) {
-                return no(format!("etp {} does not divide an expert's width {}", grid.etp, moe.ffn));
+                return no(format!(
+                    "etp {} does not divide an expert's width {}",
+                    grid.etp, moe.ffn
+                ));
             }
             let ranks = grid.tp * grid.cp * grid.dp;
             if !ranks.is_multiple_of(grid.etp * grid.ep) {

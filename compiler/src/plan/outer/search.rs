@@ -204,9 +204,7 @@ impl Search<'_> {
             }
             n_steps += 1;
             let looks = n_steps % N_STEPS_A_LOOK == 0;
-            if looks
-                && self.best.is_some()
-                && start.elapsed().as_secs_f64() > self.options.within_s
+            if looks && self.best.is_some() && start.elapsed().as_secs_f64() > self.options.within_s
             {
                 self.outcome.lower_bound_s = entry.bound_s;
                 self.outcome.is_out_of_time = true;
@@ -252,11 +250,7 @@ impl Search<'_> {
 
     fn note_unpriced(&mut self, error: &Unpriced) {
         self.outcome.counts.n_unpriced += 1;
-        *self
-            .outcome
-            .unpriced
-            .entry(error.to_string())
-            .or_insert(0) += 1;
+        *self.outcome.unpriced.entry(error.to_string()).or_insert(0) += 1;
     }
 
     /// Schedules, chunks and cuts of a node.
@@ -394,7 +388,11 @@ fn required(again: &std::collections::BTreeSet<Module>) -> Recompute {
 /// Bytes of the rank that needs most.
 pub(super) fn worst_bytes(problem: &Problem<'_>, mapping: &Mapping) -> u64 {
     (0..mapping.pp)
-        .map(|rank| memory(problem.workload, mapping, problem.cluster, rank).total().0)
+        .map(|rank| {
+            memory(problem.workload, mapping, problem.cluster, rank)
+                .total()
+                .0
+        })
         .max()
         .unwrap_or(0)
 }

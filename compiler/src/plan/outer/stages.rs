@@ -30,21 +30,24 @@ pub(super) fn balanced(costs: &LayerCosts, n_stages: usize) -> Option<Vec<usize>
     let fewest = (n_layers / n_stages).saturating_sub(SLACK).max(1);
     let most = n_layers.div_ceil(n_stages) + SLACK;
     // best[end]: (slowest stage so far, sum of squares, layers of the last stage).
-    let mut best: Vec<Vec<Option<(f64, f64, usize)>>> = vec![vec![None; n_layers + 1]; n_stages + 1];
+    let mut best: Vec<Vec<Option<(f64, f64, usize)>>> =
+        vec![vec![None; n_layers + 1]; n_stages + 1];
     best[0][0] = Some((0.0, 0.0, 0));
     for stage in 0..n_stages {
         for first in 0..=n_layers {
             let Some((slowest, squares, _)) = best[stage][first] else {
                 continue;
             };
-            for count in (fewest..=most).rev().filter(|count| first + count <= n_layers) {
+            for count in (fewest..=most)
+                .rev()
+                .filter(|count| first + count <= n_layers)
+            {
                 let end = first + count;
                 let seconds = stage_s(stage, first, end);
                 let with = (slowest.max(seconds), squares + seconds * seconds, count);
-                let is_better = best[stage + 1][end]
-                    .is_none_or(|(known, known_squares, _)| {
-                        with.0 < known || with.0 == known && with.1 < known_squares
-                    });
+                let is_better = best[stage + 1][end].is_none_or(|(known, known_squares, _)| {
+                    with.0 < known || with.0 == known && with.1 < known_squares
+                });
                 if is_better {
                     best[stage + 1][end] = Some(with);
                 }

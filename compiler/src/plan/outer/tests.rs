@@ -24,9 +24,18 @@ fn speed() {
         let found = search(&workload, &cluster, &space, &Options::default());
         match found {
             Ok(found) => {
-                println!("{name}: {} {:.3}s mfu {:.3} solve {:.2}s {:?}", found.best.mapping, found.best.estimate.step_s, found.best.estimate.mfu, found.solve_s, found.certificate);
+                println!(
+                    "{name}: {} {:.3}s mfu {:.3} solve {:.2}s {:?}",
+                    found.best.mapping,
+                    found.best.estimate.step_s,
+                    found.best.estimate.mfu,
+                    found.solve_s,
+                    found.certificate
+                );
                 println!("{:?}", found.best.estimate.parts);
-                for r in found.runners_up.iter().take(4) { println!("   {} {:.3}", r.mapping, r.estimate.step_s); }
+                for r in found.runners_up.iter().take(4) {
+                    println!("   {} {:.3}", r.mapping, r.estimate.step_s);
+                }
             }
             Err(e) => println!("{name}: {e}"),
         }
