@@ -6,13 +6,15 @@
 use std::time::Instant;
 
 use meshweave_compiler::codegen::kernel::Kernel;
-use meshweave_compiler::lower::lower;
-use meshweave_compiler::partition::{Keep, partition};
+use meshweave_compiler::lower::{Lowered, lower};
+use meshweave_compiler::partition::{Keep, PartitionError, partition};
+use meshweave_compiler::pipeline::{PipelineError, lower_pipeline};
 use meshweave_compiler::simplify::{self, simplify_ranks};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::verify::{verify_local, verify_ranks};
+use meshweave_dsl::pipeline::PipelinePlan;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::Program;
 
@@ -80,6 +82,51 @@ pub fn compile(
         emitted,
         seconds: clock.laps,
     })
+}
+
+/// Compiles `graph`, the training graph of one microbatch, to a program that runs the pipeline's
+/// schedule; `plan` places its ops over the mesh of a stage. No local graphs are kept: there is one a
+/// piece.
+///
+/// # Errors
+/// Those of [`compile`], and a schedule that cannot be executed.
+pub fn compile_pipeline(
+    graph: &Graph,
+    plan: &Plan,
+    pipeline: &PipelinePlan,
+    cluster: &Cluster,
+    options: &CompileOptions,
+) -> Result<Compiled> {
+    let mut clock = Clock::start();
+    let Lowered {
+        mut program,
+        kernels,
+    } = lower_pipeline(graph, plan, pipeline, options.keep, cluster).map_err(pipeline_error)?;
+    clock.lap("partition, simplify, fuse and lower");
+    let mut emitted = Vec::new();
+    let kernels = generate(&kernels, &mut program, options, &mut emitted)?;
+    clock.lap("generate and link");
+    Ok(Compiled {
+        program,
+        kernels,
+        locals: Vec::new(),
+        emitted,
+        seconds: clock.laps,
+    })
+}
+
+/// The error of a pipeline with its class.
+pub(crate) fn pipeline_error(error: PipelineError) -> Error {
+    let class = match &error {
+        PipelineError::Invalid(_) | PipelineError::Partition(PartitionError::Invalid(_)) => {
+            Class::Invalid
+        }
+        PipelineError::Unsupported(_) => Class::Unsupported,
+        PipelineError::Internal(_) | PipelineError::Partition(_) | PipelineError::Lower(_) => {
+            Class::Internal
+        }
+    };
+    Error::plain(class, error)
 }
 
 /// The program of a plan without code for its kernels: what a report shows, and needs no LLVM.

@@ -104,37 +104,45 @@ pub fn report_input(
 }
 
 /// The timeline that the program's prices predict: every rank executes its instructions in order, a
-/// collective starts when the last of its group has come to it.
+/// collective starts when the last of its group has come to it, a message is received when it was
+/// sent, and sent when its channel has room.
 pub fn predicted_timeline(program: &Program) -> Timeline {
     let n_ranks = program.ranks.len();
     let mut clock_s = vec![0.0_f64; n_ranks];
     let mut next = vec![0; n_ranks];
     // Ranks that stand at a collective, by the ranks of its group.
     let mut arrived: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+    let mut messages = Messages::new(program);
     let mut events = Vec::new();
     let mut runnable: Vec<usize> = (0..n_ranks).rev().collect();
     while let Some(rank) = runnable.pop() {
         while let Some(instruction) = program.ranks[rank].instructions.get(next[rank]) {
-            let group = match &instruction.action {
-                Action::Collective { op, .. } => op
-                    .group()
-                    .map(|group| group.ranks.clone())
-                    .filter(|ranks| ranks.len() > 1),
-                _ => None,
-            };
             let mut members = vec![rank];
-            if let Some(ranks) = group {
-                let waiting = arrived.entry(ranks.clone()).or_default();
-                waiting.push(rank);
-                if waiting.len() < ranks.len() {
-                    break;
+            let mut ready_s = 0.0;
+            match &instruction.action {
+                Action::Collective { op, .. } => {
+                    let group = op.group().map(|group| group.ranks.clone());
+                    if let Some(ranks) = group.filter(|ranks| ranks.len() > 1) {
+                        let waiting = arrived.entry(ranks.clone()).or_default();
+                        waiting.push(rank);
+                        if waiting.len() < ranks.len() {
+                            break;
+                        }
+                        members = std::mem::take(waiting);
+                    }
                 }
-                members = std::mem::take(waiting);
+                Action::Send { .. } | Action::Recv { .. } => {
+                    let Some(ready) = messages.ready_s(rank, &instruction.action) else {
+                        break;
+                    };
+                    ready_s = ready;
+                }
+                _ => {}
             }
             let start_s = members
                 .iter()
                 .map(|member| clock_s[*member])
-                .fold(0.0, f64::max);
+                .fold(ready_s, f64::max);
             for member in &members {
                 let instruction = &program.ranks[*member].instructions[next[*member]];
                 let wait_s = start_s - clock_s[*member];
@@ -155,6 +163,8 @@ pub fn predicted_timeline(program: &Program) -> Timeline {
                     runnable.push(*member);
                 }
             }
+            let peer = messages.pass(rank, &instruction.action, clock_s[rank]);
+            runnable.extend(peer.filter(|peer| !runnable.contains(peer)));
         }
     }
     events.sort_by_key(|event| (event.rank, event.instruction));
@@ -165,6 +175,60 @@ pub fn predicted_timeline(program: &Program) -> Timeline {
     }
 }
 
+/// When messages were sent and received, by channel.
+struct Messages {
+    channels: BTreeMap<(usize, usize), (usize, Vec<f64>, Vec<f64>)>,
+}
+
+impl Messages {
+    fn new(program: &Program) -> Self {
+        let channels = program.channels.iter();
+        Self {
+            channels: channels
+                .map(|channel| {
+                    let pair = (channel.from, channel.to);
+                    (pair, (channel.depth, Vec::new(), Vec::new()))
+                })
+                .collect(),
+        }
+    }
+
+    /// When a rank may send or receive its next message; `None` while that is not known.
+    fn ready_s(&self, rank: usize, action: &Action) -> Option<f64> {
+        match action {
+            Action::Send { to, .. } => {
+                let (depth, sent, received) = self.channels.get(&(rank, *to))?;
+                match sent.len().checked_sub(*depth) {
+                    None => Some(0.0),
+                    Some(oldest) => received.get(oldest).copied(),
+                }
+            }
+            Action::Recv { from, .. } => {
+                let (_, sent, received) = self.channels.get(&(*from, rank))?;
+                sent.get(received.len()).copied()
+            }
+            _ => Some(0.0),
+        }
+    }
+
+    /// Notes that a rank has done it; the peer may go on.
+    fn pass(&mut self, rank: usize, action: &Action, end_s: f64) -> Option<usize> {
+        match action {
+            Action::Send { to, .. } => {
+                let (_, sent, _) = self.channels.get_mut(&(rank, *to))?;
+                sent.push(end_s);
+                Some(*to)
+            }
+            Action::Recv { from, .. } => {
+                let (.., received) = self.channels.get_mut(&(*from, rank))?;
+                received.push(end_s);
+                Some(*from)
+            }
+            _ => None,
+        }
+    }
+}
+
 fn category(action: &Action) -> Category {
     match action {
         Action::Kernel { .. } => Category::Kernel,
@@ -172,5 +236,6 @@ fn category(action: &Action) -> Category {
         Action::Attention { .. } | Action::AttentionGrad { .. } => Category::Attention,
         Action::Routine { .. } => Category::Routine,
         Action::Collective { .. } => Category::Collective,
+        Action::Send { .. } | Action::Recv { .. } => Category::Message,
     }
 }

@@ -22,7 +22,7 @@ mod rules;
 use std::collections::BTreeMap;
 
 use meshweave_dsl::dtype::Scalar;
-use meshweave_dsl::graph::{ConstInit, Graph, Op, Role, TensorId, TensorType};
+use meshweave_dsl::graph::{ConstInit, Graph, Op, OpId, Role, TensorId, TensorType};
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{BinaryFn, OpError, OpKind, UnaryFn};
@@ -46,6 +46,20 @@ pub enum DifferentiateError {
 
 type Rule<T = ()> = Result<T, DifferentiateError>;
 
+/// What an op of a differentiated graph is there for. Ops of the forward graph are meant by their
+/// ids there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The forward op itself.
+    Forward(OpId),
+    /// The gradient of an activation that this forward op reads (or, with it, of a parameter).
+    InputGradient(OpId),
+    /// The gradient of a parameter that this forward op reads, and nothing else.
+    WeightGradient(OpId),
+    /// The update of this parameter of the differentiated graph.
+    Update(TensorId),
+}
+
 /// `graph` with the gradients of its first output with respect to all parameters, and the updates of
 /// `optimizer`. Linear in the size of the graph, save for names.
 ///
@@ -53,6 +67,14 @@ type Rule<T = ()> = Result<T, DifferentiateError>;
 /// [`DifferentiateError::Invalid`] without a scalar float output or a parameter that it depends on;
 /// [`DifferentiateError::Unsupported`] when a gradient has to flow through an op that has none.
 pub fn differentiate(graph: &Graph, optimizer: &Optimizer) -> Rule<Graph> {
+    differentiate_traced(graph, optimizer).map(|(graph, _)| graph)
+}
+
+/// [`differentiate`], with the origin of every op of the result.
+///
+/// # Errors
+/// Those of [`differentiate`].
+pub fn differentiate_traced(graph: &Graph, optimizer: &Optimizer) -> Rule<(Graph, Vec<Origin>)> {
     let loss = *graph.outputs.first().ok_or_else(|| {
         DifferentiateError::Invalid(format!(
             "graph `{}` has no output: make the loss its first output",
@@ -77,9 +99,12 @@ pub fn differentiate(graph: &Graph, optimizer: &Optimizer) -> Rule<Graph> {
     }
     let seed = backward.fill(ty.clone(), 1.0, loss);
     backward.gradients.insert(loss, seed);
-    for op in graph.ops.iter().rev() {
+    let mut visited: Vec<OpId> = graph.ops().map(|(op_id, _)| op_id).collect();
+    for (op_id, op) in graph.ops().collect::<Vec<_>>().into_iter().rev() {
         backward.visit(op)?;
+        visited.resize(backward.graph.ops.len(), op_id);
     }
+    let n_forward_ops = graph.ops.len();
     let Backward {
         mut graph,
         gradients,
@@ -91,8 +116,37 @@ pub fn differentiate(graph: &Graph, optimizer: &Optimizer) -> Rule<Graph> {
         .filter_map(|param| Some((param, *gradients.get(&param)?)))
         .collect();
     naming::name_gradients(&mut graph, &gradients, &made);
+    let of: BTreeMap<TensorId, TensorId> = made.into_iter().collect();
+    let is_param = |id: &TensorId| matches!(graph.tensor(*id).role, Role::Param(_));
+    let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
+    for ((op_id, op), visited) in graph.ops().zip(visited) {
+        let is_of_params = op
+            .results
+            .iter()
+            .all(|result| of.get(result).is_some_and(is_param));
+        let origin = if op_id.index() < n_forward_ops {
+            Origin::Forward(op_id)
+        } else if is_of_params {
+            Origin::WeightGradient(visited)
+        } else {
+            Origin::InputGradient(visited)
+        };
+        origins.insert(graph.op_name(op).into(), origin);
+    }
     optimizer::add_updates(&mut graph, optimizer)?;
-    Ok(remove_dead(&graph))
+    let graph = remove_dead(&graph);
+    // Ops that were added last are the updates; each begins with the parameter.
+    let origin = |op: &Op| match (origins.get(graph.op_name(op)), op.inputs.first()) {
+        (Some(origin), _) => Ok(*origin),
+        (None, Some(param)) => Ok(Origin::Update(*param)),
+        (None, None) => Err(DifferentiateError::Internal(OpError {
+            op: op.kind.name(),
+            at: graph.op_name(op).into(),
+            reason: "updates nothing".into(),
+        })),
+    };
+    let origins = graph.ops.iter().map(origin).collect::<Rule<_>>()?;
+    Ok((graph, origins))
 }
 
 /// The graph under construction.

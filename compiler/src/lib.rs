@@ -11,6 +11,7 @@ pub mod reshard;
 pub mod partition;
 pub mod codegen;
 pub mod lower;
+pub mod pipeline;
 pub mod calibrate;
 #[cfg(feature = "mlir")]
 pub mod mlir;

@@ -9,20 +9,22 @@ mod memory;
 
 use std::collections::BTreeMap;
 
-use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::cluster::{Cluster, DeviceKind};
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
 use meshweave_dsl::layout::{Layout, Mesh};
 use meshweave_dsl::op::OpKind;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::{
     Action, Buffer, BufferId, ContractIndex, GlobalTensor, Instruction, KernelId, KernelSymbol,
-    PROGRAM_VERSION, Program, RankProgram,
+    PROGRAM_VERSION, Program, RankProgram, TensorPart,
 };
 
 use crate::codegen::fuse::{FuseError, Item, fuse};
 use crate::codegen::kernel::{Kernel, RowProgram};
 use crate::partition::Partition;
-use crate::plan::cost::{collective_seconds, fragment_seconds, op_seconds};
+use crate::plan::cost::{
+    GroupShape, Traffic, collective_seconds, fragment_seconds, op_seconds, traffic_seconds,
+};
 use memory::{Access, MemoryPlan, plan_memory};
 
 /// A partition that cannot be lowered.
@@ -41,6 +43,31 @@ pub struct Lowered {
     pub kernels: Vec<Kernel>,
 }
 
+/// One step of a rank: an item of its graph, or a message.
+#[derive(Clone, Debug)]
+pub enum Step {
+    Item(Item),
+    Send {
+        tensor: TensorId,
+        to: usize,
+    },
+    /// The only producer of its tensor.
+    Recv {
+        tensor: TensorId,
+        from: usize,
+    },
+}
+
+/// The ranks' programs, with the way from a tensor of a rank's graph to its buffer.
+pub struct LoweredRanks {
+    pub ranks: Vec<RankProgram>,
+    pub buffers_of: Vec<BTreeMap<TensorId, BufferId>>,
+    /// Index of the first instruction of every step, one list a rank.
+    pub firsts: Vec<Vec<usize>>,
+    pub symbols: Vec<KernelSymbol>,
+    pub kernels: Vec<Kernel>,
+}
+
 /// Lowers the partition of `graph` under `plan`; prices are those of `cluster`.
 ///
 /// # Errors
@@ -51,36 +78,61 @@ pub fn lower(
     partition: &Partition,
     cluster: &Cluster,
 ) -> Result<Lowered, LowerError> {
-    let mut kernels = KernelTable::default();
-    let mut ranks = Vec::with_capacity(partition.locals.len());
-    let mut buffers_of = Vec::with_capacity(partition.locals.len());
-    for local in &partition.locals {
-        let (rank, buffers) = RankLowering::new(local, cluster, &mut kernels)?.finish()?;
-        ranks.push(rank);
-        buffers_of.push(buffers);
-    }
+    let steps = partition.locals.iter().map(|local| {
+        let items = fuse(local)?;
+        Ok(items.into_iter().map(Step::Item).collect())
+    });
+    let steps = steps.collect::<Result<Vec<_>, LowerError>>()?;
+    let lowered = lower_ranks(&partition.locals, steps, cluster)?;
     let site = Globals {
         graph,
         mesh: &plan.mesh,
         locals: &partition.locals,
-        buffers_of: &buffers_of,
+        buffers_of: &lowered.buffers_of,
     };
-    let sources = site.sources(plan)?;
-    let outputs = site.outputs(partition)?;
-    let symbols = kernels.symbols();
     let program = Program {
         version: PROGRAM_VERSION,
         name: plan.name.clone(),
         mesh: plan.mesh.clone(),
-        kernels: symbols,
-        sources,
-        outputs,
-        ranks,
+        sources: site.sources(plan)?,
+        outputs: site.outputs(partition)?,
+        kernels: lowered.symbols,
+        channels: Vec::new(),
+        ranks: lowered.ranks,
     };
     Ok(Lowered {
         program,
-        kernels: kernels.kernels,
+        kernels: lowered.kernels,
     })
+}
+
+/// Lowers the steps of every rank over the tensors and ops of its graph.
+///
+/// # Errors
+/// An item that no instruction can express.
+pub fn lower_ranks(
+    locals: &[Graph],
+    steps: Vec<Vec<Step>>,
+    cluster: &Cluster,
+) -> Result<LoweredRanks, LowerError> {
+    let mut kernels = KernelTable::default();
+    let mut lowered = LoweredRanks {
+        ranks: Vec::with_capacity(locals.len()),
+        buffers_of: Vec::with_capacity(locals.len()),
+        firsts: Vec::with_capacity(locals.len()),
+        symbols: Vec::new(),
+        kernels: Vec::new(),
+    };
+    for (rank, (local, steps)) in locals.iter().zip(steps).enumerate() {
+        let lowering = RankLowering::new(rank, local, steps, cluster, &mut kernels);
+        let (rank, buffers, firsts) = lowering.finish()?;
+        lowered.ranks.push(rank);
+        lowered.buffers_of.push(buffers);
+        lowered.firsts.push(firsts);
+    }
+    lowered.symbols = kernels.symbols();
+    lowered.kernels = kernels.kernels;
+    Ok(lowered)
 }
 
 /// Kernels by their code: equal code is one kernel.
@@ -121,10 +173,14 @@ impl KernelTable {
     }
 }
 
+/// A rank's program, where its tensors lie, and the first instruction of every step.
+type FinishedRank = (RankProgram, BTreeMap<TensorId, BufferId>, Vec<usize>);
+
 struct RankLowering<'a> {
+    rank: usize,
     local: &'a Graph,
     cluster: &'a Cluster,
-    items: Vec<Item>,
+    steps: Vec<Step>,
     memory: MemoryPlan,
     buffers: Vec<Buffer>,
     buffer_of: BTreeMap<TensorId, BufferId>,
@@ -133,12 +189,13 @@ struct RankLowering<'a> {
 
 impl<'a> RankLowering<'a> {
     fn new(
+        rank: usize,
         local: &'a Graph,
+        steps: Vec<Step>,
         cluster: &'a Cluster,
         kernels: &'a mut KernelTable,
-    ) -> Result<Self, LowerError> {
-        let items = fuse(local)?;
-        let accesses: Vec<Access> = items.iter().map(|item| access(local, item)).collect();
+    ) -> Self {
+        let accesses: Vec<Access> = steps.iter().map(|step| access_of(local, step)).collect();
         let memory = plan_memory(local, &accesses);
         let mut buffers = Vec::new();
         let mut buffer_of = BTreeMap::new();
@@ -152,22 +209,37 @@ impl<'a> RankLowering<'a> {
                 persistent: tensor.role != meshweave_dsl::graph::Role::Temp,
             });
         }
-        Ok(Self {
+        Self {
+            rank,
             local,
             cluster,
-            items,
+            steps,
             memory,
             buffers,
             buffer_of,
             kernels,
-        })
+        }
     }
 
-    fn finish(mut self) -> Result<(RankProgram, BTreeMap<TensorId, BufferId>), LowerError> {
-        let mut instructions = Vec::with_capacity(self.items.len());
-        let items = std::mem::take(&mut self.items);
-        for (item_idx, item) in items.iter().enumerate() {
-            self.add_item(item_idx, item, &mut instructions)?;
+    fn finish(mut self) -> Result<FinishedRank, LowerError> {
+        let mut instructions = Vec::with_capacity(self.steps.len());
+        let mut firsts = Vec::with_capacity(self.steps.len());
+        let steps = std::mem::take(&mut self.steps);
+        for (step_idx, step) in steps.iter().enumerate() {
+            firsts.push(instructions.len());
+            match step {
+                Step::Item(item) => self.add_item(step_idx, item, &mut instructions)?,
+                Step::Send { tensor, to } => {
+                    let (to, src) = (*to, self.buffer(*tensor)?);
+                    let action = Action::Send { to, src };
+                    instructions.push(self.message(step_idx, *tensor, to, action));
+                }
+                Step::Recv { tensor, from } => {
+                    let (from, dst) = (*from, self.buffer(*tensor)?);
+                    let action = Action::Recv { from, dst };
+                    instructions.push(self.message(step_idx, *tensor, from, action));
+                }
+            }
         }
         for (source, value) in std::mem::take(&mut self.memory.copies) {
             let copy = self.copy(
@@ -181,8 +253,37 @@ impl<'a> RankLowering<'a> {
             arena_bytes: self.memory.arena_bytes,
             buffers: self.buffers,
             instructions,
+            spans: Vec::new(),
         };
-        Ok((program, self.buffer_of))
+        Ok((program, self.buffer_of, firsts))
+    }
+
+    /// A message to or from `peer`. Both ends copy on a host; on other devices the receiver's price is
+    /// that of the link, and the sender only starts it.
+    fn message(
+        &self,
+        step_idx: usize,
+        tensor: TensorId,
+        peer: usize,
+        action: Action,
+    ) -> Instruction {
+        let tensor = self.local.tensor(tensor);
+        let n_bytes = tensor.ty.n_bytes() as f64;
+        let is_send = matches!(action, Action::Send { .. });
+        let link = GroupShape::of(&[self.rank, peer], self.cluster);
+        let predicted_s = if is_send && self.cluster.device.kind != DeviceKind::Host {
+            self.cluster.device.launch_s
+        } else {
+            traffic_seconds(Traffic::Permute, n_bytes, link, self.cluster)
+        };
+        Instruction {
+            name: format!("{}.{}", tensor.name, if is_send { "send" } else { "recv" }),
+            action,
+            n_flops: 0.0,
+            n_bytes,
+            predicted_s,
+            live_bytes: self.memory.live_bytes[step_idx],
+        }
     }
 
     fn add_item(
@@ -409,6 +510,20 @@ impl<'a> RankLowering<'a> {
     }
 }
 
+fn access_of(local: &Graph, step: &Step) -> Access {
+    match step {
+        Step::Item(item) => access(local, item),
+        Step::Send { tensor, .. } => Access {
+            reads: vec![*tensor],
+            ..Access::default()
+        },
+        Step::Recv { tensor, .. } => Access {
+            writes: vec![*tensor],
+            ..Access::default()
+        },
+    }
+}
+
 /// What an item reads and writes.
 fn access(local: &Graph, item: &Item) -> Access {
     let of_op = |op: &OpId| {
@@ -592,24 +707,22 @@ impl Globals<'_> {
         locals: &[TensorId],
     ) -> Result<GlobalTensor, LowerError> {
         let tensor = self.graph.tensor(id);
-        let buffers = locals
-            .iter()
-            .zip(self.buffers_of)
-            .map(|(local, buffers)| buffers.get(local).copied())
-            .collect::<Option<Vec<BufferId>>>()
-            .ok_or_else(|| {
-                LowerError::Internal(format!("`{}` has no storage on some rank", tensor.name))
-            })?;
-        let regions = (0..self.locals.len())
-            .map(|rank| layout.region(&tensor.ty.shape, self.mesh, rank))
-            .collect();
+        let parts = locals.iter().zip(self.buffers_of).enumerate();
+        let parts = parts.map(|(rank, (local, buffers))| {
+            Some(TensorPart {
+                rank,
+                buffer: buffers.get(local).copied()?,
+                region: layout.region(&tensor.ty.shape, self.mesh, rank),
+            })
+        });
         Ok(GlobalTensor {
             name: tensor.name.clone(),
             ty: tensor.ty.clone(),
             role: tensor.role.clone(),
             layout: layout.clone(),
-            buffers,
-            regions,
+            parts: parts.collect::<Option<_>>().ok_or_else(|| {
+                LowerError::Internal(format!("`{}` has no storage on some rank", tensor.name))
+            })?,
         })
     }
 }

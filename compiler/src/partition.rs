@@ -64,6 +64,21 @@ pub fn partition(
     keep: Keep,
     cluster: &Cluster,
 ) -> Result<Partition, PartitionError> {
+    partition_to(graph, plan, keep, cluster, &[])
+}
+
+/// [`partition`] with the outputs left in the given layouts, which may hold partial values; those
+/// without one are reduced and otherwise stay as their ops leave them.
+///
+/// # Errors
+/// Those of [`partition`].
+pub fn partition_to(
+    graph: &Graph,
+    plan: &Plan,
+    keep: Keep,
+    cluster: &Cluster,
+    outputs: &[Layout],
+) -> Result<Partition, PartitionError> {
     if plan.placements.len() != graph.ops.len() {
         let (n_placements, n_ops) = (plan.placements.len(), graph.ops.len());
         return Err(PartitionError::Invalid(format!(
@@ -81,7 +96,7 @@ pub fn partition(
     for (op_id, op) in graph.ops() {
         partitioner.add_op(op_id, op)?;
     }
-    partitioner.finish(keep)
+    partitioner.finish(keep, outputs)
 }
 
 fn check_placements(graph: &Graph, plan: &Plan) -> Result<(), PartitionError> {
@@ -382,11 +397,12 @@ impl<'a> Partitioner<'a> {
         name
     }
 
-    fn finish(mut self, keep: Keep) -> Result<Partition, PartitionError> {
+    fn finish(mut self, keep: Keep, outputs: &[Layout]) -> Result<Partition, PartitionError> {
         let graph = self.graph;
         let mut output_layouts = Vec::new();
-        for output in &graph.outputs {
-            let layout = self.reduced_layout(*output);
+        for (output_idx, output) in graph.outputs.iter().enumerate() {
+            let given = outputs.get(output_idx).cloned();
+            let layout = given.unwrap_or_else(|| self.reduced_layout(*output));
             for (rank, local_id) in self.version_in(*output, &layout)?.into_iter().enumerate() {
                 self.locals[rank].outputs.push(local_id);
             }

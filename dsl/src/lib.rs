@@ -17,5 +17,6 @@ pub mod layout;
 pub mod mapping;
 pub mod schedule;
 pub mod plan;
+pub mod pipeline;
 pub mod program;
 pub mod timeline;

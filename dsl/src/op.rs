@@ -347,6 +347,28 @@ impl OpKind {
         }
     }
 
+    /// A collective among other ranks: each rank it names is replaced by `rank` of it. Every other op
+    /// stays as it is.
+    #[must_use]
+    pub fn at_ranks(&self, rank: impl Fn(usize) -> usize) -> Self {
+        let mut moved = self.clone();
+        match &mut moved {
+            Self::CollectivePermute { to, from, group } => {
+                (*to, *from) = (rank(*to), rank(*from));
+                group.ranks.iter_mut().for_each(|one| *one = rank(*one));
+            }
+            Self::AllGather { group, .. }
+            | Self::AllReduce { group, .. }
+            | Self::ReduceScatter { group, .. }
+            | Self::AllToAll { group, .. }
+            | Self::Broadcast { group } => {
+                group.ranks.iter_mut().for_each(|one| *one = rank(*one));
+            }
+            _ => {}
+        }
+        moved
+    }
+
     /// Results that may be written over an input: pairs (result, input).
     pub fn in_place(&self) -> &'static [(usize, usize)] {
         match self {

@@ -3,7 +3,7 @@
 //! Enters: the lowering of a partitioned graph. Leaves: instructions over an arena, for the runtime.
 //! Invariant: every buffer lies inside its rank's arena; two buffers overlap only when they are not
 //! alive together or when one is a view of the other; collectives of a group stand in the same order
-//! on all its ranks.
+//! on all its ranks; a channel's messages are received in the order in which they are sent.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ use crate::layout::{Interval, Layout, Mesh};
 use crate::op::{AttentionDims, OpKind};
 
 /// Version of the program form; an artifact of another version is refused.
-pub const PROGRAM_VERSION: u32 = 1;
+pub const PROGRAM_VERSION: u32 = 2;
 
 /// Index of a buffer in its rank's program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -47,7 +47,29 @@ pub struct Program {
     pub sources: Vec<GlobalTensor>,
     /// Outputs (the loss first) and, when asked for, gradients.
     pub outputs: Vec<GlobalTensor>,
+    /// The ways of messages between ranks, one for each pair and direction in use.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub channels: Vec<Channel>,
     pub ranks: Vec<RankProgram>,
+}
+
+/// An ordered way of messages from one rank to another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Channel {
+    pub from: usize,
+    pub to: usize,
+    /// Messages that may be under way; a further one waits until the first is received.
+    pub depth: usize,
+    /// Bytes of the greatest message.
+    pub n_bytes: usize,
+}
+
+impl Program {
+    /// Bytes of the channels that end at a rank, besides its arena.
+    pub fn channel_bytes(&self, rank: usize) -> usize {
+        let ending = self.channels.iter().filter(|channel| channel.to == rank);
+        ending.map(|channel| channel.depth * channel.n_bytes).sum()
+    }
 }
 
 /// A generated function `void name(void** args, int64 begin, int64 end)` of the kernel object:
@@ -69,10 +91,17 @@ pub struct GlobalTensor {
     pub ty: TensorType,
     pub role: Role,
     pub layout: Layout,
-    /// The buffer that holds the rank's part, one a rank.
-    pub buffers: Vec<BufferId>,
-    /// The part a rank holds, one interval a dim, one list a rank.
-    pub regions: Vec<Vec<Interval>>,
+    /// Together they hold the whole tensor; a rank may hold none, one or several.
+    pub parts: Vec<TensorPart>,
+}
+
+/// A part of a global tensor on one rank.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TensorPart {
+    pub rank: usize,
+    pub buffer: BufferId,
+    /// One interval a dim.
+    pub region: Vec<Interval>,
 }
 
 /// One rank's instructions and memory.
@@ -82,6 +111,18 @@ pub struct RankProgram {
     pub arena_bytes: usize,
     pub buffers: Vec<Buffer>,
     pub instructions: Vec<Instruction>,
+    /// What the instructions belong to, in order, where the step is a schedule of several pieces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spans: Vec<Span>,
+}
+
+/// The instructions of one action of a schedule.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Such as `2F0`: stage 2, forward, microbatch 0.
+    pub label: String,
+    /// Index of its first instruction; it ends where the next span begins.
+    pub first: usize,
 }
 
 /// A typed place in the arena.
@@ -162,6 +203,10 @@ pub enum Action {
         src: BufferId,
         dst: BufferId,
     },
+    /// A message into the channel to another rank; waits only while that is full.
+    Send { to: usize, src: BufferId },
+    /// The next message of the channel from another rank.
+    Recv { from: usize, dst: BufferId },
 }
 
 /// One loop of a contraction: its length and its strides, in elements, in each operand (0 where

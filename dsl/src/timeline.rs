@@ -22,6 +22,8 @@ pub enum Category {
     Kernel,
     Routine,
     Collective,
+    /// Sending to and receiving from one other rank.
+    Message,
 }
 
 /// One instruction's execution.

@@ -191,10 +191,11 @@ pub trait Communicator: Send {
     /// `Exhausted` when members do not arrive in time.
     fn barrier(&mut self, group: GroupIdx) -> Result<()>;
 
-    /// Sends a copy of `src` to another rank; messages between two ranks arrive in order.
+    /// Sends a copy of `src` to another rank; messages between two ranks arrive in order. Waits only
+    /// while the channel to that rank is full.
     ///
     /// # Errors
-    /// `Invalid` when the rank does not exist.
+    /// `Invalid` when the rank does not exist; `Exhausted` when the channel stays full.
     fn send(&mut self, to: usize, src: &[u32]) -> Result<()>;
 
     /// Receives the next message of another rank.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Role, TensorType};
-use meshweave_dsl::program::{GlobalTensor, KernelId, Program};
+use meshweave_dsl::program::{GlobalTensor, KernelId, Program, TensorPart};
 use meshweave_dsl::timeline::{Basis, Event, Timeline};
 
 use crate::attention::KernelFn;
@@ -111,8 +111,13 @@ pub struct Session {
 /// A global tensor with the way to every rank's part.
 struct Placed {
     tensor: GlobalTensor,
-    /// Part and address, one a rank.
-    parts: Vec<(Part, *mut u32)>,
+    parts: Vec<PlacedPart>,
+}
+
+struct PlacedPart {
+    rank: usize,
+    part: Part,
+    address: *mut u32,
 }
 
 // SAFETY: the addresses lie in the ranks' arenas, which the session owns and which stay in place; they
@@ -169,6 +174,9 @@ impl Session {
             ..WaitOptions::for_threads(n_ranks * threads_per_device)
         };
         let world = World::new(n_ranks, wait);
+        for channel in &program.channels {
+            world.open_channel(channel)?;
+        }
         let mut ranks = Vec::with_capacity(n_ranks);
         for communicator in world.communicators() {
             ranks.push(Rank::new(
@@ -259,7 +267,7 @@ impl Session {
                 value.ty()
             )));
         }
-        for (part, address) in &placed.parts {
+        for PlacedPart { part, address, .. } in &placed.parts {
             // SAFETY: `&mut self`: no rank runs; the part was checked against its buffer.
             unsafe { part.cut(value, *address) };
         }
@@ -378,30 +386,29 @@ impl Session {
                     && tensor.ty.dtype == DType::F32
             })
             .collect();
-        // The first rank that holds a part makes it, the others copy it: hashing is the dearer one.
+        // The first holder of a part makes it, the others copy it: hashing is the dearer one.
         self.crew.run(self.ranks.len(), &|rank_idx| {
-            for placed in sources
-                .iter()
-                .filter(|placed| placed.first_holder(rank_idx) == rank_idx)
-            {
-                let (part, address) = &placed.parts[rank_idx];
-                // SAFETY: the part fills its buffer of f32, which belongs to this rank's arena; no
-                // rank runs, and each rank's task touches its own arena alone.
-                let local = unsafe {
-                    std::slice::from_raw_parts_mut(address.cast::<f32>(), part.n_elements())
-                };
-                weights::initialize(&placed.tensor.role, seed, part, local);
+            for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank_idx)) {
+                if placed.first_holder(idx) == idx {
+                    let PlacedPart { part, address, .. } = &placed.parts[idx];
+                    // SAFETY: the part fills its buffer of f32, which belongs to this rank's arena;
+                    // no rank runs, and each rank's task touches its own arena alone.
+                    let local = unsafe {
+                        std::slice::from_raw_parts_mut(address.cast::<f32>(), part.n_elements())
+                    };
+                    weights::initialize(&placed.tensor.role, seed, part, local);
+                }
             }
         })?;
         self.crew.run(self.ranks.len(), &|rank_idx| {
-            for placed in &sources {
-                let holder = placed.first_holder(rank_idx);
-                if holder != rank_idx {
-                    let (part, to) = &placed.parts[rank_idx];
-                    let from = placed.parts[holder].1;
-                    // SAFETY: equal parts fill buffers of one size in the two ranks' arenas; the
-                    // holder's was made above and nobody writes to it here.
-                    unsafe { to.copy_from_nonoverlapping(from, part.n_elements()) };
+            for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank_idx)) {
+                let holder = placed.first_holder(idx);
+                if holder != idx {
+                    let PlacedPart { part, address, .. } = &placed.parts[idx];
+                    let from = placed.parts[holder].address;
+                    // SAFETY: equal parts fill buffers of one size that do not overlap; the holder's
+                    // was made above and nobody writes to it here.
+                    unsafe { address.copy_from_nonoverlapping(from, part.n_elements()) };
                 }
             }
         })
@@ -409,13 +416,21 @@ impl Session {
 }
 
 impl Placed {
-    /// The first rank whose part is that of `rank_idx`.
-    fn first_holder(&self, rank_idx: usize) -> usize {
-        let own = &self.parts[rank_idx].0;
+    /// The parts of a rank, by their index.
+    fn of_rank(&self, rank: usize) -> impl Iterator<Item = (&Placed, usize)> {
+        let parts = self.parts.iter().enumerate();
+        parts
+            .filter(move |(_, part)| part.rank == rank)
+            .map(move |(idx, _)| (self, idx))
+    }
+
+    /// The first part that equals part `idx`.
+    fn first_holder(&self, idx: usize) -> usize {
+        let own = &self.parts[idx].part;
         self.parts
             .iter()
-            .position(|(part, _)| part == own)
-            .unwrap_or(rank_idx)
+            .position(|other| other.part == *own)
+            .unwrap_or(idx)
     }
 
     fn gather(&self) -> Result<HostTensor> {
@@ -426,7 +441,7 @@ impl Placed {
             )));
         }
         let mut whole = HostTensor::zeros(self.tensor.ty.clone())?;
-        for (part, address) in &self.parts {
+        for PlacedPart { part, address, .. } in &self.parts {
             // SAFETY: called through a reference to the session, outside of `step`: no rank runs. The
             // part was checked against its buffer.
             unsafe { part.put(*address, &mut whole) };
@@ -565,6 +580,16 @@ impl Rank {
                     Call::Broadcast => communicator.broadcast(*group, src, dst),
                 }
             }
+            Prepared::Send { to, src, n_words } => {
+                // SAFETY: the buffer lies in this rank's arena and holds as many 32-bit elements.
+                let src = unsafe { std::slice::from_raw_parts(*src, *n_words) };
+                self.communicator.send(*to, src)
+            }
+            Prepared::Recv { from, dst, n_words } => {
+                // SAFETY: as above; nobody else uses this rank's arena while it runs.
+                let dst = unsafe { std::slice::from_raw_parts_mut(*dst, *n_words) };
+                self.communicator.recv(*from, dst)
+            }
         }
     }
 }
@@ -651,33 +676,41 @@ fn check(program: &Program, kernels: &KernelTable) -> Result<()> {
 }
 
 fn place(program: &Program, tensors: &[GlobalTensor], ranks: &mut [Rank]) -> Result<Vec<Placed>> {
-    let n_ranks = ranks.len();
+    let damaged = |name: &str, what: String| {
+        Error::Invalid(format!(
+            "damaged program: `{name}` lies {what}; compile again"
+        ))
+    };
+    let place_part = |ranks: &mut [Rank], tensor: &GlobalTensor, part: &TensorPart| {
+        let (name, rank_idx, id) = (&tensor.name, part.rank, part.buffer.index());
+        let n_ranks = ranks.len();
+        let rank = ranks
+            .get_mut(rank_idx)
+            .ok_or_else(|| damaged(name, format!("on rank {rank_idx} of {n_ranks}")))?;
+        let buffer = program.ranks[rank_idx].buffers.get(id).ok_or_else(|| {
+            damaged(
+                name,
+                format!("in buffer {id} on rank {rank_idx}, which does not exist"),
+            )
+        })?;
+        Ok(PlacedPart {
+            rank: rank_idx,
+            part: Part::new(name, &tensor.ty, &part.region, &buffer.ty)?,
+            address: rank.arena.address(buffer)?.cast(),
+        })
+    };
     tensors
         .iter()
         .map(|tensor| {
-            let name = &tensor.name;
-            if tensor.buffers.len() != n_ranks || tensor.regions.len() != n_ranks {
-                return Err(Error::Invalid(format!(
-                    "damaged program: `{name}` has {} buffers and {} regions for {n_ranks} ranks; \
-                     compile again",
-                    tensor.buffers.len(),
-                    tensor.regions.len()
-                )));
+            if tensor.parts.is_empty() {
+                return Err(damaged(&tensor.name, "nowhere".into()));
             }
-            let mut parts = Vec::with_capacity(n_ranks);
-            for (rank_idx, rank) in ranks.iter_mut().enumerate() {
-                let id = tensor.buffers[rank_idx];
-                let buffer = program.ranks[rank_idx].buffers.get(id.index()).ok_or_else(|| {
-                    Error::Invalid(format!(
-                        "damaged program: `{name}` lies in buffer {} on rank {rank_idx}, which does not \
-                         exist; compile again",
-                        id.index()
-                    ))
-                })?;
-                let part = Part::new(name, &tensor.ty, &tensor.regions[rank_idx], &buffer.ty)?;
-                parts.push((part, rank.arena.address(buffer)?.cast()));
-            }
-            Ok(Placed { tensor: tensor.clone(), parts })
+            let parts = tensor.parts.iter();
+            let parts = parts.map(|part| place_part(ranks, tensor, part));
+            Ok(Placed {
+                tensor: tensor.clone(),
+                parts: parts.collect::<Result<_>>()?,
+            })
         })
         .collect()
 }

@@ -70,6 +70,46 @@ pub enum Item {
     View { op: OpId },
 }
 
+impl Item {
+    /// The same item in another graph, where `op` and `tensor` give the ids of its ops and tensors.
+    #[must_use]
+    pub fn renumbered(
+        &self,
+        op: impl Fn(OpId) -> OpId,
+        tensor: impl Fn(TensorId) -> TensorId,
+    ) -> Self {
+        let mut item = self.clone();
+        match &mut item {
+            Self::Fragment(fragment) => {
+                fragment.ops.iter_mut().for_each(|id| *id = op(*id));
+                let args = fragment.args.iter_mut().chain(&mut fragment.results);
+                args.for_each(|id| *id = tensor(*id));
+                for (result, input) in &mut fragment.in_place {
+                    (*result, *input) = (tensor(*result), tensor(*input));
+                }
+            }
+            Self::Contract {
+                op: id,
+                a,
+                b,
+                out,
+                onto,
+            } => {
+                *id = op(*id);
+                for one in [a, b, out].into_iter().chain(onto) {
+                    *one = tensor(*one);
+                }
+            }
+            Self::Attention { op: id, .. }
+            | Self::AttentionGrad { op: id, .. }
+            | Self::Routine { op: id }
+            | Self::Collective { op: id }
+            | Self::View { op: id } => *id = op(*id),
+        }
+        item
+    }
+}
+
 /// A fused group.
 #[derive(Clone, Debug)]
 pub struct Fragment {

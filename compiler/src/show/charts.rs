@@ -209,13 +209,17 @@ fn persistent_bytes(rank: &RankProgram) -> usize {
 fn persistent_table(program: &Program, rank_idx: usize) -> String {
     let mut of_role = [0usize; 4];
     for source in &program.sources {
-        let Some(buffer) = source
-            .buffers
-            .get(rank_idx)
-            .and_then(|id| program.ranks.get(rank_idx)?.buffers.get(id.index()))
-        else {
-            continue;
-        };
+        let parts = source.parts.iter().filter(|part| part.rank == rank_idx);
+        let n_bytes: usize = parts
+            .filter_map(|part| {
+                program
+                    .ranks
+                    .get(rank_idx)?
+                    .buffers
+                    .get(part.buffer.index())
+            })
+            .map(|buffer| buffer.ty.n_bytes())
+            .sum();
         let slot = match source.role {
             Role::Param(_) => 0,
             Role::State { .. } => 1,
@@ -223,7 +227,7 @@ fn persistent_table(program: &Program, rank_idx: usize) -> String {
             Role::Input => 3,
             Role::Temp => continue,
         };
-        of_role[slot] += buffer.ty.n_bytes();
+        of_role[slot] += n_bytes;
     }
     if of_role.iter().all(|n_bytes| *n_bytes == 0) {
         return String::new();

@@ -109,7 +109,7 @@ fn fill(category: Category) -> &'static str {
         Category::Attention => "#cdb9ea",
         Category::Kernel => "#a8dcc8",
         Category::Routine => "#f0dda0",
-        Category::Collective => "#f2b49b",
+        Category::Collective | Category::Message => "#f2b49b",
     }
 }
 

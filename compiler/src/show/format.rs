@@ -119,16 +119,18 @@ pub(super) fn category(category: Category) -> (&'static str, &'static str) {
         Category::Kernel => ("kernel", "generated kernel"),
         Category::Routine => ("routine", "data movement"),
         Category::Collective => ("collective", "collective"),
+        Category::Message => ("message", "message"),
     }
 }
 
 /// All categories, in the order of legends and of the numbers in the page's data.
-pub(super) const CATEGORIES: [Category; 5] = [
+pub(super) const CATEGORIES: [Category; 6] = [
     Category::Contract,
     Category::Attention,
     Category::Kernel,
     Category::Routine,
     Category::Collective,
+    Category::Message,
 ];
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
-  const LABELS = ["contraction", "attention", "generated kernel", "data movement", "collective"];
-  const COLORS = ["--contract", "--attention", "--kernel", "--routine", "--collective"];
+  const LABELS = ["contraction", "attention", "generated kernel", "data movement", "collective", "message"];
+  const COLORS = ["--contract", "--attention", "--kernel", "--routine", "--collective", "--message"];
 
   // Numbers for people.
   const digits = (v) => (Math.abs(v) >= 100 || v === 0 ? v.toFixed(0) : Math.abs(v) >= 10 ? v.toFixed(1) : v.toFixed(2));

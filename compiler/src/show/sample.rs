@@ -7,12 +7,13 @@ use std::collections::BTreeMap;
 
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Graph, Init, Op, OpId, Role, TensorId, TensorType};
-use meshweave_dsl::layout::{Interval, Layout, Mesh, ReduceKind};
+use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
 use meshweave_dsl::name::{Axis, Dim};
 use meshweave_dsl::op::{AttentionDims, BinaryFn, Group, OpKind, UnaryFn};
 use meshweave_dsl::plan::{Placement, Plan, op_factors};
 use meshweave_dsl::program::{
     Action, Buffer, BufferId, GlobalTensor, Instruction, PROGRAM_VERSION, Program, RankProgram,
+    TensorPart,
 };
 use meshweave_dsl::timeline::{Basis, Event, Timeline};
 
@@ -494,6 +495,7 @@ fn program(global: &Graph, local: &Graph, plan: &Plan) -> Program {
                 arena_bytes: peak.next_multiple_of(4096),
                 buffers: buffers.clone(),
                 instructions,
+                spans: Vec::new(),
             }
         })
         .collect();
@@ -508,10 +510,13 @@ fn program(global: &Graph, local: &Graph, plan: &Plan) -> Program {
                 name: tensor.name.clone(),
                 ty: tensor.ty.clone(),
                 role: tensor.role.clone(),
-                buffers: vec![buffer; DP * TP],
-                regions: (0..DP * TP)
-                    .map(|rank| layout.region(&tensor.ty.shape, &plan.mesh, rank))
-                    .collect::<Vec<Vec<Interval>>>(),
+                parts: (0..DP * TP)
+                    .map(|rank| TensorPart {
+                        rank,
+                        buffer,
+                        region: layout.region(&tensor.ty.shape, &plan.mesh, rank),
+                    })
+                    .collect(),
                 layout,
             }
         })
@@ -523,6 +528,7 @@ fn program(global: &Graph, local: &Graph, plan: &Plan) -> Program {
         kernels: Vec::new(),
         sources,
         outputs: Vec::new(),
+        channels: Vec::new(),
         ranks,
     }
 }

@@ -10,6 +10,7 @@ fn program() -> Program {
         kernels: Vec::new(),
         sources: Vec::new(),
         outputs: Vec::new(),
+        channels: Vec::new(),
         ranks: Vec::new(),
     }
 }

@@ -10,17 +10,18 @@
 //! of its own does a member spin for a few microseconds first.
 
 mod barrier;
+mod mail;
 mod reduce;
 mod route;
 #[cfg(test)]
 mod tests;
 
 use std::cell::{Cell, UnsafeCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use meshweave_dsl::layout::ReduceKind;
 
@@ -28,6 +29,7 @@ use super::{CollectiveStats, Communicator, Crossing, CrossingOrder, Division, Gr
 use crate::error::{Error, Result};
 use crate::strided::{CopyLoop, CopyPlan};
 use barrier::Barrier;
+use mail::Mail;
 use route::Route;
 
 /// How ranks wait for each other.
@@ -59,12 +61,9 @@ pub struct World {
     failure: Mutex<Option<Error>>,
     /// The thread on which a rank waits, so that a failure can wake it.
     threads: Vec<Mutex<Option<Thread>>>,
-    /// Messages under way, by (from, to).
+    /// Messages under way.
     mail: Mutex<Mail>,
 }
-
-/// Queues by (from, to).
-type Mail = BTreeMap<(usize, usize), VecDeque<Vec<u32>>>;
 
 struct Group {
     ranks: Vec<usize>,
@@ -623,47 +622,23 @@ impl Communicator for ThreadCommunicator {
 
     fn send(&mut self, to: usize, src: &[u32]) -> Result<()> {
         self.check_peer("send", to)?;
-        self.world.check()?;
-        lock(&self.world.mail)
-            .entry((self.rank, to))
-            .or_default()
-            .push_back(src.to_vec());
-        if let Some(thread) = &*lock(&self.world.threads[to]) {
-            thread.unpark();
-        }
+        self.stats.wait_s += self.world.post(self.rank, to, src)?;
         self.stats.n_calls += 1;
         Ok(())
     }
 
     fn recv(&mut self, from: usize, dst: &mut [u32]) -> Result<()> {
         self.check_peer("recv", from)?;
-        let started = Instant::now();
-        self.world.register(self.rank);
-        let message = loop {
-            self.world.check()?;
-            let next = lock(&self.world.mail)
-                .get_mut(&(from, self.rank))
-                .and_then(VecDeque::pop_front);
-            if let Some(message) = next {
-                break message;
-            }
-            let waited = started.elapsed();
-            if waited >= self.world.options.timeout {
-                let error = Error::Exhausted(format!(
-                    "recv on rank {}: nothing from rank {from} after {:.1} s",
-                    self.rank,
-                    waited.as_secs_f64()
-                ));
-                self.world.fail(&error);
-                return Err(error);
-            }
-            std::thread::park_timeout(self.world.options.timeout - waited);
-        };
-        self.stats.wait_s += started.elapsed().as_secs_f64();
-        self.check_len("recv", "destination", dst.len(), message.len())?;
-        dst.copy_from_slice(&message);
+        let world = Arc::clone(&self.world);
+        let n_words = dst.len();
+        let ((), wait_s) = world.fetch(from, self.rank, |message| {
+            self.check_len("recv", "destination", n_words, message.len())?;
+            dst.copy_from_slice(message);
+            Ok(())
+        })?;
+        self.stats.wait_s += wait_s;
         self.stats.n_calls += 1;
-        self.stats.received_bytes += 4 * message.len() as u64;
+        self.stats.received_bytes += 4 * n_words as u64;
         Ok(())
     }
 

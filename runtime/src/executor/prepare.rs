@@ -61,6 +61,16 @@ pub(super) enum Prepared {
         dst: *mut u32,
         n_dst: usize,
     },
+    Send {
+        to: usize,
+        src: *const u32,
+        n_words: usize,
+    },
+    Recv {
+        from: usize,
+        dst: *mut u32,
+        n_words: usize,
+    },
 }
 
 /// A collective with its divisions.
@@ -81,6 +91,7 @@ impl Prepared {
             Prepared::Attention { .. } | Prepared::AttentionGrad { .. } => Category::Attention,
             Prepared::Routine { .. } => Category::Routine,
             Prepared::Collective { .. } => Category::Collective,
+            Prepared::Send { .. } | Prepared::Recv { .. } => Category::Message,
         }
     }
 
@@ -277,7 +288,41 @@ impl<'a> Site<'a> {
                 })
             }
             Action::Collective { op, src, dst } => self.collective(op, *src, *dst, communicator),
+            Action::Send { to, src } => {
+                let n_words = self.message(communicator.rank(), *to, *src)?;
+                Ok(Prepared::Send {
+                    to: *to,
+                    src: self.words(*src)?,
+                    n_words,
+                })
+            }
+            Action::Recv { from, dst } => {
+                let n_words = self.message(*from, communicator.rank(), *dst)?;
+                Ok(Prepared::Recv {
+                    from: *from,
+                    dst: self.words(*dst)?,
+                    n_words,
+                })
+            }
         }
+    }
+
+    /// The words of a message, which its channel has room for.
+    fn message(&self, from: usize, to: usize, id: BufferId) -> Result<usize> {
+        let buffer = self.buffer(id)?;
+        let mut channels = self.program.channels.iter();
+        let channel = channels.find(|channel| (channel.from, channel.to) == (from, to));
+        let n_bytes = channel.map_or(0, |channel| channel.n_bytes);
+        if buffer.ty.n_bytes() > n_bytes {
+            return Err(Error::Invalid(format!(
+                "damaged program: `{}` {} of {} bytes goes from rank {from} to rank {to}, whose channel \
+                 takes {n_bytes}; compile again",
+                buffer.name,
+                buffer.ty,
+                buffer.ty.n_bytes()
+            )));
+        }
+        Ok(buffer.ty.n_elements())
     }
 
     fn kernel(&mut self, kernel: KernelId, args: &[BufferId], n_bytes: f64) -> Result<Prepared> {

@@ -7,7 +7,7 @@ use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
 use meshweave_dsl::op::{Group, OpKind};
 use meshweave_dsl::program::{
     Action, Buffer, BufferId, ContractIndex, Instruction, KernelSymbol, PROGRAM_VERSION,
-    RankProgram,
+    RankProgram, TensorPart,
 };
 use meshweave_dsl::timeline::Category;
 
@@ -57,13 +57,16 @@ fn program(n_ranks: usize) -> Program {
     let global =
         |name: &str, ty: TensorType, role: Role, layout: Layout, buffer: u32| GlobalTensor {
             name: name.into(),
-            regions: (0..n_ranks)
-                .map(|rank| layout.region(&ty.shape, &mesh, rank))
+            parts: (0..n_ranks)
+                .map(|rank| TensorPart {
+                    rank,
+                    buffer: BufferId(buffer),
+                    region: layout.region(&ty.shape, &mesh, rank),
+                })
                 .collect(),
             ty,
             role,
             layout,
-            buffers: vec![BufferId(buffer); n_ranks],
         };
     let scalar = || f32s(&[]);
     let ranks = (0..n_ranks).map(|rank| {
@@ -190,6 +193,7 @@ fn program(n_ranks: usize) -> Program {
             arena_bytes: offset,
             instructions: instructions.collect(),
             buffers,
+            spans: Vec::new(),
         }
     });
     let symbol = |name: &str, n_rows| KernelSymbol {
@@ -203,6 +207,7 @@ fn program(n_ranks: usize) -> Program {
         version: PROGRAM_VERSION,
         name: "rows".into(),
         kernels: vec![symbol("descend", N_COLUMNS), symbol("sum", 1)],
+        channels: Vec::new(),
         sources: vec![
             global(
                 "x",
@@ -379,7 +384,7 @@ fn damaged_programs_are_refused() {
         let session = Session::new(damaged, kernels(), &SessionOptions::default());
         session.map(|_| ()).unwrap_err().to_string()
     };
-    insta::assert_snapshot!(refusal(&|p| p.version = 99), @"the program is of version 99, this runtime executes version 1; compile again");
+    insta::assert_snapshot!(refusal(&|p| p.version = 99), @"the program is of version 99, this runtime executes version 2; compile again");
     insta::assert_snapshot!(refusal(&|p| { p.ranks.pop(); }), @"damaged program: 1 ranks on a mesh of 2; compile again");
     insta::assert_snapshot!(refusal(&|p| { p.kernels.pop(); }), @"damaged program: 1 kernels are listed, 2 were given; compile again");
     insta::assert_snapshot!(
@@ -395,7 +400,7 @@ fn damaged_programs_are_refused() {
         @"rank 0, instruction 0 `y`: damaged program: `w` f32[column:3] has 3 elements, the contraction spans 4; compile again"
     );
     insta::assert_snapshot!(
-        refusal(&|p| p.sources[0].regions[1][0].start = 4),
+        refusal(&|p| p.sources[0].parts[1].region[0].start = 4),
         @"damaged program: the part [Interval { start: 4, len: 3 }, Interval { start: 0, len: 4 }] of `x` f32[row:6, column:4] does not fit the buffer f32[row:3, column:4]; compile again"
     );
     insta::assert_snapshot!(

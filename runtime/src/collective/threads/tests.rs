@@ -279,6 +279,39 @@ fn permute_broadcast_send_and_receive() {
 }
 
 #[test]
+fn channels_hold_as_many_messages_as_they_are_deep() {
+    let impatient = WaitOptions {
+        timeout: Duration::from_millis(50),
+        n_spins: 0,
+    };
+    for depth in 1..4 {
+        let world = World::new(2, impatient);
+        let channel = meshweave_dsl::program::Channel {
+            from: 0,
+            to: 1,
+            depth,
+            n_bytes: 8,
+        };
+        world.open_channel(&channel).unwrap();
+        let mut ends = world.communicators();
+        for i in 0..depth as u32 {
+            ends[0].send(1, &[i, 7]).unwrap();
+        }
+        let mut got = [0; 2];
+        for i in 0..3 {
+            ends[1].recv(0, &mut got).unwrap();
+            assert_eq!(got, [i, 7]);
+            ends[0].send(1, &[i + depth as u32, 7]).unwrap();
+        }
+        let error = ends[0].send(1, &[9, 9]).unwrap_err().to_string();
+        assert!(
+            error.contains("no room in the channel to rank 1"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn a_group_of_one_copies() {
     on_ranks(2, PATIENT, |communicator| {
         let group = communicator.join(&[communicator.rank()]).unwrap();

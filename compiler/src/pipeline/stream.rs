@@ -1,0 +1,449 @@
+//! Streams: what every rank of the pipeline does, in order.
+//!
+//! Enters: the rows of a schedule and the pieces. Leaves: for every rank along the pipeline its
+//! pieces with the messages between them, and how deep the channels must be.
+//! Invariants: a sender sends as soon as a value is made, and a receiver takes the messages of a
+//! channel in the sender's order, just before the first piece that reads one; with channels of the
+//! depth found, no rank waits for ever, whatever the timing: ranks with bounded queues are a Kahn
+//! network, so one run that ends proves that all do (Kahn 1974; Parks 1995, §4).
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use meshweave_dsl::graph::{Role, TensorId};
+use meshweave_dsl::pipeline::Phase;
+use meshweave_dsl::schedule::{Action, ActionKind, Schedule};
+
+use super::pieces::{Key, Pieces, Slot, Work};
+use super::{PipelineError, Result, name};
+
+/// A value on a rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Value {
+    /// Kept between steps, or given at each; inputs have one for every microbatch.
+    Source(TensorId, Option<u32>),
+    /// A parameter that another stage is at home in, as of this step.
+    Lent(TensorId),
+    /// Of a microbatch.
+    Temp(TensorId, u32),
+    /// The sum over the microbatches of a copy of the model.
+    Sum(TensorId, usize),
+    Result(TensorId),
+}
+
+/// One thing that a rank does.
+#[derive(Clone, Debug)]
+pub(super) enum Event {
+    Run(Run),
+    Send { value: Value, to: usize },
+    Recv { value: Value, from: usize },
+}
+
+/// A piece with the values that it reads and makes.
+#[derive(Clone, Debug)]
+pub(super) struct Run {
+    pub(super) key: Key,
+    /// Such as `2F0`.
+    pub(super) label: String,
+    pub(super) inputs: Vec<Value>,
+    pub(super) outputs: Vec<Value>,
+}
+
+/// The streams of all ranks of the pipeline.
+pub(super) struct Streams {
+    pub(super) events: Vec<Vec<Event>>,
+    /// Messages that every channel must hold.
+    pub(super) depth: usize,
+}
+
+/// Makes the streams, and every piece that they run. Linear in the actions times the inputs of their
+/// pieces.
+pub(super) fn streams(pieces: &mut Pieces) -> Result<Streams> {
+    let schedule = pieces.pipeline.schedule.clone();
+    check_actions(&schedule)?;
+    let mut sent = Vec::with_capacity(schedule.n_ranks);
+    for rank in 0..schedule.n_ranks {
+        sent.push(Sender::new(pieces, &schedule, rank).events()?);
+    }
+    let events = receive(pieces, &schedule, sent)?;
+    let depth = channel_depth(&schedule, &events)?;
+    Ok(Streams { events, depth })
+}
+
+/// Every action names a stage of its rank, a microbatch of the stage's copy, and stands there once.
+fn check_actions(schedule: &Schedule) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for (rank, row) in schedule.rows.iter().enumerate() {
+        for action in row {
+            let at = schedule.stage_rank.get(action.stage as usize);
+            let fits = at == Some(&rank)
+                && (action.microbatch as usize) < schedule.n_microbatches
+                && schedule.copy_of(action.microbatch) * schedule.n_stages
+                    + schedule.model_stage(action.stage)
+                    == action.stage as usize;
+            if !fits || !seen.insert(*action) {
+                return Err(PipelineError::Invalid(format!(
+                    "schedule `{}` has `{action}` on rank {rank}, where it does not belong{}",
+                    schedule.name,
+                    if fits { " a second time" } else { "" }
+                )));
+            }
+        }
+    }
+    for stage in 0..(schedule.n_stages * schedule.n_copies) as u32 {
+        for microbatch in schedule.microbatches_of(stage) {
+            let has = |kind| seen.contains(&Action::new(stage, kind, microbatch));
+            let (full, split) = (has(ActionKind::B), (has(ActionKind::I), has(ActionKind::W)));
+            let backward = matches!(
+                (full, split),
+                (true, (false, false)) | (false, (true, true))
+            );
+            if !has(ActionKind::F) || !backward {
+                return Err(PipelineError::Invalid(format!(
+                    "schedule `{}` lacks a part of microbatch {microbatch} in stage {stage}, or has it twice: it needs {stage}F{microbatch} and either {stage}B{microbatch} or both {stage}I{microbatch} and {stage}W{microbatch}",
+                    schedule.name
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The rank of a stage of a copy of the model.
+fn rank_of(schedule: &Schedule, copy: usize, stage: usize) -> usize {
+    let at = schedule.stage_rank.get(copy * schedule.n_stages + stage);
+    at.copied().unwrap_or(0)
+}
+
+/// One rank's pieces and sends.
+struct Sender<'a, 'b> {
+    pieces: &'a mut Pieces<'b>,
+    schedule: &'a Schedule,
+    rank: usize,
+    /// Sums that were begun here.
+    begun: BTreeSet<(TensorId, usize)>,
+    events: Vec<Event>,
+}
+
+impl<'a, 'b> Sender<'a, 'b> {
+    fn new(pieces: &'a mut Pieces<'b>, schedule: &'a Schedule, rank: usize) -> Self {
+        Self {
+            pieces,
+            schedule,
+            rank,
+            begun: BTreeSet::new(),
+            events: Vec::new(),
+        }
+    }
+
+    fn events(mut self) -> Result<Vec<Event>> {
+        self.lend();
+        let row = &self.schedule.rows[self.rank];
+        for (step, action) in row.iter().enumerate() {
+            self.act(action)?;
+            let is_last = row[step + 1..]
+                .iter()
+                .all(|next| next.stage != action.stage);
+            if is_last {
+                self.send_sums(action.stage);
+            }
+        }
+        for stage in 0..self.schedule.n_stages {
+            if rank_of(self.schedule, 0, stage) == self.rank {
+                self.update(stage)?;
+            }
+        }
+        Ok(self.events)
+    }
+
+    /// Sends parameters that are at home here to the other ranks that read them.
+    fn lend(&mut self) {
+        let params: Vec<TensorId> = self.pieces.graph.params().collect();
+        for param in params {
+            let Some(home) = self.pieces.home(param) else {
+                continue;
+            };
+            if rank_of(self.schedule, 0, home) != self.rank {
+                continue;
+            }
+            let readers: BTreeSet<usize> = (0..self.schedule.n_copies)
+                .flat_map(|copy| {
+                    let stages = self.pieces.stages_reading(param);
+                    stages.into_iter().map(move |stage| (copy, stage))
+                })
+                .map(|(copy, stage)| rank_of(self.schedule, copy, stage))
+                .filter(|rank| *rank != self.rank)
+                .collect();
+            let value = Value::Source(param, None);
+            let sends = readers.into_iter().map(|to| Event::Send { value, to });
+            self.events.extend(sends);
+        }
+    }
+
+    fn act(&mut self, action: &Action) -> Result<()> {
+        let schedule = self.schedule;
+        let stage = schedule.model_stage(action.stage);
+        let copy = schedule.copy_of(action.microbatch);
+        let mut first = self.pieces.sums(stage, action.kind);
+        first.retain(|sum| self.begun.insert((*sum, copy)));
+        let key = Key {
+            stage,
+            work: Work::Action(action.kind),
+            first,
+        };
+        self.pieces.compile(&key)?;
+        let value = |slot: &Slot| match *slot {
+            Slot::Source(id) => self.source(id, Some(action.microbatch)),
+            Slot::Value(id) => Value::Temp(id, action.microbatch),
+            Slot::Sum(id, _) => Value::Sum(id, copy),
+            Slot::Result(id) => Value::Result(id),
+        };
+        let piece = self.pieces.piece(&key)?;
+        let (inputs, outputs): (Vec<Value>, Vec<Value>) = (
+            piece.inputs.iter().map(value).collect(),
+            piece.outputs.iter().map(value).collect(),
+        );
+        let made = outputs.clone();
+        self.events.push(Event::Run(Run {
+            key,
+            label: action.to_string(),
+            inputs,
+            outputs,
+        }));
+        if action.kind == ActionKind::R {
+            return Ok(());
+        }
+        for value in made {
+            if let Value::Temp(id, _) = value {
+                let readers: BTreeSet<usize> = self
+                    .pieces
+                    .readers(id)
+                    .filter(|part| part.phase != Phase::Update)
+                    .map(|part| rank_of(schedule, copy, part.stage))
+                    .filter(|rank| *rank != self.rank)
+                    .collect();
+                let sends = readers.into_iter().map(|to| Event::Send { value, to });
+                self.events.extend(sends);
+            }
+        }
+        Ok(())
+    }
+
+    /// How a source is called here.
+    fn source(&self, id: TensorId, microbatch: Option<u32>) -> Value {
+        let tensor = self.pieces.graph.tensor(id);
+        match tensor.role {
+            Role::Input if tensor.ty.has(&self.pieces.pipeline.batch) => {
+                Value::Source(id, microbatch)
+            }
+            Role::Param(_) if self.home_rank(id) != self.rank => Value::Lent(id),
+            _ => Value::Source(id, None),
+        }
+    }
+
+    fn home_rank(&self, param: TensorId) -> usize {
+        let home = self.pieces.home(param).unwrap_or(0);
+        rank_of(self.schedule, 0, home)
+    }
+
+    /// Sends the finished sums of a stage to the rank that updates with them.
+    fn send_sums(&mut self, stage: u32) {
+        let copy = stage as usize / self.schedule.n_stages;
+        let stage = self.schedule.model_stage(stage);
+        let ids: Vec<TensorId> = self.pieces.graph.tensor_ids().collect();
+        for id in ids {
+            let is_made_here = self
+                .pieces
+                .maker(id)
+                .is_some_and(|part| part.stage == stage)
+                && self.pieces.is_summed(id);
+            let Some(updated_at) = self.pieces.summed_at(id).filter(|_| is_made_here) else {
+                continue;
+            };
+            let to = rank_of(self.schedule, 0, updated_at);
+            if to != self.rank {
+                let value = Value::Sum(id, copy);
+                self.events.push(Event::Send { value, to });
+            }
+        }
+    }
+
+    fn update(&mut self, stage: usize) -> Result<()> {
+        let key = Key {
+            stage,
+            work: Work::Update,
+            first: BTreeSet::new(),
+        };
+        self.pieces.compile(&key)?;
+        let value = |slot: &Slot| match *slot {
+            Slot::Source(id) => self.source(id, None),
+            Slot::Sum(id, copy) => Value::Sum(id, copy),
+            Slot::Result(id) => Value::Result(id),
+            Slot::Value(id) => Value::Temp(id, 0),
+        };
+        let piece = self.pieces.piece(&key)?;
+        let run = Run {
+            label: format!("{stage}U"),
+            inputs: piece.inputs.iter().map(value).collect(),
+            outputs: piece.outputs.iter().map(value).collect(),
+            key,
+        };
+        self.events.push(Event::Run(run));
+        Ok(())
+    }
+}
+
+/// Puts in the receives: just before the first piece that reads a message, those before it in the
+/// channel first.
+fn receive(pieces: &Pieces, schedule: &Schedule, sent: Vec<Vec<Event>>) -> Result<Vec<Vec<Event>>> {
+    let mut channels: BTreeMap<(usize, usize), VecDeque<Value>> = BTreeMap::new();
+    for (from, events) in sent.iter().enumerate() {
+        for event in events {
+            if let Event::Send { value, to } = event {
+                channels.entry((from, *to)).or_default().push_back(*value);
+            }
+        }
+    }
+    let mut all = Vec::with_capacity(sent.len());
+    for (rank, events) in sent.into_iter().enumerate() {
+        let mut known: BTreeSet<Value> = BTreeSet::new();
+        let mut stream = Vec::with_capacity(events.len());
+        for event in events {
+            if let Event::Run(run) = &event {
+                for input in &run.inputs {
+                    if matches!(input, Value::Source(..)) || known.contains(input) {
+                        continue;
+                    }
+                    let from = origin(pieces, schedule, *input)?;
+                    // A lent parameter is the lender's own.
+                    let message = match *input {
+                        Value::Lent(id) => Value::Source(id, None),
+                        value => value,
+                    };
+                    let waiting = channels.entry((from, rank)).or_default();
+                    while !known.contains(input) {
+                        let Some(value) = waiting.pop_front().filter(|_| from != rank) else {
+                            return Err(PipelineError::Invalid(format!(
+                                "schedule `{}`: {} on rank {rank} reads {}, which nothing gives before it",
+                                schedule.name,
+                                run.label,
+                                describe(pieces, *input)
+                            )));
+                        };
+                        let received = if value == message { *input } else { value };
+                        let received = match received {
+                            Value::Source(id, None) => Value::Lent(id),
+                            value => value,
+                        };
+                        known.insert(received);
+                        stream.push(Event::Recv {
+                            value: received,
+                            from,
+                        });
+                    }
+                }
+                known.extend(run.outputs.iter().copied());
+            }
+            stream.push(event);
+        }
+        all.push(stream);
+    }
+    Ok(all)
+}
+
+/// The rank that makes a value.
+fn origin(pieces: &Pieces, schedule: &Schedule, value: Value) -> Result<usize> {
+    let stage = |id: TensorId| {
+        let maker = pieces.maker(id).map(|part| part.stage);
+        maker.ok_or_else(|| {
+            PipelineError::Internal(format!("`{}` has no maker", name(pieces.graph, id)))
+        })
+    };
+    Ok(match value {
+        Value::Source(id, _) | Value::Lent(id) => {
+            rank_of(schedule, 0, pieces.home(id).unwrap_or(0))
+        }
+        Value::Temp(id, microbatch) => rank_of(schedule, schedule.copy_of(microbatch), stage(id)?),
+        Value::Sum(id, copy) => rank_of(schedule, copy, stage(id)?),
+        Value::Result(id) => rank_of(schedule, 0, stage(id)?),
+    })
+}
+
+fn describe(pieces: &Pieces, value: Value) -> String {
+    let name = |id| name(pieces.graph, id);
+    match value {
+        Value::Source(id, _) | Value::Lent(id) | Value::Result(id) => format!("`{}`", name(id)),
+        Value::Temp(id, microbatch) => format!("`{}` of microbatch {microbatch}", name(id)),
+        Value::Sum(id, _) => format!("the sum of `{}`", name(id)),
+    }
+}
+
+/// The least depth, from 2 on (one message read while the next is written), with which the streams
+/// run to their end.
+fn channel_depth(schedule: &Schedule, events: &[Vec<Event>]) -> Result<usize> {
+    let n_messages = events.iter().flatten().count();
+    let mut depth = 2;
+    loop {
+        match stuck(events, depth) {
+            None => return Ok(depth),
+            Some(_) if depth < n_messages => depth *= 2,
+            Some(places) => {
+                return Err(PipelineError::Invalid(format!(
+                    "schedule `{}` waits for itself: {}",
+                    schedule.name,
+                    places.join("; ")
+                )));
+            }
+        }
+    }
+}
+
+/// Runs the streams with channels of a depth; where they stand when nothing goes on.
+fn stuck(events: &[Vec<Event>], depth: usize) -> Option<Vec<String>> {
+    let mut next = vec![0; events.len()];
+    let mut queued: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+    loop {
+        let mut went_on = false;
+        for (rank, stream) in events.iter().enumerate() {
+            while let Some(event) = stream.get(next[rank]) {
+                match event {
+                    Event::Run(_) => {}
+                    Event::Send { to, .. } => {
+                        let queue = queued.entry((rank, *to)).or_default();
+                        if *queue == depth {
+                            break;
+                        }
+                        *queue += 1;
+                    }
+                    Event::Recv { from, .. } => {
+                        let queue = queued.entry((*from, rank)).or_default();
+                        if *queue == 0 {
+                            break;
+                        }
+                        *queue -= 1;
+                    }
+                }
+                next[rank] += 1;
+                went_on = true;
+            }
+        }
+        if next
+            .iter()
+            .zip(events)
+            .all(|(next, stream)| *next == stream.len())
+        {
+            return None;
+        }
+        if !went_on {
+            let places = events.iter().zip(&next).enumerate();
+            let places = places.filter(|(_, (stream, next))| **next < stream.len());
+            let places = places.map(|(rank, (stream, next))| {
+                let after = stream[*next..].iter().find_map(|event| match event {
+                    Event::Run(run) => Some(run.label.as_str()),
+                    _ => None,
+                });
+                format!("rank {rank} before {}", after.unwrap_or("its end"))
+            });
+            return Some(places.collect());
+        }
+    }
+}
