@@ -92,6 +92,10 @@ fn terms(instruction: &Instruction, cluster: &Cluster) -> [f64; N_TERMS] {
             let latency_s = (empty_s - launch_s).clamp(0.0, work_s);
             [launch_s, 0.0, 0.0, latency_s, work_s - latency_s]
         }
+        Action::Send { .. } | Action::Recv { .. } => {
+            let latency_s = cluster.within_node.latency_s.min(work_s);
+            [launch_s, 0.0, 0.0, latency_s, work_s - latency_s]
+        }
     }
 }
 
