@@ -106,8 +106,12 @@ fn default_ep(n_experts: usize, n_ranks: usize) -> usize {
 /// Megatron divides the optimizer since 2022; older rows and rows without data parallelism do not.
 fn default_zero(pp: usize, row: Row<'_>) -> u8 {
     let notes = row.text_or_blank("notes").to_ascii_lowercase();
+    let source = row.text_or_blank("source").to_ascii_lowercase();
     if notes.contains("fsdp") || notes.contains("zero-3") {
         3
+    } else if source.contains("alpa") {
+        // Alpa's benchmark shards the update (`prefer_reduce_scatter`).
+        1
     } else {
         u8::from(pp == 1 || row.text_or_blank("gpu").contains("100-80"))
     }
@@ -248,13 +252,27 @@ fn precision(row: Row<'_>) -> Precision {
         Compute::Bf16
     };
     let source = row.text_or_blank("source").to_ascii_lowercase();
-    // Aleph Alpha's scaling and DeepSpeed accumulate gradients in the format of the parameters.
-    let is_half = ["hagemann", "deepspeed", "stas00", "colossal"]
+    let model = row.text_or_blank("model").to_ascii_lowercase();
+    let names = |words: &[&str]| words.iter().any(|name| source.contains(name));
+    // Aleph Alpha's scaling, DeepSpeed and Alpa accumulate gradients in the format of the parameters,
+    // as Megatron-Bridge's recipes for performance do (`grad_reduce_in_fp32 = False`).
+    let is_half = names(&[
+        "hagemann",
+        "deepspeed",
+        "stas00",
+        "colossal",
+        "alpa",
+        "megatron-bridge",
+    ]);
+    // DeepSeek-V3 and its kin keep both moments in bf16 (arXiv 2412.19437, 3.3.2; the recipes'
+    // `use_precision_aware_optimizer`).
+    let half_moments = ["deepseek-v3", "moonlight", "kimi"]
         .iter()
-        .any(|name| source.contains(name));
+        .any(|name| model.contains(name));
     Precision {
         compute,
         gradient_bytes: if is_half { 2 } else { 4 },
+        optimizer_bytes: if half_moments { 8 } else { 12 },
         ..Precision::MIXED_BF16
     }
 }

@@ -37,7 +37,7 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
     } else {
         Software::default()
     };
-    if says(&["deepspeed zero-3"]) {
+    if says(&["deepspeed zero-3"]) && !says(&["tiled mlp"]) {
         software.attention = AttentionKernel::FusedSoftmax;
     }
     if says(&["kernel=torch", "non-flash attention"]) {
@@ -62,7 +62,11 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         Framework::NANOTRON
     } else if names(&["hagemann"]) {
         Framework::SCALING
-    } else if is_fsdp || names(&["torchtitan", "llm-foundry", "mosaic", "stas00", "colossal"]) {
+    } else if says(&["tiled mlp"]) {
+        Framework::DEEPSPEED_TILED
+    } else if says(&["deepspeed"]) || names(&["deepspeed", "stas00"]) {
+        Framework::DEEPSPEED
+    } else if is_fsdp || names(&["torchtitan", "llm-foundry", "mosaic", "colossal"]) {
         Framework::PYTORCH
     } else if software.attention == AttentionKernel::FusedSoftmax && names(&["zero-bubble", "sc21"])
     {

@@ -120,6 +120,8 @@ struct Held {
     experts: f64,
     /// Of the largest layer.
     layer: f64,
+    /// Of the output head.
+    head: f64,
     n_dense_layers: f64,
     n_moe_layers: f64,
     predicts: bool,
@@ -198,6 +200,9 @@ fn held(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Held {
         }
         held.dense += parameters.prediction / tp;
     }
+    if held.predicts {
+        held.head = (workload.model.embed * workload.model.vocab) as f64 / tp;
+    }
     if embeds {
         held.dense += parameters.embedding / tp;
     }
@@ -205,7 +210,7 @@ fn held(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Held {
         held.dense += parameters.head / tp;
     } else if held.predicts && !embeds {
         // A tied head on another rank than the embedding is a second copy of it.
-        held.dense += (workload.model.embed * workload.model.vocab) as f64 / tp;
+        held.dense += held.head;
     }
     let copies = schedules::weight_copies(&mapping.pipeline.schedule);
     held.dense *= copies;
@@ -249,7 +254,7 @@ fn training(
         };
         per_parameter * (held.dense / shard(replicas) + held.experts / shard(mapping.edp()))
     };
-    let all = held.dense + held.experts;
+    let whole_parameters = held.dense + held.experts;
     let is_replicated = replicas > 1;
     let parameters = divided(f64::from(precision.parameter_bytes), 3);
     // Host optimizers of ZeRO-2 and up take the gradients with them (ZeRO-Offload, arXiv 2101.06840).
@@ -259,7 +264,7 @@ fn training(
         false => divided(f64::from(precision.gradient_bytes), 2),
     };
     let buckets = if is_replicated {
-        f64::from(framework.bucket_bytes) * all
+        f64::from(framework.bucket_bytes) * whole_parameters
     } else {
         0.0
     };
@@ -303,10 +308,15 @@ fn training(
         0.0
     };
     let gathered = if zero.stage >= 3 && is_replicated {
-        // The layer in work and the one fetched ahead, and the gradients of one before they are divided.
-        held.layer * (2.0 * compute_bytes(mapping) + compute_bytes(mapping).max(2.0))
+        // The layer in work and the one fetched ahead, or the head; and gradients before they are reduced.
+        let live = (2.0 * held.layer)
+            .max(held.head)
+            .max(framework.gathered_elements);
+        let unreduced = held.layer.max(held.head).max(framework.gathered_elements);
+        compute_bytes(mapping) * (live.min(whole_parameters) + unreduced.min(whole_parameters))
     } else if gradients_leave || (zero.stage == 2 && is_replicated) {
-        held.layer * f64::from(precision.gradient_bytes)
+        let unreduced = held.layer.max(framework.gathered_elements);
+        f64::from(precision.gradient_bytes) * unreduced.min(whole_parameters)
     } else {
         0.0
     };
@@ -340,7 +350,7 @@ fn training(
     };
     let fragmentation = UNUSABLE * (activations + temporaries + logits + communication) + pinned;
     let update = if framework.gathers_at_once && zero.stage >= 1 && is_replicated {
-        f64::from(precision.parameter_bytes) * all
+        f64::from(precision.parameter_bytes) * whole_parameters
             + divided(f64::from(precision.parameter_bytes), 1)
     } else {
         0.0

@@ -212,6 +212,9 @@ impl<'a> LayerSizes<'a> {
         width: f64,
         keep: &mut impl FnMut(Owner, &'static str, f64),
     ) {
+        if self.workload.software.framework.tiles_ffn {
+            return;
+        }
         let elements = self.tokens * width / self.tp;
         let gated = self.workload.model.ffn.gated;
         let owner = Owner::Part(owner);
@@ -304,6 +307,7 @@ impl<'a> LayerSizes<'a> {
                 self.routed() * (matrices * width + self.embed) * self.half
                     + matrices * shared * per_element
             }
+            _ if self.workload.software.framework.tiles_ffn => 0.0,
             _ => matrices * self.workload.model.ffn.width as f64 * per_element,
         };
         let heads = self.workload.model.attention.heads as f64;
@@ -366,6 +370,11 @@ impl<'a> LayerSizes<'a> {
         let n_heads = 1.0 + self.workload.prediction_layers as f64;
         let (peak, waiting) = match self.workload.software.framework.loss {
             Loss::Sliced => (logits * (self.half + 8.0) / self.tp, logits * 4.0 / self.tp),
+            // The gradient of the head's operand; a tile is as long as the stream is wide (Liger).
+            Loss::Tiled => {
+                let tile = self.embed.min(self.tokens) * self.workload.model.vocab as f64;
+                (self.stream() + tile * (self.half + 4.0) / self.tp, 0.0)
+            }
             Loss::Gathered => {
                 let gathered = if self.mapping.tp > 1 {
                     self.half / self.tp

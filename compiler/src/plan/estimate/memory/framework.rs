@@ -13,16 +13,24 @@ pub enum Loss {
     /// log-probabilities, and the f32 gradients of the choice and of the log-softmax
     /// (`torch.nn.functional.cross_entropy`).
     Gathered,
+    /// Head and loss run over tiles of the sequence, forward and backward at once, so that only one
+    /// tile's logits exist (Liger Kernel, arXiv 2410.10989; ALST, arXiv 2506.13996).
+    Tiled,
 }
 
 /// What a program holds that its mapping does not say. The default is Megatron-Core.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Framework {
     /// Bytes a parameter of a second copy of the gradients, in the buckets they are reduced in.
     pub bucket_bytes: u8,
     /// Updated parameters of ZeRO-1 are gathered in one piece, beside the parameters themselves.
     pub gathers_at_once: bool,
     pub loss: Loss,
+    /// Feed-forward blocks run over tiles of the sequence, again in the backward pass (ALST).
+    pub tiles_ffn: bool,
+    /// Parameters that are gathered at least before ZeRO-3 drops any, and gradients that are collected
+    /// at least before it reduces them, in elements.
+    pub gathered_elements: f64,
     /// Attention probabilities and the two outputs of a layer are dropped out, and their masks kept.
     pub dropout: bool,
     /// Collectives of `tp` run on streams that hold back the whole-sequence tensors they read, until
@@ -36,6 +44,8 @@ impl Framework {
         bucket_bytes: 0,
         gathers_at_once: false,
         loss: Loss::Sliced,
+        tiles_ffn: false,
+        gathered_elements: 0.0,
         dropout: false,
         pins_sequences: false,
     };
@@ -51,9 +61,8 @@ impl Framework {
     pub const NANOTRON: Self = Self {
         bucket_bytes: 2,
         gathers_at_once: true,
-        loss: Loss::Sliced,
-        dropout: false,
         pins_sequences: true,
+        ..Self::MEGATRON
     };
     /// Aleph Alpha's scaling: the head is a `ColumnParallelLinear` whose output is concatenated over
     /// `tp` (`layers/lm_head.py`) before `torch.nn.functional.cross_entropy` (`losses/cross_entropy.py`).
@@ -61,10 +70,25 @@ impl Framework {
         loss: Loss::Gathered,
         ..Self::MEGATRON
     };
-    /// Programs on PyTorch's own FSDP or DeepSpeed with the library's cross entropy.
+    /// Programs on PyTorch's own FSDP with the library's cross entropy.
     pub const PYTORCH: Self = Self {
         loss: Loss::Gathered,
         ..Self::MEGATRON
+    };
+}
+
+impl Framework {
+    /// DeepSpeed with its defaults: `stage3_max_live_parameters` and twice `reduce_bucket_size`
+    /// (`overlap_comm`) are 10⁹ elements (`runtime/zero/config.py`).
+    pub const DEEPSPEED: Self = Self {
+        gathered_elements: 1e9,
+        ..Self::PYTORCH
+    };
+    /// DeepSpeed for long sequences (ALST): tiled loss and tiled feed-forward blocks.
+    pub const DEEPSPEED_TILED: Self = Self {
+        loss: Loss::Tiled,
+        tiles_ffn: true,
+        ..Self::DEEPSPEED
     };
 }
 
