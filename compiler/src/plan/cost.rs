@@ -4,17 +4,24 @@
 //! Invariant: prices are nonnegative, and grow with bytes and with operations.
 //!
 //! Compute is a roofline (Williams et al., CACM 2009): the slower of arithmetic and memory traffic at
-//! the efficiencies of the device, after a fixed cost. Communication is α–β (Hockney) on rings, as
-//! NCCL's tuning model prices them, with links within and between nodes apart: `docs/cost-model.md`.
+//! the efficiencies of the device, after a fixed cost ([`compute`]). Communication follows NCCL's
+//! tuning model, with links within and between nodes apart ([`links`]): `docs/cost-model.md`.
+
+pub mod compute;
+pub mod efficiency;
+pub mod links;
 
 use std::collections::BTreeMap;
 
-use meshweave_dsl::cluster::{Cluster, DeviceKind};
+use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::name::Axis;
 use meshweave_dsl::op::OpKind;
+
+pub use compute::{contract_seconds, fragment_seconds};
+pub use links::{GroupShape, Traffic, traffic_seconds};
 
 use crate::reshard::Step;
 
@@ -37,46 +44,6 @@ pub fn op_seconds(
     fragment_seconds(n_flops, n_bytes, cluster)
 }
 
-/// Seconds of a contraction or attention of so many operations and bytes.
-pub fn contract_seconds(n_flops: f64, n_bytes: f64, dtype: DType, cluster: &Cluster) -> f64 {
-    let device = &cluster.device;
-    let arithmetic = n_flops / (device.matmul_peak(dtype) * device.matmul_efficiency);
-    let traffic = n_bytes / (device.memory_bytes_per_s * device.vector_efficiency);
-    device.launch_s + arithmetic.max(traffic)
-}
-
-/// Seconds of a fused fragment that runs on the vector units and moves its arguments once.
-pub fn fragment_seconds(n_flops: f64, n_bytes: f64, cluster: &Cluster) -> f64 {
-    let device = &cluster.device;
-    let arithmetic = n_flops / (device.vector_flops_per_s * device.vector_efficiency);
-    let traffic = n_bytes / (device.memory_bytes_per_s * device.vector_efficiency);
-    device.launch_s + arithmetic.max(traffic)
-}
-
-/// How the ranks of a group lie on nodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct GroupShape {
-    pub n_ranks: usize,
-    pub n_nodes: usize,
-    /// Ranks on the node that has the fewest: they are its way to the network.
-    pub per_node: usize,
-}
-
-impl GroupShape {
-    /// The shape of a group of ranks.
-    pub fn of(ranks: &[usize], cluster: &Cluster) -> Self {
-        let mut per_node: BTreeMap<usize, usize> = BTreeMap::new();
-        for rank in ranks {
-            *per_node.entry(cluster.node_of(*rank)).or_default() += 1;
-        }
-        Self {
-            n_ranks: ranks.len(),
-            n_nodes: per_node.len(),
-            per_node: per_node.values().copied().min().unwrap_or(0),
-        }
-    }
-}
-
 /// The worst group of every axis of a mesh: the one on the most nodes.
 pub fn axis_groups(mesh: &Mesh, cluster: &Cluster) -> BTreeMap<Axis, GroupShape> {
     mesh.axes()
@@ -89,17 +56,6 @@ pub fn axis_groups(mesh: &Mesh, cluster: &Cluster) -> BTreeMap<Axis, GroupShape>
             (axis.clone(), worst.unwrap_or_default())
         })
         .collect()
-}
-
-/// What a collective does, for its price.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Traffic {
-    AllGather,
-    ReduceScatter,
-    AllReduce,
-    AllToAll,
-    Permute,
-    Broadcast,
 }
 
 /// Seconds of a collective op of a local graph; `n_bytes` is the greater of its input and its result.
@@ -140,75 +96,6 @@ pub fn step_seconds(step: &Step, local: &TensorType, group: GroupShape, cluster:
         Step::AllReduce { .. } => traffic_seconds(Traffic::AllReduce, n_bytes, group, cluster),
         Step::AllToAll { .. } => traffic_seconds(Traffic::AllToAll, n_bytes, group, cluster),
     }
-}
-
-/// Seconds of a collective over a group. `n_bytes` is the whole gathered or reduced tensor of a rank
-/// (all_gather: the result; the others: the input).
-///
-/// A ring of k ranks takes k − 1 steps and moves (k − 1)/k of the bytes through every rank
-/// (Thakur, Rabenseifner, Gropp 2005, §4). Over m nodes of p ranks each, (m − 1)/m of the bytes enter
-/// every node, through the p network links of its ranks; the slower of node and network counts.
-pub fn traffic_seconds(
-    traffic: Traffic,
-    n_bytes: f64,
-    group: GroupShape,
-    cluster: &Cluster,
-) -> f64 {
-    if group.n_ranks < 2 {
-        return 0.0;
-    }
-    let launch_s = cluster.device.launch_s;
-    let (node, network) = (&cluster.within_node, &cluster.between_nodes);
-    let (k, m, p) = (
-        group.n_ranks as f64,
-        group.n_nodes as f64,
-        group.per_node.max(1) as f64,
-    );
-    let inside = if group.per_node > 1 || group.n_nodes == 1 {
-        n_bytes * (k - 1.0) / k / node.bytes_per_s
-    } else {
-        0.0
-    };
-    let ring_bytes_s = inside.max(n_bytes * (m - 1.0) / m / (p * network.bytes_per_s));
-    let is_host = cluster.device.kind == DeviceKind::Host;
-    // Threads read each other's memory between two barriers, however many there are.
-    let ring_latency_s = if is_host {
-        node.latency_s
-    } else {
-        (k - m) * node.latency_s + (m - 1.0) * network.latency_s
-    };
-    let tree_latency_s = if is_host {
-        2.0 * node.latency_s
-    } else {
-        2.0 * ((k / m).log2().ceil() * node.latency_s + m.log2().ceil() * network.latency_s)
-    };
-    let latency_s = if group.n_nodes > 1 {
-        network.latency_s
-    } else {
-        node.latency_s
-    };
-    launch_s
-        + match traffic {
-            Traffic::AllGather | Traffic::ReduceScatter => ring_latency_s + ring_bytes_s,
-            // The ring is a reduce_scatter and an all_gather; a double binary tree has as many bytes
-            // and logarithmic latency (NCCL 2.4).
-            Traffic::AllReduce => (2.0 * ring_latency_s).min(tree_latency_s) + 2.0 * ring_bytes_s,
-            // Every rank sends (k − p)/k of its bytes over its own link to the network.
-            Traffic::AllToAll => {
-                let outside = n_bytes * (k - p) / k / network.bytes_per_s;
-                let bytes_s = if group.n_nodes > 1 {
-                    outside.max(n_bytes * (p - 1.0) / k / node.bytes_per_s)
-                } else {
-                    inside
-                };
-                let n_rounds = if is_host { 1.0 } else { k.log2().ceil() };
-                latency_s * n_rounds + bytes_s
-            }
-            Traffic::Permute | Traffic::Broadcast => {
-                let link = if group.n_nodes > 1 { network } else { node };
-                latency_s + n_bytes / link.bytes_per_s
-            }
-        }
 }
 
 #[cfg(test)]

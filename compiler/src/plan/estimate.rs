@@ -5,19 +5,25 @@
 //! Invariant: pure and deterministic, and cheap enough to be called for every mapping of a search;
 //! prices are those of [`super::cost`].
 
+pub mod layer;
 pub mod memory;
+pub mod pipeline;
 pub mod stages;
+pub mod sync;
 pub mod workload;
 
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::dtype::DType;
-use meshweave_dsl::mapping::{GridAxis, Mapping, Recompute};
+use meshweave_dsl::mapping::Mapping;
 
 pub use memory::{Framework, MemoryEstimate, memory};
 pub use workload::{AttentionKernel, Job, Parameters, Software, Workload};
 
-use super::cost::{GroupShape, Traffic, contract_seconds, fragment_seconds, traffic_seconds};
+use super::cost::links::send_seconds;
+use layer::{LayerCost, Pricer};
+use pipeline::{RankWork, wait_s};
 use stages::Stages;
+use sync::{Cover, Held, data_parallel_s, optimizer_s};
 
 /// Why a mapping has no price.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -104,123 +110,204 @@ pub fn estimate(
     cluster: &Cluster,
 ) -> Result<Estimate, Unpriced> {
     check(workload, mapping, cluster)?;
-    let model = &workload.model;
-    let parameters = workload.parameters();
+    let is_training = workload.job == Job::Train;
     let stages = Stages::new(workload, mapping);
-    let tokens = mapping.micro_batch as f64 * workload.seq as f64 / mapping.cp as f64;
+    let costs = stage_costs(workload, mapping, cluster, &stages);
+    let pricer = Pricer::new(workload, mapping, cluster);
     let n_microbatches = mapping.n_microbatches(workload.batch).max(1) as f64;
-    let (tp, embed) = (mapping.tp as f64, model.embed as f64);
-    let group = |axis: GridAxis| GroupShape::of(&mapping.groups(axis).of(0), cluster);
-    let value = model
-        .attention
-        .mla
-        .as_ref()
-        .map_or(model.attention.head, |mla| mla.value);
-    // The two boundaries of tensor parallelism of a layer, each a gather and a scatter of activations.
-    let tp_layer_s = 2.0
-        * traffic_seconds(
-            Traffic::AllReduce,
-            2.0 * tokens * embed,
-            group(GridAxis::Tp),
-            cluster,
-        );
-    let kept_s = |n_flops: f64| contract_seconds(n_flops, 0.0, DType::Bf16, cluster);
-    let layer = |layer_idx: usize| {
-        let is_moe = workload.is_moe(layer_idx);
-        let keys = workload.mean_keys(workload.window_of(layer_idx));
-        let n_flops = 2.0 * tokens * parameters.active(is_moe) / tp
-            + 2.0 * tokens * keys * (model.attention.heads * (model.attention.head + value)) as f64
-                / tp;
-        let elementwise_s = fragment_seconds(0.0, 40.0 * tokens * embed / tp, cluster);
-        let ep_s = if is_moe {
-            let routed = 2.0 * tokens / tp * embed * parameters.top_k;
-            2.0 * traffic_seconds(Traffic::AllToAll, routed, group(GridAxis::Ep), cluster)
-        } else {
-            0.0
-        };
-        (kept_s(n_flops) + elementwise_s, tp_layer_s, ep_s)
+    let is_spread = mapping.tp * mapping.cp * mapping.dp >= cluster.devices_per_node;
+    let send_s = match mapping.pp {
+        1 => 0.0,
+        _ => send_seconds(pricer.boundary_bytes(), is_spread, cluster),
     };
-    let mut stage_estimates = Vec::with_capacity(stages.all().len());
-    let mut worst = Parts::default();
-    let mut worst_memory = MemoryEstimate::default();
-    let full = matches!(mapping.recompute, Recompute::Full);
+    // Per pipeline rank: all its chunks.
+    let mut ranks = Vec::with_capacity(mapping.pp);
+    let mut memories = Vec::with_capacity(mapping.pp);
+    let mut sums = Vec::with_capacity(mapping.pp);
     for pipeline_rank in 0..mapping.pp {
-        let mut parts = Parts::default();
-        let held = memory(workload, mapping, cluster, pipeline_rank);
-        if held.total() > worst_memory.total() {
-            worst_memory = held;
-        }
+        let mut sum = LayerCost::default();
         for chunk in 0..mapping.pipeline.chunks {
-            let stage = stages.get(stages.stage_of(pipeline_rank, chunk));
-            let mut one = StageEstimate {
-                n_layers: stage.layers.len(),
-                memory: held,
-                ..StageEstimate::default()
+            sum = sum.then(costs[stages.stage_of(pipeline_rank, chunk)]);
+        }
+        if !is_training {
+            sum = LayerCost {
+                forward: sum.forward,
+                ..LayerCost::default()
             };
-            for layer_idx in stage.layers.clone() {
-                let (compute_s, tp_s, ep_s) = layer(layer_idx);
-                let again = if full { 1.0 } else { 0.0 };
-                let forward_s = compute_s + tp_s + ep_s;
-                one.forward_s += forward_s;
-                one.backward_input_s += compute_s + tp_s + ep_s;
-                one.backward_weight_s += compute_s;
-                one.recompute_s += again * forward_s;
-                parts.compute += 3.0 * compute_s;
-                parts.recompute += again * forward_s;
-                parts.tp += 2.0 * tp_s;
-                parts.ep += 2.0 * ep_s;
-            }
-            if stage.predicts {
-                let logits_s = kept_s(2.0 * tokens * embed * model.vocab as f64 / tp);
-                one.forward_s += logits_s;
-                one.backward_input_s += logits_s;
-                one.backward_weight_s += logits_s;
-                parts.compute += 3.0 * logits_s;
-            }
-            stage_estimates.push(one);
         }
-        if parts.total() > worst.total() {
-            worst = parts;
-        }
+        ranks.push(RankWork {
+            forward_s: sum.forward.seconds(),
+            backward_input_s: sum.backward_input.seconds() + sum.recompute.seconds(),
+            backward_weight_s: sum.backward_weight.seconds(),
+        });
+        sums.push(sum);
+        memories.push(memory(workload, mapping, cluster, pipeline_rank));
     }
-    if workload.job != Job::Train {
-        worst.compute /= 3.0;
-        worst.tp /= 2.0;
-        worst.ep /= 2.0;
-        worst.recompute = 0.0;
-    }
-    let per_microbatch = worst.total();
-    for part in [
-        &mut worst.compute,
-        &mut worst.recompute,
-        &mut worst.tp,
-        &mut worst.ep,
-    ] {
-        *part *= n_microbatches;
-    }
-    worst.bubble = per_microbatch * (mapping.pp - 1) as f64 / mapping.pipeline.chunks as f64;
-    if workload.job == Job::Train {
-        let held = parameters.total() / (tp * mapping.pp as f64);
-        worst.dp = traffic_seconds(Traffic::AllReduce, 2.0 * held, group(GridAxis::Dp), cluster);
-        let shard = if mapping.zero.stage > 0 {
-            mapping.dp as f64
-        } else {
-            1.0
+    let schedule = mapping.pipeline.schedule.as_str();
+    let (pace, wait_s) = wait_s(schedule, mapping.pipeline.chunks, &ranks);
+    let sum = sums[pace];
+    let passes = sum
+        .forward
+        .then(sum.backward_input)
+        .then(sum.backward_weight)
+        .times(n_microbatches);
+    let again = sum.recompute.times(n_microbatches);
+    let mut parts = Parts {
+        compute: passes.compute,
+        recompute: again.seconds(),
+        tp: passes.tp,
+        cp: passes.cp,
+        ep: passes.ep,
+        p2p: p2p_s(workload, mapping, send_s, n_microbatches),
+        bubble: wait_s,
+        ..Parts::default()
+    };
+    if is_training {
+        let held = held(workload, mapping, &stages, pace);
+        let cover = Cover {
+            forward_s: ranks[pace].forward_s,
+            backward_s: ranks[pace].backward_input_s + ranks[pace].backward_weight_s,
+            n_microbatches,
         };
-        worst.optimizer = fragment_seconds(0.0, 30.0 * held / shard, cluster);
+        parts.dp = data_parallel_s(workload, mapping, cluster, held, cover);
+        (parts.optimizer, parts.offload) = optimizer_s(mapping, cluster, held);
     }
-    let step_s = worst.total();
+    let step_s = parts.total();
     let model_flops = workload.model_flops();
     let peak = cluster.device.matmul_peak(DType::Bf16) * mapping.n_ranks() as f64;
+    let stage_estimates = costs
+        .iter()
+        .zip(stages.all())
+        .enumerate()
+        .map(|(stage_idx, (cost, stage))| StageEstimate {
+            n_layers: stage.layers.len(),
+            forward_s: cost.forward.seconds(),
+            backward_input_s: cost.backward_input.seconds(),
+            backward_weight_s: cost.backward_weight.seconds(),
+            recompute_s: cost.recompute.seconds(),
+            p2p_s: send_s,
+            memory: memories[stages.rank_of(stage_idx)],
+        })
+        .collect();
     Ok(Estimate {
         step_s,
-        parts: worst,
+        parts,
         stages: stage_estimates,
-        memory: worst_memory,
+        memory: memories
+            .into_iter()
+            .max_by_key(MemoryEstimate::total)
+            .unwrap_or_default(),
         model_flops,
         mfu: model_flops / (step_s * peak),
         tokens_per_s: workload.tokens() / step_s,
     })
+}
+
+/// The cost of every stage, in model order; layers of a kind are priced once.
+fn stage_costs(
+    workload: &Workload,
+    mapping: &Mapping,
+    cluster: &Cluster,
+    stages: &Stages,
+) -> Vec<LayerCost> {
+    let pricer = Pricer::new(workload, mapping, cluster);
+    let mut kinds: Vec<((bool, bool), LayerCost)> = Vec::with_capacity(4);
+    let mut layer = |layer_idx: usize| {
+        let kind = (
+            workload.is_moe(layer_idx),
+            workload.window_of(layer_idx).is_some(),
+        );
+        match kinds.iter().find(|(known, _)| *known == kind) {
+            Some((_, cost)) => *cost,
+            None => {
+                let cost = pricer.layer(layer_idx);
+                kinds.push((kind, cost));
+                cost
+            }
+        }
+    };
+    let mut costs = Vec::with_capacity(stages.all().len());
+    for stage in stages.all() {
+        let mut cost = LayerCost::default();
+        for layer_idx in stage.layers.clone() {
+            cost = cost.then(layer(layer_idx));
+        }
+        if stage.embeds {
+            cost = cost.then(pricer.embedding());
+        }
+        if stage.predicts {
+            let head = pricer.head();
+            cost = cost.then(head);
+            for prediction in 0..workload.prediction_layers {
+                cost = cost
+                    .then(layer(workload.model.n_layers + prediction))
+                    .then(head);
+            }
+        }
+        costs.push(cost);
+    }
+    costs
+}
+
+/// Messages of the pipeline that nothing hides: those that fill and drain it, and in its steady state
+/// those for which the host waits.
+fn p2p_s(workload: &Workload, mapping: &Mapping, send_s: f64, n_microbatches: f64) -> f64 {
+    if mapping.pp < 2 {
+        return 0.0;
+    }
+    let directions = if workload.job == Job::Train { 2.0 } else { 1.0 };
+    let fill = directions * (mapping.pp - 1) as f64 * send_s;
+    let chunks = mapping.pipeline.chunks as f64;
+    let is_split = mapping.pipeline.schedule.starts_with("zb");
+    let exposed_s = if workload.software.blocking_p2p && !is_split {
+        send_s + BLOCKING_S
+    } else if chunks > 1.0 || is_split {
+        0.0
+    } else {
+        send_s
+    };
+    fill + directions * chunks * n_microbatches * exposed_s
+}
+
+/// Seconds in which the device idles when the host waits for a message before it launches on.
+const BLOCKING_S: f64 = 150e-6;
+
+/// Weights of a pipeline rank.
+fn held(workload: &Workload, mapping: &Mapping, stages: &Stages, pipeline_rank: usize) -> Held {
+    let parameters = workload.parameters();
+    let tp = mapping.tp as f64;
+    let mut held = Held::default();
+    let mut layer = |is_moe: bool| {
+        held.n_layers += 1.0;
+        held.dense += parameters.attention / tp;
+        if is_moe {
+            held.dense += parameters.moe_dense / tp;
+            held.experts +=
+                parameters.n_experts * parameters.expert / (mapping.etp * mapping.ep) as f64;
+        } else {
+            held.dense += parameters.mlp / tp;
+        }
+    };
+    let (mut embeds, mut predicts) = (false, false);
+    for chunk in 0..mapping.pipeline.chunks {
+        let stage = stages.get(stages.stage_of(pipeline_rank, chunk));
+        stage
+            .layers
+            .clone()
+            .for_each(|layer_idx| layer(workload.is_moe(layer_idx)));
+        if stage.predicts {
+            (0..workload.prediction_layers).for_each(|_| layer(workload.model.moe.is_some()));
+        }
+        embeds |= stage.embeds;
+        predicts |= stage.predicts;
+    }
+    if embeds {
+        held.dense += parameters.embedding / tp;
+    }
+    if predicts && (parameters.head > 0.0 || !embeds) {
+        held.dense += parameters.head.max(parameters.embedding) / tp;
+    }
+    held
 }
 
 /// What must hold before anything is priced.

@@ -31,7 +31,21 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
     } else if names(&["hagemann", "nanotron", "neox", "frontier", "deepspeed"]) {
         Software {
             overlap_dp: false,
-            overlap_tp: false,
+            fused_loss: false,
+            blocking_p2p: true,
+            framework: if names(&["nanotron"]) {
+                Framework::NANOTRON
+            } else if names(&["hagemann"]) {
+                Framework::SCALING
+            } else {
+                Framework::MEGATRON
+            },
+            ..Software::default()
+        }
+    } else if names(&["bridge", "nemo", "llama-readme"]) {
+        Software {
+            overlap_tp: true,
+            dispatch_once_a_node: true,
             ..Software::default()
         }
     } else {
@@ -56,7 +70,7 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         software.overlap_ep = true;
     }
     if says(&["cuda graphs"]) {
-        software.graphs = true;
+        software.launch_s = 0.0;
     }
     software.framework = if names(&["nanotron"]) {
         Framework::NANOTRON

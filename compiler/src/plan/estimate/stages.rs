@@ -78,6 +78,16 @@ impl Stages {
         &self.stages[stage.min(self.stages.len() - 1)]
     }
 
+    /// The pipeline rank that runs a stage.
+    pub fn rank_of(&self, stage: usize) -> usize {
+        let (chunk, place) = (stage / self.pp, stage % self.pp);
+        if self.is_v && chunk % 2 == 1 {
+            self.pp - 1 - place
+        } else {
+            place
+        }
+    }
+
     /// The stage that a pipeline rank runs as its so-manieth chunk.
     pub fn stage_of(&self, pipeline_rank: usize, chunk: usize) -> usize {
         if self.is_v && chunk % 2 == 1 {

@@ -32,20 +32,28 @@ pub enum AttentionKernel {
 
 /// How the program is written, as far as it changes the price of the same mapping.
 ///
-/// The default is today's Megatron-Core.
+/// The default is Megatron-Core of 2024 and later with its recommended options.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Software {
     pub attention: AttentionKernel,
     /// Norms, rotations and activation functions are one kernel each.
     pub fused_elementwise: bool,
+    /// The loss reads its logits once a pass.
+    pub fused_loss: bool,
     /// Collectives of `tp` run under the contractions next to them (TransformerEngine's userbuffers).
     pub overlap_tp: bool,
+    /// In the backward pass, collectives of `tp` run under the contraction of the other gradient.
+    pub overlap_tp_backward: bool,
     /// Gradients are reduced under the backward, parameters gathered under the forward pass.
     pub overlap_dp: bool,
     /// `all_to_all` of the experts runs under another microbatch.
     pub overlap_ep: bool,
-    /// Kernels are launched from recorded graphs, not one by one.
-    pub graphs: bool,
+    /// A token goes to a node once, however many of its experts are there (DeepEP, HybridEP).
+    pub dispatch_once_a_node: bool,
+    /// The host waits for every message of the pipeline.
+    pub blocking_p2p: bool,
+    /// Seconds of the host a kernel that is launched one by one; 0 with recorded graphs.
+    pub launch_s: f64,
     /// What the program holds in memory beyond what the mapping says.
     pub framework: Framework,
 }
@@ -55,22 +63,32 @@ impl Default for Software {
         Self {
             attention: AttentionKernel::Flash,
             fused_elementwise: true,
-            overlap_tp: true,
+            fused_loss: true,
+            overlap_tp: false,
+            overlap_tp_backward: true,
             overlap_dp: true,
             overlap_ep: false,
-            graphs: false,
+            dispatch_once_a_node: false,
+            blocking_p2p: false,
+            launch_s: EAGER_LAUNCH_S,
             framework: Framework::MEGATRON,
         }
     }
 }
+
+/// Seconds of the host a kernel in PyTorch's eager mode, with the Python around it.
+const EAGER_LAUNCH_S: f64 = 9.0e-6;
 
 impl Software {
     /// Megatron-LM of 2021: a fused softmax, nothing overlapped (Narayanan et al., SC 2021).
     pub fn megatron_2021() -> Self {
         Self {
             attention: AttentionKernel::FusedSoftmax,
-            overlap_tp: false,
+            framework: Framework::MEGATRON_GPT,
+            fused_loss: false,
+            overlap_tp_backward: true,
             overlap_dp: false,
+            blocking_p2p: true,
             ..Self::default()
         }
     }
@@ -79,7 +97,8 @@ impl Software {
     pub fn fsdp() -> Self {
         Self {
             fused_elementwise: false,
-            overlap_tp: false,
+            fused_loss: false,
+            framework: Framework::PYTORCH,
             ..Self::default()
         }
     }
