@@ -270,7 +270,7 @@ fn p2p_s(workload: &Workload, mapping: &Mapping, send_s: f64, n_microbatches: f6
 }
 
 /// Seconds in which the device idles when the host waits for a message before it launches on.
-const BLOCKING_S: f64 = 150e-6;
+const BLOCKING_S: f64 = 800e-6;
 
 /// Weights of a pipeline rank.
 fn held(workload: &Workload, mapping: &Mapping, stages: &Stages, pipeline_rank: usize) -> Held {

@@ -28,15 +28,28 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         Software::megatron_2021()
     } else if is_fsdp || names(&["torchtitan", "llm-foundry", "mosaic"]) {
         Software::fsdp()
-    } else if names(&["hagemann", "nanotron", "neox", "frontier", "deepspeed"]) {
+    } else if names(&["hagemann"]) {
+        // Aleph Alpha's scaling: `core/nn/mlp.py` multiplies gate and up apart, `core/nn/linear/utils.py`
+        // overlaps nothing, `core/optimizer/optimizer.py` reduces whole gradients in f32.
+        Software {
+            fused_elementwise: false,
+            fused_accumulation: false,
+            input_gradients: 3.0,
+            overlap_tp_backward: false,
+            overlap_dp: false,
+            reduces_whole: true,
+            blocking_p2p: true,
+            framework: Framework::SCALING,
+            ..Software::default()
+        }
+    } else if names(&["nanotron", "neox", "frontier", "deepspeed"]) {
         Software {
             overlap_dp: false,
-            fused_loss: false,
+            fused_elementwise: false,
+            fused_accumulation: false,
             blocking_p2p: true,
             framework: if names(&["nanotron"]) {
                 Framework::NANOTRON
-            } else if names(&["hagemann"]) {
-                Framework::SCALING
             } else {
                 Framework::MEGATRON
             },
@@ -45,6 +58,7 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
     } else if names(&["bridge", "nemo", "llama-readme"]) {
         Software {
             overlap_tp: true,
+            fused_loss: true,
             dispatch_once_a_node: true,
             ..Software::default()
         }
@@ -53,6 +67,12 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
     };
     if says(&["deepspeed zero-3"]) && !says(&["tiled mlp"]) {
         software.attention = AttentionKernel::FusedSoftmax;
+        software.overlap_dp = false;
+        software.gathers_a_layer = 12.0;
+    }
+    if names(&["mosaic", "llm-foundry"]) {
+        // MPT's attention is FlashAttention 1 in Triton, for its ALiBi.
+        software.attention = AttentionKernel::Flash1;
     }
     if says(&["kernel=torch", "non-flash attention"]) {
         software.attention = AttentionKernel::Unfused;
@@ -64,7 +84,7 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         software.attention = AttentionKernel::Flash;
     }
     if says(&["kernel="]) {
-        software.fused_elementwise = says(&["rms kernel"]);
+        software.fused_norm = says(&["rms kernel"]);
     }
     if says(&["a2a overlapped with compute: yes", "ep comm overlap"]) {
         software.overlap_ep = true;

@@ -31,6 +31,9 @@ pub struct Efficiency {
     pub node_switch: f64,
 }
 
+/// Part of the speed that scales for every block of 32 elements leave.
+const BLOCK_SCALED: f64 = 0.95;
+
 /// A machine whose figures are measured: nothing is lost besides.
 const EXACT: Efficiency = Efficiency {
     n_units: 0,
@@ -66,18 +69,18 @@ impl Efficiency {
                 attention: [0.64, 0.54],
                 attention1: [0.40, 0.32],
                 batched: 0.40,
-                node_ring: 0.78,
+                node_ring: 0.65,
                 ..EXACT
             },
             Arch::Hopper => Self {
                 n_units: 132,
                 fp8_speed: 2.0,
-                fp8: 0.68,
+                fp8: 0.60,
                 ramp: 256.0,
                 attention: [0.60, 0.48],
                 attention1: [0.20, 0.15],
                 batched: 0.25,
-                node_ring: 0.78,
+                node_ring: 0.72,
                 node_switch: 1.05,
                 ..EXACT
             },
@@ -85,8 +88,8 @@ impl Efficiency {
                 n_units: 148,
                 fp8_speed: 2.0,
                 fp4_speed: 4.0,
-                fp8: 0.70,
-                fp4: 0.60,
+                fp8: 0.57,
+                fp4: 0.42,
                 ramp: 384.0,
                 attention: [0.55, 0.45],
                 attention1: [0.10, 0.08],
@@ -96,7 +99,7 @@ impl Efficiency {
             },
             Arch::BlackwellUltra => Self {
                 fp4_speed: 6.0,
-                fp4: 0.60,
+                fp4: 0.34,
                 attention: [0.60, 0.48],
                 ..Self::of(Arch::Blackwell)
             },
@@ -136,7 +139,8 @@ impl Efficiency {
     pub fn format(&self, compute: Compute, half: f64) -> (f64, f64) {
         match compute {
             Compute::F16 | Compute::Bf16 | Compute::F32 | Compute::Tf32 => (1.0, half),
-            Compute::Fp8 | Compute::MxFp8 if self.fp8_speed > 1.0 => (self.fp8_speed, self.fp8),
+            Compute::Fp8 if self.fp8_speed > 1.0 => (self.fp8_speed, self.fp8),
+            Compute::MxFp8 if self.fp8_speed > 1.0 => (self.fp8_speed, BLOCK_SCALED * self.fp8),
             Compute::NvFp4 if self.fp4_speed > 1.0 => (self.fp4_speed, self.fp4),
             Compute::Fp8 | Compute::MxFp8 | Compute::NvFp4 => (1.0, half),
         }

@@ -108,6 +108,10 @@ const PIECES_EXPOSED: f64 = 0.25;
 /// Part of an overlapped `all_to_all` that stays exposed.
 const EXCHANGE_EXPOSED: f64 = 0.4;
 
+/// What a random number for dropout costs, in passes: Philox is bound by arithmetic (Table 6 of arXiv
+/// 2401.10241: forward passes of stages with and without as many scores).
+const RANDOM_PASSES: f64 = 4.5;
+
 /// Prices layers of one workload under one mapping.
 pub struct Pricer<'a> {
     workload: &'a Workload,
@@ -367,8 +371,12 @@ impl<'a> Pricer<'a> {
         let bytes = |a: f64, b: f64, result: f64| groups * (operand * (a + b) + result);
         let run =
             |shape: MatmulShape, n_bytes: f64| matmul_seconds(shape, n_bytes, compute, self.device);
-        // The gradient of the weight is summed up in f32.
-        let sum = 2.0 * f64::from(self.mapping.precision.gradient_bytes);
+        // The gradient of the weight is summed up in f32, by the contraction or after it.
+        let gradient = f64::from(self.mapping.precision.gradient_bytes);
+        let (sum, apart) = match self.software.fused_accumulation || self.mapping.zero.stage > 1 {
+            true => (2.0 * gradient, 0.0),
+            false => (2.0, 2.0 + 2.0 * gradient),
+        };
         let (rows, columns) = (groups * m * k, groups * m * n);
         // Read once in 16 bits, written twice: as rows and as columns of the products to come.
         let (quantize_forward, quantize_backward, cast_kernels) = match compute {
@@ -378,11 +386,14 @@ impl<'a> Pricer<'a> {
                 (
                     stream_seconds((2.0 + written) * rows, self.device),
                     stream_seconds((2.0 + written) * columns, self.device),
-                    2.0,
+                    // Blocks' scales are laid out for the tensor cores by kernels of their own.
+                    if compute == Compute::Fp8 { 2.0 } else { 4.0 },
                 )
             }
         };
         let (w, x, y) = (k * n, m * k, m * n);
+        // A group is a call of the library, inside of which launches are cheaper than from Python.
+        let launches = if groups > 1.0 { 0.5 * groups } else { 1.0 };
         Block {
             forward: run(shape, bytes(x, w, 2.0 * y)) + quantize_forward,
             backward_input: run(
@@ -402,9 +413,9 @@ impl<'a> Pricer<'a> {
                     groups,
                 },
                 bytes(x, y, sum * w),
-            ),
-            forward_kernels: 1.0 + cast_kernels,
-            backward_kernels: 2.0 + cast_kernels,
+            ) + stream_seconds(apart * groups * w, self.device),
+            forward_kernels: launches * (1.0 + cast_kernels),
+            backward_kernels: launches * (2.0 + 1.5 * cast_kernels),
         }
     }
 
@@ -496,7 +507,7 @@ impl<'a> Pricer<'a> {
             let scores = t * keys * heads;
             let matmul_s = flops(keys) / (peak * self.efficiency.batched);
             let dropout = if self.software.framework.dropout {
-                [2.5, 2.5]
+                [2.5 + RANDOM_PASSES, 2.5]
             } else {
                 [0.0, 0.0]
             };
@@ -533,7 +544,7 @@ impl<'a> Pricer<'a> {
         let elements = 2.0 * self.tokens_between * self.embed;
         let is_rms = self.workload.model.norm.kind == NormKind::Rms;
         // RMS norm op by op goes through f32: cast, square, mean, scale, cast, weight.
-        let (forward, backward, kernels) = match (self.software.fused_elementwise, is_rms) {
+        let (forward, backward, kernels) = match (self.software.fused_norm, is_rms) {
             (true, _) => (2.0, 3.0, 1.0),
             (false, false) => (2.0, 4.0, 2.0),
             (false, true) => (14.0, 22.0, 6.0),
@@ -572,7 +583,9 @@ impl<'a> Pricer<'a> {
         let laid_out = self.tokens
             * ((attention.heads + 2 * attention.kv_heads) * attention.head) as f64
             / self.tp;
-        let elements = (3.0 + dropout) * residual + rotation * rotated + 2.0 * laid_out;
+        let elements = (3.0 + dropout * (1.0 + RANDOM_PASSES)) * residual
+            + rotation * rotated
+            + 2.0 * laid_out;
         let backward = (3.0 + dropout) * residual + rotation * rotated + 2.0 * laid_out;
         Block {
             forward: self.stream(elements),
@@ -632,8 +645,8 @@ impl<'a> Pricer<'a> {
             forward: router_s,
             backward_input: 1.5 * router_s,
             backward_weight: 0.0,
-            forward_kernels: 16.0,
-            backward_kernels: 16.0,
+            forward_kernels: 25.0,
+            backward_kernels: 30.0,
         });
         // Permutation into the order of experts and back, each read once and written top_k times, or
         // the other way round; once more in the order of local experts after the exchange.
@@ -649,8 +662,8 @@ impl<'a> Pricer<'a> {
             forward: permuted,
             backward_input: permuted,
             backward_weight: 0.0,
-            forward_kernels: 14.0,
-            backward_kernels: 14.0,
+            forward_kernels: 30.0,
+            backward_kernels: 30.0,
         });
         let width = moe.ffn as f64 / self.mapping.etp as f64;
         let ups = if self.workload.model.ffn.gated {
@@ -717,7 +730,16 @@ impl<'a> Pricer<'a> {
                 0.0,
             )
         };
-        let (forward, backward) = (n_blocks * whole, n_blocks * (whole + again));
+        let inputs = match has_experts {
+            true => n_blocks,
+            false => self.software.input_gradients,
+        };
+        let forward = n_blocks * whole;
+        let backward = if self.mapping.sequence_parallel {
+            n_blocks * (whole + again)
+        } else {
+            inputs * whole
+        };
         let hide = |seconds: f64, under: f64, part: f64| {
             let hidden = (seconds * part).min(under);
             seconds - hidden + CONTENTION * hidden
@@ -735,7 +757,7 @@ impl<'a> Pricer<'a> {
         }
         let backward = if !self.software.overlap_tp_backward {
             backward
-        } else if self.mapping.sequence_parallel {
+        } else if self.mapping.sequence_parallel && again > 0.0 {
             // The scatter and the second gather run under contractions, the first gather does not.
             let exposed = n_blocks * again;
             exposed + hide(backward - exposed, all.backward_weight, 1.0)

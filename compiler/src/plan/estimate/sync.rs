@@ -69,7 +69,13 @@ pub fn data_parallel_s(
     for (group, weights) in groups {
         let shape = GroupShape::of_axis(group, cluster);
         let gradient_bytes = f64::from(mapping.precision.gradient_bytes);
-        let (reduce, gather) = if mapping.zero.stage > 0 {
+        let (reduce, gather) = if workload.software.reduces_whole {
+            let zero = if mapping.zero.stage > 0 { 1.0 } else { 0.0 };
+            (
+                traffic_seconds(Traffic::AllReduce, 4.0 * weights, shape, cluster),
+                zero * traffic_seconds(Traffic::AllGather, 2.0 * weights, shape, cluster),
+            )
+        } else if mapping.zero.stage > 0 {
             (
                 traffic_seconds(
                     Traffic::ReduceScatter,
@@ -116,14 +122,12 @@ fn fsdp_s(
     let size = mapping.zero.group.unwrap_or(group.size).min(group.size);
     let shape = GroupShape::of_axis(AxisGroups { size, ..group }, cluster);
     let n_layers = held.n_layers.max(1.0);
-    let one = weights / n_layers;
-    let gather = traffic_seconds(Traffic::AllGather, 2.0 * one, shape, cluster);
-    let scatter = traffic_seconds(
-        Traffic::ReduceScatter,
-        f64::from(mapping.precision.gradient_bytes) * one,
-        shape,
-        cluster,
-    );
+    let n_pieces = workload.software.gathers_a_layer;
+    let one = weights / n_layers / n_pieces;
+    let gather = n_pieces * traffic_seconds(Traffic::AllGather, 2.0 * one, shape, cluster);
+    let gradient_bytes = f64::from(mapping.precision.gradient_bytes);
+    let scatter =
+        n_pieces * traffic_seconds(Traffic::ReduceScatter, gradient_bytes * one, shape, cluster);
     if !workload.software.overlap_dp {
         return cover.n_microbatches * n_layers * (2.0 * gather + scatter);
     }

@@ -36,14 +36,23 @@ pub enum AttentionKernel {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Software {
     pub attention: AttentionKernel,
-    /// Norms, rotations and activation functions are one kernel each.
+    /// A norm is one kernel.
+    pub fused_norm: bool,
+    /// Rotations and activation functions are one kernel each.
     pub fused_elementwise: bool,
+    /// Contractions add the gradients of weights to the f32 sum themselves.
+    pub fused_accumulation: bool,
     /// The loss reads its logits once a pass.
     pub fused_loss: bool,
     /// Collectives of `tp` run under the contractions next to them (TransformerEngine's userbuffers).
     pub overlap_tp: bool,
+    /// All_reduces of input gradients a dense layer: one a column-parallel product (query, key and value
+    /// in one, gate and up in one or apart).
+    pub input_gradients: f64,
     /// In the backward pass, collectives of `tp` run under the contraction of the other gradient.
     pub overlap_tp_backward: bool,
+    /// ZeRO-1 reduces whole gradients, in f32, and not only each rank's part.
+    pub reduces_whole: bool,
     /// Gradients are reduced under the backward, parameters gathered under the forward pass.
     pub overlap_dp: bool,
     /// `all_to_all` of the experts runs under another microbatch.
@@ -52,6 +61,9 @@ pub struct Software {
     pub dispatch_once_a_node: bool,
     /// The host waits for every message of the pipeline.
     pub blocking_p2p: bool,
+    /// Collectives that gather the weights of a layer under ZeRO-3: 1 of a flat parameter, or one a
+    /// tensor.
+    pub gathers_a_layer: f64,
     /// Seconds of the host a kernel that is launched one by one; 0 with recorded graphs.
     pub launch_s: f64,
     /// What the program holds in memory beyond what the mapping says.
@@ -62,14 +74,19 @@ impl Default for Software {
     fn default() -> Self {
         Self {
             attention: AttentionKernel::Flash,
+            fused_norm: true,
             fused_elementwise: true,
-            fused_loss: true,
+            fused_accumulation: true,
+            fused_loss: false,
             overlap_tp: false,
+            input_gradients: 2.0,
             overlap_tp_backward: true,
+            reduces_whole: false,
             overlap_dp: true,
             overlap_ep: false,
             dispatch_once_a_node: false,
             blocking_p2p: false,
+            gathers_a_layer: 1.0,
             launch_s: EAGER_LAUNCH_S,
             framework: Framework::MEGATRON,
         }
@@ -77,7 +94,7 @@ impl Default for Software {
 }
 
 /// Seconds of the host a kernel in PyTorch's eager mode, with the Python around it.
-const EAGER_LAUNCH_S: f64 = 9.0e-6;
+const EAGER_LAUNCH_S: f64 = 10.0e-6;
 
 impl Software {
     /// Megatron-LM of 2021: a fused softmax, nothing overlapped (Narayanan et al., SC 2021).
@@ -85,8 +102,7 @@ impl Software {
         Self {
             attention: AttentionKernel::FusedSoftmax,
             framework: Framework::MEGATRON_GPT,
-            fused_loss: false,
-            overlap_tp_backward: true,
+            overlap_tp_backward: false,
             overlap_dp: false,
             blocking_p2p: true,
             ..Self::default()
@@ -96,8 +112,9 @@ impl Software {
     /// PyTorch's FSDP: parameters are prefetched, elementwise ops are kernels of their own.
     pub fn fsdp() -> Self {
         Self {
+            fused_norm: false,
             fused_elementwise: false,
-            fused_loss: false,
+            fused_accumulation: false,
             framework: Framework::PYTORCH,
             ..Self::default()
         }
