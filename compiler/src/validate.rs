@@ -98,8 +98,8 @@ impl Case {
         })
     }
 
-    /// The estimate of the fastest mapping that agrees with the row and fits the memory; of the
-    /// smallest one where none fits.
+    /// The estimate of the fastest mapping that agrees with the row and fits the memory, or of the
+    /// fastest one where none fits.
     ///
     /// # Errors
     /// Why no mapping has a price.
@@ -111,12 +111,8 @@ impl Case {
             match estimate(&self.workload, mapping, &self.cluster) {
                 Ok(found) => {
                     let key = |found: &Estimate| {
-                        let need = found.memory.total().0;
-                        if need <= room {
-                            (0, found.step_s)
-                        } else {
-                            (1, need as f64)
-                        }
+                        // Where nothing fits, the prediction errs, and the row is taken at its word.
+                        (u8::from(found.memory.total().0 > room), found.step_s)
                     };
                     let is_better = best
                         .as_ref()

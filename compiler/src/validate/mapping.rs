@@ -97,7 +97,7 @@ pub(super) fn mappings(row: Row<'_>, workload: &Workload) -> Result<Vec<Mapping>
 
 /// The greatest part of the experts that the ranks can hold one each.
 fn default_ep(n_experts: usize, n_ranks: usize) -> usize {
-    powers(n_experts.min(n_ranks.max(1)).min(8))
+    powers(n_experts.min(n_ranks.max(1)))
         .filter(|ep| n_experts.is_multiple_of(*ep) && n_ranks.is_multiple_of(*ep))
         .last()
         .unwrap_or(1)

@@ -151,6 +151,9 @@ pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
         } else {
             config.ffn.gated = gated_fits(&config, params * 1e9);
         }
+        if size("vocab", 5).is_none() {
+            config.vocab = vocab_fits(&config, params * 1e9);
+        }
     }
     Ok(RowModel {
         config,
@@ -201,6 +204,20 @@ fn gated_fits(config: &DecoderConfig, params: f64) -> bool {
     } else {
         gated < plain
     }
+}
+
+/// The usual vocabulary with which the parameters are nearest.
+fn vocab_fits(config: &DecoderConfig, params: f64) -> usize {
+    let miss = |vocab: usize| {
+        let mut config = config.clone();
+        config.vocab = vocab;
+        (Parameters::of(&config, 0).total() - params).abs()
+    };
+    let usual = [config.vocab, 32_000, 50_304, 51_200, 128_256];
+    let nearest = usual
+        .into_iter()
+        .min_by(|a, b| miss(*a).total_cmp(&miss(*b)));
+    nearest.unwrap_or(config.vocab)
 }
 
 /// `MLA q_lora1536 kv_lora512 nope128 rope64 v128`, with DeepSeek-V2's sizes for what is missing.

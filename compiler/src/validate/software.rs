@@ -6,7 +6,7 @@
 
 use meshweave_dsl::cluster::Arch;
 
-use super::table::Row;
+use super::table::{Row, number_after};
 use crate::plan::estimate::{AttentionKernel, Framework, Software};
 
 /// The software of a row.
@@ -44,6 +44,7 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         }
     } else if names(&["nanotron", "neox", "frontier", "deepspeed"]) {
         Software {
+            attention: AttentionKernel::Flash2,
             overlap_dp: false,
             fused_elementwise: false,
             fused_accumulation: false,
@@ -89,7 +90,14 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
     if says(&["a2a overlapped with compute: yes", "ep comm overlap"]) {
         software.overlap_ep = true;
     }
-    if says(&["cuda graphs"]) {
+    // Megatron-Bridge records whole iterations on racks since its release 26.06.
+    let table = row.text_or_blank("source_table");
+    let release = number_after(table, "").filter(|_| names(&["bridge-docs"]));
+    let is_rack = row
+        .text_or_blank("gpu")
+        .to_ascii_lowercase()
+        .starts_with("gb");
+    if says(&["cuda graphs"]) || is_rack && release.is_some_and(|release| release >= 26.06) {
         software.launch_s = 0.0;
     }
     software.framework = if names(&["nanotron"]) {

@@ -392,8 +392,8 @@ impl<'a> Pricer<'a> {
             }
         };
         let (w, x, y) = (k * n, m * k, m * n);
-        // A group is a call of the library, inside of which launches are cheaper than from Python.
-        let launches = if groups > 1.0 { 0.5 * groups } else { 1.0 };
+        // Every group is a call of the library, with its split and its scales.
+        let launches = if groups > 1.0 { 2.0 * groups } else { 1.0 };
         Block {
             forward: run(shape, bytes(x, w, 2.0 * y)) + quantize_forward,
             backward_input: run(
@@ -533,6 +533,7 @@ impl<'a> Pricer<'a> {
         }
         match self.software.attention {
             AttentionKernel::Flash => flash(self.efficiency.attention),
+            AttentionKernel::Flash2 => flash(self.efficiency.attention2),
             AttentionKernel::Flash1 => flash(self.efficiency.attention1),
             AttentionKernel::FusedSoftmax => unfused([4.0, 7.0]),
             AttentionKernel::Unfused => unfused([12.0, 14.0]),
@@ -645,25 +646,22 @@ impl<'a> Pricer<'a> {
             forward: router_s,
             backward_input: 1.5 * router_s,
             backward_weight: 0.0,
-            forward_kernels: 25.0,
-            backward_kernels: 30.0,
+            forward_kernels: 60.0,
+            backward_kernels: 90.0,
         });
         // Permutation into the order of experts and back, each read once and written top_k times, or
         // the other way round; once more in the order of local experts after the exchange.
         let routed = self.expert_tokens() * moe.top_k as f64;
         let n_local = e / self.mapping.ep as f64;
-        let sorted = if self.mapping.ep > 1 && n_local > 1.0 {
-            4.0 * routed
-        } else {
-            0.0
-        };
+        let is_sorted = self.mapping.ep > 1 && n_local > 1.0 && !self.software.dispatch_once_a_node;
+        let sorted = if is_sorted { 4.0 * routed } else { 0.0 };
         let permuted = self.stream((2.0 * (own + own * moe.top_k as f64) + sorted) * d);
         block.add(Block {
             forward: permuted,
             backward_input: permuted,
             backward_weight: 0.0,
-            forward_kernels: 30.0,
-            backward_kernels: 30.0,
+            forward_kernels: 80.0,
+            backward_kernels: 110.0,
         });
         let width = moe.ffn as f64 / self.mapping.etp as f64;
         let ups = if self.workload.model.ffn.gated {

@@ -33,6 +33,8 @@ pub struct Cover {
 const N_BUCKETS: f64 = 8.0;
 /// Part of hidden communication that is lost to shared units and memory.
 const CONTENTION: f64 = 0.1;
+/// The same of gathers and scatters under every layer, whose kernels take units from its own.
+const GATHER_CONTENTION: f64 = 0.3;
 /// Seconds of the host a step: the clipping of gradients, the scheduler, the log.
 const STEP_S: f64 = 8.0e-3;
 /// Bytes a weight that Adam moves: f32 gradient, both moments and the master copy read, the latter
@@ -132,8 +134,9 @@ fn fsdp_s(
         return cover.n_microbatches * n_layers * (2.0 * gather + scatter);
     }
     let (forward, backward) = (cover.forward_s / n_layers, cover.backward_s / n_layers);
-    let exposed =
-        |seconds: f64, under: f64| (seconds - under).max(0.0) + CONTENTION * seconds.min(under);
+    let exposed = |seconds: f64, under: f64| {
+        (seconds - under).max(0.0) + GATHER_CONTENTION * seconds.min(under)
+    };
     let a_layer = exposed(gather, forward) + exposed(gather + scatter, backward);
     // The first gather and the last scatter have nothing to hide under.
     let mut total = cover.n_microbatches * (n_layers * a_layer + gather + scatter);

@@ -26,7 +26,9 @@ pub enum AttentionKernel {
     FusedSoftmax,
     /// Scores stay on chip (FlashAttention 1).
     Flash1,
-    /// Scores stay on chip; the fastest kernel of the device (FlashAttention 2 and 3, cuDNN).
+    /// Scores stay on chip, whole warps on parts of the queries (FlashAttention 2, PyTorch's own).
+    Flash2,
+    /// Scores stay on chip; the fastest kernel of the device (on Hopper FlashAttention 3, cuDNN).
     Flash,
 }
 
@@ -112,6 +114,7 @@ impl Software {
     /// PyTorch's FSDP: parameters are prefetched, elementwise ops are kernels of their own.
     pub fn fsdp() -> Self {
         Self {
+            attention: AttentionKernel::Flash2,
             fused_norm: false,
             fused_elementwise: false,
             fused_accumulation: false,

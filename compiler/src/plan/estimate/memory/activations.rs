@@ -181,7 +181,7 @@ impl<'a> LayerSizes<'a> {
             0.0
         };
         match software.attention {
-            AttentionKernel::Flash | AttentionKernel::Flash1 => {
+            AttentionKernel::Flash | AttentionKernel::Flash1 | AttentionKernel::Flash2 => {
                 keep(
                     core,
                     "log-sums of the scores",
@@ -314,7 +314,7 @@ impl<'a> LayerSizes<'a> {
         let projected = (self.queries + self.keys + self.values) * per_element;
         let attention = match self.workload.software.attention {
             // FlashAttention-2 (arXiv 2307.08691) sums the gradients of the queries in f32.
-            AttentionKernel::Flash | AttentionKernel::Flash1 => {
+            AttentionKernel::Flash | AttentionKernel::Flash1 | AttentionKernel::Flash2 => {
                 projected + self.tokens * self.queries * 4.0 / self.tp
             }
             AttentionKernel::FusedSoftmax | AttentionKernel::Unfused => {
