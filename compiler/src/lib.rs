@@ -7,6 +7,7 @@ pub mod simplify;
 pub mod resolve;
 pub mod schedule;
 pub mod plan;
+pub mod placement;
 pub mod reshard;
 pub mod partition;
 pub mod codegen;

@@ -20,3 +20,5 @@ pub mod plan;
 pub mod pipeline;
 pub mod program;
 pub mod timeline;
+pub mod trace;
+pub mod placement;
