@@ -49,11 +49,11 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
             fused_elementwise: false,
             fused_accumulation: false,
             blocking_p2p: true,
-            framework: if names(&["nanotron"]) {
-                Framework::NANOTRON
-            } else {
-                Framework::MEGATRON
-            },
+            // `optim/zero.py` divides every parameter over all ranks; asynchronous collectives of `tp`
+            // are Python autograd functions of their own.
+            piece_s: if names(&["nanotron"]) { 8e-6 } else { 0.0 },
+            launch_s: if names(&["nanotron"]) { 20e-6 } else { 10e-6 },
+            pipelined_launches: if names(&["nanotron"]) { 3.5 } else { 1.0 },
             ..Software::default()
         }
     } else if names(&["bridge", "nemo", "llama-readme"]) {

@@ -221,7 +221,7 @@ impl<'a> Pricer<'a> {
             } else {
                 1.0
             };
-        let launch_s = self.software.launch_s;
+        let launch_s = self.launch_s();
         let forward = Pass {
             compute: all.forward,
             tp: tp_forward,
@@ -281,6 +281,17 @@ impl<'a> Pricer<'a> {
             .launched(launch_s),
             recompute: recompute.launched(launch_s),
         }
+    }
+
+    /// Seconds of the host a kernel. Every collective of `tp` waits for the slowest of its hosts, and
+    /// delays of so many hosts grow like those of a random walk.
+    fn launch_s(&self) -> f64 {
+        let pipelined = if self.mapping.pp > 1 {
+            self.software.pipelined_launches
+        } else {
+            1.0
+        };
+        self.software.launch_s * pipelined * self.tp.sqrt()
     }
 
     /// The head and the loss: logits of T tokens, cross entropy over a divided vocabulary.
@@ -548,7 +559,7 @@ impl<'a> Pricer<'a> {
         let (forward, backward, kernels) = match (self.software.fused_norm, is_rms) {
             (true, _) => (2.0, 3.0, 1.0),
             (false, false) => (2.0, 4.0, 2.0),
-            (false, true) => (14.0, 22.0, 6.0),
+            (false, true) => (18.0, 36.0, 6.0),
         };
         Block {
             forward: self.stream(forward * elements),
@@ -573,7 +584,7 @@ impl<'a> Pricer<'a> {
         let rotation = match (is_rope, self.software.fused_elementwise) {
             (false, _) => 0.0,
             (true, true) => 2.0,
-            (true, false) => 7.0,
+            (true, false) => 10.0,
         };
         let dropout = if self.software.framework.dropout {
             1.0
@@ -584,16 +595,24 @@ impl<'a> Pricer<'a> {
         let laid_out = self.tokens
             * ((attention.heads + 2 * attention.kv_heads) * attention.head) as f64
             / self.tp;
-        let elements = (3.0 + dropout * (1.0 + RANDOM_PASSES)) * residual
+        // One by one: dropout and sum, each with its copy.
+        let sum = if self.software.fused_elementwise {
+            3.0
+        } else {
+            7.0
+        };
+        let elements = (sum + dropout * (1.0 + RANDOM_PASSES)) * residual
             + rotation * rotated
             + 2.0 * laid_out;
-        let backward = (3.0 + dropout) * residual + rotation * rotated + 2.0 * laid_out;
+        let backward = (sum + dropout) * residual + rotation * rotated + 2.0 * laid_out;
+        // Collectives with the copies before and after them.
+        let tp_kernels = if self.mapping.tp > 1 { 12.0 } else { 0.0 };
         Block {
             forward: self.stream(elements),
             backward_input: self.stream(backward),
             backward_weight: 0.0,
-            forward_kernels: 8.0,
-            backward_kernels: 8.0,
+            forward_kernels: 20.0 + tp_kernels,
+            backward_kernels: 30.0 + 2.0 * tp_kernels,
         }
     }
 

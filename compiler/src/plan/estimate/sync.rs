@@ -67,7 +67,13 @@ pub fn data_parallel_s(
             })
             .fold(0.0, f64::max);
     }
-    let mut total = 0.0;
+    // Seven weight matrices and two norms a layer.
+    let pieces = if mapping.zero.stage > 0 {
+        9.0 * held.n_layers * (mapping.dp * mapping.cp) as f64
+    } else {
+        0.0
+    };
+    let mut total = pieces * workload.software.piece_s;
     for (group, weights) in groups {
         let shape = GroupShape::of_axis(group, cluster);
         let gradient_bytes = f64::from(mapping.precision.gradient_bytes);

@@ -66,8 +66,14 @@ pub struct Software {
     /// Collectives that gather the weights of a layer under ZeRO-3: 1 of a flat parameter, or one a
     /// tensor.
     pub gathers_a_layer: f64,
+    /// Seconds of the host a piece where ZeRO-1 divides every tensor over all ranks one by one, instead
+    /// of one flat buffer.
+    pub piece_s: f64,
     /// Seconds of the host a kernel that is launched one by one; 0 with recorded graphs.
     pub launch_s: f64,
+    /// The same over it where pipeline ranks hand on one microbatch at a time: blocks of the pipeline
+    /// are autograd graphs of their own, with metadata that the host waits for.
+    pub pipelined_launches: f64,
     /// What the program holds in memory beyond what the mapping says.
     pub framework: Framework,
 }
@@ -89,7 +95,9 @@ impl Default for Software {
             dispatch_once_a_node: false,
             blocking_p2p: false,
             gathers_a_layer: 1.0,
+            piece_s: 0.0,
             launch_s: EAGER_LAUNCH_S,
+            pipelined_launches: 1.0,
             framework: Framework::MEGATRON,
         }
     }
