@@ -5,8 +5,9 @@
 //! Invariant: the certificate's seconds are [`price::price_plan`]'s, never the solver's word; its
 //! lower bound holds for every mesh that it lists.
 //!
-//! For each mesh the choice of all placements is one linear program ([`intra`]), near-integral
-//! because few distinct layouts meet on a tensor; repeated layers are planned once ([`classes`]).
+//! For each mesh the choice of all placements is one network of few layouts a tensor ([`network`]); its
+//! linear relaxation is climbed by message passing ([`dual`]) and nearly integral. Repeated layers are
+//! planned once, or each for itself ([`Tie`]). What was found is checked without the search ([`verify`]).
 
 pub mod cost;
 pub mod estimate;
@@ -15,27 +16,43 @@ pub mod directives;
 mod rules;
 pub mod price;
 pub mod explain;
+pub mod verify;
 mod grid;
+mod metric;
 mod classes;
 mod facts;
 mod instance;
+mod network;
+mod dual;
+mod branch;
+mod mend;
+mod climb;
+mod lp;
 mod intra;
 mod meshes;
+mod why;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::diagnostics::Span;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::layout::Mesh;
-use meshweave_dsl::plan::{Certificate, MeshResult, Plan};
+pub use meshweave_dsl::plan::Tie;
+use meshweave_dsl::plan::{BoundProof, Certificate, MeshResult, Plan};
 
 use classes::{Classes, class_name};
+use climb::Start;
 use directives::Directives;
-use grid::{Grid, MAX_AXES, MAX_DIMS, Metric};
-use instance::{Habits, NoStrategy, build_instance};
-use intra::{Memory, NoSolution, SolveLimits, solve};
+use grid::{Grid, MAX_AXES, MAX_DIMS};
+use instance::{Instance, NoStrategy, build_instance};
+use intra::{NoSolution, SolveLimits, Solved, solve};
+use metric::Metric;
 use price::price_plan;
 use rules::Rules;
+use why::why_nothing;
 
 /// Why there is no plan.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -65,7 +82,9 @@ pub enum SearchError {
 pub struct SearchOptions {
     /// Name of the plan.
     pub name: String,
-    /// Axes of the meshes that are searched where no mesh is asked for.
+    /// Which layers are planned alike.
+    pub tie: Tie,
+    /// Axes of the meshes that are searched where no mesh is asked for; fewer where those are very many.
     pub max_axes: usize,
     /// Relative gap at which the search of a mesh stops.
     pub gap: f64,
@@ -77,7 +96,8 @@ impl Default for SearchOptions {
     fn default() -> Self {
         Self {
             name: "plan".into(),
-            max_axes: 2,
+            tie: Tie::Layers,
+            max_axes: 3,
             gap: 1e-4,
             branch_s: 10.0,
         }
@@ -96,8 +116,8 @@ pub struct Solution {
 
 /// Part of a device's memory that plans leave free: allocators, libraries and what prices miss.
 pub const HEADROOM: f64 = 0.1;
-/// Rounds of taking the working bytes of a plan off the budget of the next.
-const N_BUDGET_ROUNDS: usize = 4;
+/// Potentials up to which a certificate stores the proof of its bound.
+const MAX_STORED: usize = 200_000;
 
 /// Finds the fastest plan of the graph on the cluster that keeps the directives; a plan to be
 /// replayed is checked and priced again instead.
@@ -160,9 +180,25 @@ struct PlanRequest {
     cluster: Cluster,
     meshes: Meshes,
     rules: Rules,
+    /// The statements with the numbers of the rules that they made.
+    statements: Vec<(String, BTreeSet<usize>)>,
+    tie: Tie,
     budget_bytes: Option<f64>,
     gap: f64,
     branch_s: f64,
+}
+
+/// Statements in order; one about all layers made many rules.
+fn statements(directives: &Directives) -> Vec<(String, BTreeSet<usize>)> {
+    let mut numbers: BTreeMap<(Span, &str), BTreeSet<usize>> = BTreeMap::new();
+    for (rule_idx, rule) in directives.rules.iter().enumerate() {
+        let place = (rule.span, rule.text.as_str());
+        numbers.entry(place).or_default().insert(rule_idx);
+    }
+    let statements = numbers.into_iter();
+    statements
+        .map(|((_, text), numbers)| (text.to_string(), numbers))
+        .collect()
 }
 
 impl PlanRequest {
@@ -177,6 +213,8 @@ impl PlanRequest {
                 meshes => Meshes::Given(meshes.to_vec()),
             },
             rules: Rules::new(&directives.rules),
+            statements: statements(directives),
+            tie: options.tie,
             budget_bytes: directives.budget_bytes.map(|n_bytes| n_bytes as f64),
             gap: options.gap,
             branch_s: options.branch_s,
@@ -193,75 +231,131 @@ impl PlanRequest {
 /// The fastest plan on the meshes of the request.
 fn plan(graph: &Graph, request: &PlanRequest) -> Result<Plan, SearchError> {
     let candidates = candidates(graph, request)?;
-    let classes = Classes::new(graph, &request.rules);
-    let mut best: Option<Plan> = None;
+    let classes = Classes::new(graph, &request.rules, Tie::Layers);
+    let mut best: Option<Planned> = None;
     let mut results = Vec::with_capacity(candidates.len());
     let mut failures = Vec::new();
-    let mut habits: Option<Habits> = None;
     for mesh in candidates {
-        let is_wide = n_real_axes(&mesh) > MAX_FREE_AXES;
-        if is_wide && habits.is_none() {
-            habits = Some(learn_habits(graph, &classes, request));
-        }
-        let habits = habits.as_ref().filter(|_| is_wide);
-        match plan_on(graph, &classes, request, &mesh, habits) {
-            Ok((found, result)) => {
-                let seconds = |plan: &Plan| predicted_s(plan);
-                if best
-                    .as_ref()
-                    .is_none_or(|best| seconds(&found) < seconds(best))
-                {
+        let cutoff_s = best.as_ref().map_or(f64::INFINITY, |best| best.seconds);
+        match plan_on(graph, &classes, request, &mesh, cutoff_s, None) {
+            Ok(found) => {
+                results.push(found.result.clone());
+                if found.seconds < cutoff_s {
                     best = Some(found);
                 }
-                results.push(result);
             }
             Err(failure) => {
                 results.push(MeshResult {
                     mesh: mesh.clone(),
                     predicted_s: None,
-                    lower_bound_s: f64::INFINITY,
-                    n_variables: 0,
-                    n_constraints: 0,
-                    n_fractional: 0,
+                    lower_bound_s: failure.bound_s(),
+                    n_strategies: 0,
+                    n_nets: 0,
+                    n_open: 0,
                     reason: Some(failure.brief()),
                 });
                 failures.push((mesh, failure));
             }
         }
     }
-    let Some(mut best) = best else {
-        return Err(why_nothing(request, failures));
+    if request.tie == Tie::None {
+        untie(graph, request, &mut best, &mut results, &mut failures);
+    }
+    let Some(best) = best else {
+        return Err(why_nothing(graph, request, failures));
     };
     results.sort_by(|a, b| {
         let seconds = |result: &MeshResult| result.predicted_s.unwrap_or(f64::INFINITY);
         seconds(a).total_cmp(&seconds(b))
     });
+    let own = results.iter().position(|one| one.mesh == best.result.mesh);
+    if let Some(own) = own {
+        let own = results.remove(own);
+        results.insert(0, own);
+    }
     let bounds = results.iter().map(|result| result.lower_bound_s);
-    let lower_bound_s = bounds.fold(f64::INFINITY, f64::min);
-    if let Some(certificate) = &mut best.certificate {
+    let lower_bound_s = match request.tie {
+        Tie::Layers => bounds.fold(f64::INFINITY, f64::min),
+        // Only of the mesh whose layers were untied.
+        Tie::None => best.result.lower_bound_s,
+    };
+    for result in &mut results {
+        // JSON knows no infinity; a mesh without a plan has no bound.
+        if !result.lower_bound_s.is_finite() {
+            result.lower_bound_s = 0.0;
+        }
+    }
+    let mut plan = best.plan;
+    if let Some(certificate) = &mut plan.certificate {
         certificate.lower_bound_s = lower_bound_s.min(certificate.predicted_s);
         certificate.gap = gap(certificate.lower_bound_s, certificate.predicted_s);
-        for result in &mut results {
-            // JSON knows no infinity; a mesh without a plan has no bound.
-            if !result.lower_bound_s.is_finite() {
-                result.lower_bound_s = 0.0;
-            }
-        }
-        let position = results.iter().position(|result| result.mesh == best.mesh);
-        if let Some(position) = position {
-            let own = results.remove(position);
-            results.insert(0, own);
-        }
+        certificate.searched.insert(0, searched(&results));
+        certificate.not_searched = not_searched(request, &results);
         certificate.meshes = results;
-        certificate
-            .searched
-            .insert(0, searched(&certificate.meshes));
-        certificate.not_searched = not_searched(request, &certificate.meshes);
     }
     Ok(match request.meshes {
-        Meshes::Enumerate { .. } => meshes::name_axes(graph, best),
-        Meshes::Given(_) => best,
+        Meshes::Enumerate { .. } => meshes::name_axes(graph, plan),
+        Meshes::Given(_) => plan,
     })
+}
+
+/// Plans every layer for itself on the mesh of the best tied plan, or, where no tied plan fits, on all.
+fn untie(
+    graph: &Graph,
+    request: &PlanRequest,
+    best: &mut Option<Planned>,
+    results: &mut [MeshResult],
+    failures: &mut Vec<(Mesh, Failure)>,
+) {
+    let classes = Classes::new(graph, &request.rules, Tie::None);
+    let tied = best.take();
+    let meshes: Vec<Mesh> = match &tied {
+        Some(tied) => vec![tied.plan.mesh.clone()],
+        None => failures.drain(..).map(|(mesh, _)| mesh).collect(),
+    };
+    for mesh in meshes {
+        let cutoff_s = best.as_ref().map_or(f64::INFINITY, |best| best.seconds);
+        match plan_on(graph, &classes, request, &mesh, cutoff_s, tied.as_ref()) {
+            Ok(found) => {
+                if let Some(result) = results.iter_mut().find(|one| one.mesh == mesh) {
+                    result.clone_from(&found.result);
+                }
+                if found.seconds < cutoff_s {
+                    *best = Some(found);
+                }
+            }
+            Err(failure) => failures.push((mesh, failure)),
+        }
+    }
+    // What is known of the tied plan stands where no better one was found.
+    if let Some(tied) = tied
+        && best.as_ref().is_none_or(|best| tied.seconds < best.seconds)
+    {
+        *best = Some(match best.take() {
+            Some(untied) => tied.within(&untied),
+            None => tied,
+        });
+    }
+}
+
+/// A plan on one mesh.
+struct Planned {
+    plan: Plan,
+    seconds: f64,
+    byte_prices: [f64; 2],
+    result: MeshResult,
+}
+
+impl Planned {
+    /// This plan with the bound of a larger space that it lies in.
+    fn within(mut self, wider: &Self) -> Self {
+        self.result.lower_bound_s = wider.result.lower_bound_s.min(self.seconds);
+        if let (Some(own), Some(other)) = (&mut self.plan.certificate, &wider.plan.certificate) {
+            own.searched.clone_from(&other.searched);
+            own.proof.clone_from(&other.proof);
+        }
+        self
+    }
 }
 
 /// A complete plan, checked and priced.
@@ -312,36 +406,14 @@ fn replay(graph: &Graph, request: &PlanRequest, replayed: &Plan) -> Result<Plan,
             mesh: plan.mesh.clone(),
             predicted_s: Some(predicted_s),
             lower_bound_s,
-            n_variables: 0,
-            n_constraints: 0,
-            n_fractional: 0,
+            n_strategies: 0,
+            n_nets: 0,
+            n_open: 0,
             reason: None,
         }],
+        proof: None,
     });
     Ok(plan)
-}
-
-/// Axes of a mesh up to which every factor is tried on every axis.
-const MAX_FREE_AXES: usize = 2;
-
-fn n_real_axes(mesh: &Mesh) -> usize {
-    mesh.axes().iter().filter(|(_, degree)| *degree > 1).count()
-}
-
-/// What the free plans of all meshes of few axes do, and what the rules name.
-fn learn_habits(graph: &Graph, classes: &Classes, request: &PlanRequest) -> Habits {
-    let free = PlanRequest {
-        rules: Rules::default(),
-        ..request.clone()
-    };
-    let mut habits = Habits::default();
-    for mesh in meshes::enumerate_meshes(&request.cluster, MAX_FREE_AXES) {
-        if let Ok((plan, _)) = plan_on(graph, classes, &free, &mesh, None) {
-            habits.learn(graph, classes, &plan);
-        }
-    }
-    habits.allow(&request.rules.dims());
-    habits
 }
 
 fn predicted_s(plan: &Plan) -> f64 {
@@ -371,7 +443,8 @@ fn candidates(graph: &Graph, request: &PlanRequest) -> Result<Vec<Mesh>, SearchE
     }
     let meshes = match &request.meshes {
         Meshes::Enumerate { max_axes } => {
-            meshes::enumerate_meshes(&request.cluster, (*max_axes).min(MAX_AXES))
+            let max_axes = meshes::affordable_axes(&request.cluster, (*max_axes).min(MAX_AXES));
+            meshes::enumerate_meshes(&request.cluster, max_axes)
         }
         Meshes::Given(meshes) => meshes.clone(),
     };
@@ -410,91 +483,109 @@ impl Failure {
         match self {
             Self::Rules(no_strategy) => format!("no way to place `{}`", no_strategy.name),
             Self::Solver(NoSolution::Memory { least }) => {
-                format!("needs at least {} a device", bytes_text(least.peak_bytes()))
+                format!("needs {} a device", bytes_text(least.peak_bytes()))
             }
             Self::Solver(NoSolution::Rules) => "the statements contradict each other".into(),
-            Self::Solver(NoSolution::Solver(error)) => error.clone(),
+            Self::Solver(NoSolution::Slow { .. }) => "slower than a plan on another mesh".into(),
             Self::Plan(error) => error.to_string(),
+        }
+    }
+
+    /// Seconds below which the mesh has no plan.
+    fn bound_s(&self) -> f64 {
+        match self {
+            Self::Solver(NoSolution::Slow { bound_s }) => *bound_s,
+            _ => f64::INFINITY,
         }
     }
 }
 
-/// The best plan on one mesh.
+/// The best plan on one mesh, where it is faster than the cutoff. Layers may be `tied` by a plan that is
+/// known.
 fn plan_on(
     graph: &Graph,
     classes: &Classes,
     request: &PlanRequest,
     mesh: &Mesh,
-    habits: Option<&Habits>,
-) -> Result<(Plan, MeshResult), Failure> {
+    cutoff_s: f64,
+    tied: Option<&Planned>,
+) -> Result<Planned, Failure> {
     let grid = Grid::new(mesh.clone(), &request.cluster);
     let mut metric = Metric::new(&grid);
-    let instance = build_instance(graph, classes, &grid, &request.rules, habits, &mut metric)
+    let instance = build_instance(graph, classes, &grid, &request.rules, &mut metric)
         .map_err(Failure::Rules)?;
-    let budget_bytes = request.budget_bytes();
-    let mut working_bytes: f64 = 0.0;
-    // What ops work on is known only with a plan: it comes off the budget of the next round.
-    for round in 0..N_BUDGET_ROUNDS {
-        let limits = SolveLimits {
-            gap: request.gap,
-            branch_s: request.branch_s,
-            budget_bytes: budget_bytes - working_bytes,
-        };
-        let solved = solve(&instance, limits, &mut metric).map_err(|error| match error {
-            NoSolution::Memory { mut least } => {
-                least.kept_bytes += working_bytes;
-                Failure::Solver(NoSolution::Memory { least })
-            }
-            other => Failure::Solver(other),
-        })?;
-        let mut plan = instance.plan(&solved.assignment, graph, classes, &grid, &request.name);
-        let price = price_plan(graph, &plan, &request.cluster).map_err(Failure::Plan)?;
-        if price.memory.peak_bytes() > budget_bytes && round + 1 < N_BUDGET_ROUNDS {
-            working_bytes = price.memory.working_bytes.max(working_bytes * 1.1);
-            continue;
-        }
-        if price.memory.peak_bytes() > budget_bytes {
-            return Err(Failure::Solver(NoSolution::Memory {
-                least: Memory {
-                    kept_bytes: price.memory.kept_bytes + price.memory.working_bytes,
-                    saved_bytes: price.memory.saved_bytes,
-                    gradient_bytes: price.memory.gradient_bytes,
-                },
-            }));
-        }
-        let predicted_s = price.seconds();
-        let lower_bound_s = solved.lower_bound_s.min(predicted_s);
-        plan.certificate = Some(Certificate {
-            cluster: request.cluster.name.clone(),
-            predicted_s,
-            lower_bound_s,
-            gap: gap(lower_bound_s, predicted_s),
-            parts: price.time,
-            memory: price.memory,
-            budget_bytes,
-            searched: vec![format!(
-                "the placement of {} ops in {} classes with the layouts of {} sources, together",
-                graph.ops.len(),
-                classes.ops.len(),
-                classes.sources.iter().map(Vec::len).sum::<usize>(),
-            )],
-            not_searched: Vec::new(),
-            meshes: Vec::new(),
-        });
-        let result = MeshResult {
-            mesh: mesh.clone(),
+    let compute_s = instance.least_seconds();
+    if compute_s >= cutoff_s {
+        return Err(Failure::Solver(NoSolution::Slow { bound_s: compute_s }));
+    }
+    let limits = SolveLimits {
+        gap: request.gap,
+        branch_s: request.branch_s,
+        budget_bytes: request.budget_bytes(),
+        cutoff_s,
+    };
+    let start = tied.map_or_else(Start::default, |tied| Start {
+        byte_prices: tied.byte_prices,
+        known: instance.assignment(&tied.plan, graph, classes, &grid),
+    });
+    let solved = solve(&instance, limits, &start, &mut metric).map_err(Failure::Solver)?;
+    planned(graph, classes, request, &grid, &instance, solved)
+}
+
+/// The plan of a solved instance, priced apart from it.
+fn planned(
+    graph: &Graph,
+    classes: &Classes,
+    request: &PlanRequest,
+    grid: &Grid,
+    instance: &Instance,
+    solved: Solved,
+) -> Result<Planned, Failure> {
+    let mut plan = instance.plan(&solved.assignment, graph, classes, grid, &request.name);
+    let price = price_plan(graph, &plan, &request.cluster).map_err(Failure::Plan)?;
+    let predicted_s = price.seconds();
+    let lower_bound_s = solved.lower_bound_s.min(predicted_s);
+    let potentials = solved.proof.dual.potentials;
+    let n_potentials: usize = potentials.iter().map(Vec::len).sum();
+    let byte_prices = solved.proof.dual.byte_prices;
+    let proof = (n_potentials <= MAX_STORED).then_some(BoundProof {
+        tie: classes.tie,
+        bound_s: solved.proof.bound_s.min(predicted_s),
+        byte_prices,
+        potentials,
+    });
+    plan.certificate = Some(Certificate {
+        cluster: request.cluster.name.clone(),
+        predicted_s,
+        lower_bound_s,
+        gap: gap(lower_bound_s, predicted_s),
+        parts: price.time,
+        memory: price.memory,
+        budget_bytes: request.budget_bytes(),
+        searched: vec![format!(
+            "the placement of {} ops in {} classes with the layouts of {} sources, together",
+            graph.ops.len(),
+            classes.ops.len(),
+            classes.sources.iter().map(Vec::len).sum::<usize>(),
+        )],
+        not_searched: Vec::new(),
+        meshes: Vec::new(),
+        proof,
+    });
+    Ok(Planned {
+        plan,
+        seconds: predicted_s,
+        byte_prices,
+        result: MeshResult {
+            mesh: grid.mesh.clone(),
             predicted_s: Some(predicted_s),
             lower_bound_s,
-            n_variables: solved.n_variables,
-            n_constraints: solved.n_constraints,
-            n_fractional: solved.n_fractional,
+            n_strategies: solved.n_strategies,
+            n_nets: solved.n_nets,
+            n_open: solved.n_open,
             reason: None,
-        };
-        return Ok((plan, result));
-    }
-    Err(Failure::Plan(SearchError::Internal(
-        "no round of planning".into(),
-    )))
+        },
+    })
 }
 
 fn searched(results: &[MeshResult]) -> String {
@@ -502,12 +593,20 @@ fn searched(results: &[MeshResult]) -> String {
         .iter()
         .filter(|one| one.predicted_s.is_some())
         .count();
-    format!("{n_solved} of {} meshes solved", results.len())
+    let n_pruned = results
+        .iter()
+        .filter(|one| one.predicted_s.is_none() && one.lower_bound_s > 0.0)
+        .count();
+    format!(
+        "{n_solved} of {} meshes solved, {n_pruned} excluded by their bounds",
+        results.len()
+    )
 }
 
 fn not_searched(request: &PlanRequest, results: &[MeshResult]) -> Vec<String> {
     let mut not: Vec<String> = Vec::new();
     if let Meshes::Enumerate { max_axes } = request.meshes {
+        let max_axes = meshes::affordable_axes(&request.cluster, max_axes.min(MAX_AXES));
         let n_more = meshes::n_meshes_beyond(&request.cluster, max_axes);
         if n_more > 0 {
             not.push(format!(
@@ -515,18 +614,16 @@ fn not_searched(request: &PlanRequest, results: &[MeshResult]) -> Vec<String> {
             ));
         }
     }
-    if results
-        .iter()
-        .any(|one| n_real_axes(&one.mesh) > MAX_FREE_AXES)
-    {
-        not.push(format!(
-            "on meshes of more than {MAX_FREE_AXES} axes, factors that no plan of a mesh of fewer \
-             axes uses and no statement names"
-        ));
+    match request.tie {
+        Tie::Layers => not.push("plans in which the layers differ".into()),
+        Tie::None if results.len() > 1 => not.push(
+            "plans in which the layers differ on other meshes than the one that is best tied"
+                .into(),
+        ),
+        Tie::None => {}
     }
     not.extend(
         [
-            "plans in which the layers differ",
             "elementwise ops placed otherwise than what they follow",
             "parallel projections placed otherwise than each other",
             "contractions replicated over an axis, or split along the width of a head",
@@ -536,78 +633,6 @@ fn not_searched(request: &PlanRequest, results: &[MeshResult]) -> Vec<String> {
         .map(String::from),
     );
     not
-}
-
-/// The error of a request without any plan.
-fn why_nothing(request: &PlanRequest, failures: Vec<(Mesh, Failure)>) -> SearchError {
-    let mut least: Option<(Mesh, Memory)> = None;
-    let mut other = None;
-    for (mesh, failure) in failures {
-        match failure {
-            Failure::Solver(NoSolution::Memory { least: memory }) => {
-                let is_less = |best: &(Mesh, Memory)| memory.peak_bytes() < best.1.peak_bytes();
-                if least.as_ref().is_none_or(is_less) {
-                    least = Some((mesh, memory));
-                }
-            }
-            failure => other = other.or(Some((mesh, failure))),
-        }
-    }
-    if let Some((mesh, memory)) = least {
-        return too_little_memory(request, &mesh, memory);
-    }
-    match other {
-        Some((mesh, Failure::Rules(no_strategy))) => SearchError::Conflict {
-            message: format!(
-                "on mesh {mesh} there is no way to lay out `{}` that all statements about it allow; \
-                 relax one of them",
-                no_strategy.name
-            ),
-            rules: no_strategy.statements,
-        },
-        Some((mesh, Failure::Solver(NoSolution::Rules))) => SearchError::Conflict {
-            message: format!(
-                "on mesh {mesh} the statements contradict each other: each can hold, all cannot"
-            ),
-            rules: Vec::new(),
-        },
-        Some((mesh, Failure::Solver(NoSolution::Solver(error)))) => {
-            SearchError::Exhausted(format!("mesh {mesh}: {error}; raise the time of `solve`"))
-        }
-        Some((_, Failure::Plan(error))) => error,
-        _ => SearchError::Internal("no mesh was tried".into()),
-    }
-}
-
-fn too_little_memory(request: &PlanRequest, mesh: &Mesh, memory: Memory) -> SearchError {
-    let (needed, budget) = (memory.peak_bytes(), request.budget_bytes());
-    let device_bytes = request.cluster.device.memory_bytes as f64;
-    let n_devices = request.cluster.n_devices();
-    let mut ways = Vec::new();
-    if needed <= device_bytes {
-        ways.push(format!(
-            "raise the budget from {} to {} (the device has {})",
-            bytes_text(budget),
-            bytes_text(needed),
-            bytes_text(device_bytes)
-        ));
-    }
-    ways.push(format!(
-        "use about {} devices instead of {n_devices}",
-        (n_devices as f64 * needed / budget).ceil()
-    ));
-    if memory.saved_bytes > memory.gradient_bytes {
-        ways.push(format!(
-            "a smaller batch ({} of it are saved activations)",
-            bytes_text(memory.saved_bytes)
-        ));
-    }
-    SearchError::Infeasible(format!(
-        "nothing fits: the plan of least memory (mesh {mesh}) needs {} a device, {} is available; {}",
-        bytes_text(needed),
-        bytes_text(budget),
-        ways.join(", or ")
-    ))
 }
 
 /// Bytes for people.

@@ -254,6 +254,7 @@ fn certificate() -> Certificate {
         searched: Vec::new(),
         not_searched: Vec::new(),
         meshes: Vec::new(),
+        proof: None,
     }
 }
 

@@ -113,6 +113,32 @@ pub struct Certificate {
     pub not_searched: Vec<String>,
     /// All meshes looked at, fastest first; the plan's own is the first.
     pub meshes: Vec<MeshResult>,
+    /// What proves a bound on the plan's own mesh to those who add it up again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<BoundProof>,
+}
+
+/// Which layers are planned alike.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tie {
+    /// All repeated ones.
+    #[default]
+    Layers,
+    /// None: every layer chooses for itself.
+    None,
+}
+
+/// A dual solution: it proves a lower bound on all plans of one mesh by additions and comparisons alone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BoundProof {
+    pub tie: Tie,
+    /// The seconds that it proves.
+    pub bound_s: f64,
+    /// Seconds a byte at the turn from forward to backward, and at the end of backward.
+    pub byte_prices: [f64; 2],
+    /// For every tensor and reader, in the order of the planner, seconds of each layout.
+    pub potentials: Vec<Vec<f64>>,
 }
 
 /// Where the predicted seconds go.
@@ -152,10 +178,11 @@ pub struct MeshResult {
     /// Seconds of the best plan on it; `None` when nothing fits or it was pruned.
     pub predicted_s: Option<f64>,
     pub lower_bound_s: f64,
-    pub n_variables: usize,
-    pub n_constraints: usize,
-    /// Variables of the relaxation that were neither 0 nor 1.
-    pub n_fractional: usize,
+    /// Strategies of all groups of ops and sources, and tensors that are laid out between them.
+    pub n_strategies: usize,
+    pub n_nets: usize,
+    /// Strategies, beyond one a group, that the bound did not exclude.
+    pub n_open: usize,
     /// Why there is no plan on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

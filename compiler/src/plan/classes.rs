@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use meshweave_dsl::graph::{Graph, OpId, Role, TensorId, TensorType};
 use meshweave_dsl::op::OpKind;
+use meshweave_dsl::plan::Tie;
 
 use super::directives::Subject;
 use super::rules::Rules;
@@ -18,6 +19,7 @@ use super::rules::Rules;
 /// Classes of ops and of sources.
 #[derive(Clone, Debug)]
 pub struct Classes {
+    pub tie: Tie,
     /// Ops of each class, in order; classes in the order of their first op.
     pub ops: Vec<Vec<OpId>>,
     /// The class of each op.
@@ -30,7 +32,12 @@ pub struct Classes {
 
 impl Classes {
     /// The classes of a graph under rules. n log n in its size.
-    pub fn new(graph: &Graph, rules: &Rules) -> Self {
+    pub fn new(graph: &Graph, rules: &Rules, tie: Tie) -> Self {
+        // Names are unique: with the index of the layer in them, so is every class.
+        let class_name = |name: &str| match tie {
+            Tie::Layers => class_name(name),
+            Tie::None => name.into(),
+        };
         type OpKey<'a> = (
             String,
             &'a OpKind,
@@ -40,6 +47,7 @@ impl Classes {
         );
         let types = |ids: &[TensorId]| ids.iter().map(|id| graph.ty(*id)).collect();
         let mut classes = Self {
+            tie,
             ops: Vec::new(),
             of_op: Vec::new(),
             sources: Vec::new(),

@@ -23,7 +23,9 @@ use meshweave_dsl::plan::{Placement, Plan, op_factors};
 use super::classes::{Classes, label};
 use super::directives::Subject;
 use super::facts::{Facts, op_types};
-use super::grid::{Code, Grid, Metric};
+use super::grid::{Code, Grid};
+use super::metric::Metric;
+use super::network::{Edge, End, Network, Node, Wire};
 use super::rules::Rules;
 
 /// A group without a legal strategy.
@@ -54,6 +56,8 @@ pub struct Strategy {
     pub kept_bytes: f64,
     pub saved_bytes: f64,
     pub gradient_bytes: f64,
+    /// The most bytes that one member works on.
+    pub working_bytes: f64,
     /// Seconds that the user's preferences put on top; no part of the step.
     pub dislike_s: f64,
     /// Layouts at the group's ports.
@@ -104,47 +108,6 @@ impl Net {
     }
 }
 
-/// Factors and dims that the plans of simpler meshes use, by class of ops and of sources: the only
-/// ones that are tried on meshes of many axes, where all products of all factors are too many.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Habits {
-    ops: Vec<BTreeSet<Dim>>,
-    sources: Vec<BTreeSet<Dim>>,
-}
-
-impl Habits {
-    /// Adds what a plan does, whatever the names of its axes.
-    pub fn learn(&mut self, graph: &Graph, classes: &Classes, plan: &Plan) {
-        self.ops.resize(classes.ops.len(), BTreeSet::new());
-        self.sources.resize(classes.sources.len(), BTreeSet::new());
-        for (class, ops) in classes.ops.iter().enumerate() {
-            let first = ops
-                .first()
-                .and_then(|op_id| plan.placements.get(op_id.index()));
-            self.ops[class].extend(
-                first
-                    .into_iter()
-                    .flat_map(|one| one.factors.values().cloned()),
-            );
-        }
-        for (class, sources) in classes.sources.iter().enumerate() {
-            for id in sources.iter().take(1) {
-                let layout = plan.source_layout(*id);
-                let dims = graph.ty(*id).dims();
-                let used = dims.filter(|dim| !layout.axes_of(dim).is_empty());
-                self.sources[class].extend(used.cloned());
-            }
-        }
-    }
-
-    /// Allows these factors and dims everywhere.
-    pub fn allow(&mut self, dims: &BTreeSet<Dim>) {
-        for known in self.ops.iter_mut().chain(&mut self.sources) {
-            known.extend(dims.iter().cloned());
-        }
-    }
-}
-
 /// Builds the problem of a grid.
 ///
 /// # Errors
@@ -154,7 +117,6 @@ pub fn build_instance(
     classes: &Classes,
     grid: &Grid,
     rules: &Rules,
-    habits: Option<&Habits>,
     metric: &mut Metric,
 ) -> Result<Instance, NoStrategy> {
     let mut builder = Builder {
@@ -162,7 +124,6 @@ pub fn build_instance(
         classes,
         grid,
         rules,
-        habits,
         facts: Facts::new(graph),
         group_of: vec![0; classes.ops.len()],
         instance: Instance {
@@ -183,7 +144,6 @@ struct Builder<'a> {
     classes: &'a Classes,
     grid: &'a Grid,
     rules: &'a Rules,
-    habits: Option<&'a Habits>,
     facts: Facts,
     group_of: Vec<usize>,
     instance: Instance,
@@ -202,9 +162,7 @@ impl Builder<'_> {
         let name = label(self.graph.op_name(op), self.classes.ops[class].len());
         let factors = op_factors(self.graph, op);
         let pinned = self.statements_on(class);
-        let habits = self.habits.and_then(|habits| habits.ops.get(class));
-        let habits = habits.filter(|_| pinned.is_empty());
-        let mut placements = self.placements(op, &factors, pinned.is_empty(), habits);
+        let mut placements = self.placements(op, &factors, pinned.is_empty());
         placements.retain(|placement| self.keeps_rules(class, &factors, placement));
         let strategies: Vec<Strategy> = placements
             .into_iter()
@@ -247,13 +205,7 @@ impl Builder<'_> {
 
     /// Every way to give each axis a factor or none. When `prune`, heavy ops are never replicated and
     /// never split along the width of a head.
-    fn placements(
-        &self,
-        op: &Op,
-        factors: &[Factor],
-        prune: bool,
-        habits: Option<&BTreeSet<Dim>>,
-    ) -> Vec<Placement> {
+    fn placements(&self, op: &Op, factors: &[Factor], prune: bool) -> Vec<Placement> {
         let (inputs, results) = op_types(self.graph, op);
         let n_ranks: usize = self.grid.axes.iter().map(|axis| axis.degree).product();
         let is_heavy = op.kind.is_matmul()
@@ -262,8 +214,7 @@ impl Builder<'_> {
             .iter()
             .filter(|factor| {
                 let is_whole = self.facts.whole_dims.contains(&factor.name);
-                let is_usual = habits.is_none_or(|habits| habits.contains(&factor.name));
-                is_usual && (!prune || !(is_whole || shares_keys(op, factor, &inputs, n_ranks)))
+                !prune || !(is_whole || shares_keys(op, factor, &inputs, n_ranks))
             })
             .collect();
         let mut partial: Vec<(Placement, Vec<(Dim, usize)>)> = vec![Default::default()];
@@ -371,7 +322,9 @@ impl Builder<'_> {
             locals.push(self.grid.local(code, ty));
         }
         let n_times = self.classes.ops[class].len() as f64;
+        let working = locals.iter().map(|local| local.n_bytes() as f64);
         let mut member = Member {
+            working_bytes: working.sum(),
             placement: placement.clone(),
             seconds: self.facts.seconds(op, &locals, &self.grid.cluster) * n_times,
             saved_bytes: 0.0,
@@ -401,6 +354,7 @@ struct Member {
     seconds: f64,
     saved_bytes: f64,
     gradient_bytes: f64,
+    working_bytes: f64,
     dislike_s: f64,
     codes: Vec<Code>,
 }
@@ -412,6 +366,7 @@ impl Member {
             kept_bytes: 0.0,
             saved_bytes: self.saved_bytes,
             gradient_bytes: self.gradient_bytes,
+            working_bytes: self.working_bytes,
             dislike_s: self.dislike_s,
             codes: self.codes,
             placements: vec![self.placement],
@@ -420,6 +375,119 @@ impl Member {
 }
 
 impl Instance {
+    /// The compute of every group at its fastest.
+    pub fn least_seconds(&self) -> f64 {
+        let groups = self.groups.iter();
+        let least = groups.map(|group| {
+            let strategies = group.strategies.iter();
+            strategies
+                .map(|one| one.seconds)
+                .fold(f64::INFINITY, f64::min)
+        });
+        least.sum()
+    }
+
+    /// The most that preferences may put on top of the seconds of an assignment.
+    pub fn greatest_dislike_s(&self) -> f64 {
+        let groups = self.groups.iter();
+        let greatest = groups.map(|group| {
+            let strategies = group.strategies.iter();
+            strategies.map(|one| one.dislike_s).fold(0.0, f64::max)
+        });
+        greatest.sum()
+    }
+
+    /// The assignment that stands for a plan; `None` where a group has no such strategy.
+    pub fn assignment(
+        &self,
+        plan: &Plan,
+        graph: &Graph,
+        classes: &Classes,
+        grid: &Grid,
+    ) -> Option<Vec<usize>> {
+        let kept_as_planned = |group: &Group, strategy: &Strategy| {
+            group.ports.iter().all(|(port, port_idx)| {
+                let Port::Source(class) = port else {
+                    return true;
+                };
+                let id = classes.sources[*class][0];
+                let code = grid.code(&plan.source_layout(id), graph.ty(id));
+                code == Some(strategy.codes[*port_idx])
+            })
+        };
+        let placed_as_planned = |group: &Group, strategy: &Strategy| {
+            let mut members = group.members.iter().zip(&strategy.placements);
+            members.all(|(class, placement)| {
+                let op_id = classes.ops[*class][0];
+                plan.placements.get(op_id.index()) == Some(placement)
+            })
+        };
+        let groups = self.groups.iter();
+        groups
+            .map(|group| {
+                let mut strategies = group.strategies.iter();
+                strategies
+                    .position(|one| placed_as_planned(group, one) && kept_as_planned(group, one))
+            })
+            .collect()
+    }
+
+    /// The problem as numbers. Nets whose ends have one layout cost nothing and are left out.
+    pub fn network(&self, metric: &mut Metric) -> Network {
+        let mut network = Network::default();
+        for group in &self.groups {
+            let all = group.strategies.iter();
+            network.nodes.push(Node {
+                strategies: (0..group.strategies.len()).collect(),
+                seconds: all.clone().map(|one| one.seconds + one.dislike_s).collect(),
+                bytes: all
+                    .clone()
+                    .map(|one| {
+                        let kept = one.kept_bytes;
+                        [kept + one.saved_bytes, kept + one.gradient_bytes]
+                    })
+                    .collect(),
+                working_bytes: all.map(|one| one.working_bytes).collect(),
+                edges: Vec::new(),
+            });
+        }
+        for net in &self.nets {
+            let codes = net.codes(self);
+            if codes.len() < 2 {
+                continue;
+            }
+            let idx_of = |(group, port): (usize, usize)| {
+                let strategies = self.groups[group].strategies.iter();
+                let idx = |code: &Code| codes.binary_search(code).unwrap_or(0) as u16;
+                strategies
+                    .map(|strategy| idx(&strategy.codes[port]))
+                    .collect::<Vec<u16>>()
+            };
+            let made = idx_of(net.from);
+            let net_idx = network.nets.len();
+            let first_edge = network.edges.len();
+            for to in &net.to {
+                let edge_idx = network.edges.len();
+                network.nodes[net.from.0].edges.push((edge_idx, End::Maker));
+                network.nodes[to.0].edges.push((edge_idx, End::Reader));
+                network.edges.push(Edge {
+                    net: net_idx,
+                    maker: net.from.0,
+                    reader: to.0,
+                    made: made.clone(),
+                    read: idx_of(*to),
+                });
+            }
+            network.nets.push(Wire {
+                weight: net.weight,
+                reshards: metric.reshards(&net.ty, &codes, net.to.len() > 1),
+                first_edge,
+                n_edges: net.to.len(),
+            });
+        }
+        network
+    }
+
     /// The plan of an assignment: one strategy index per group.
     pub fn plan(
         &self,

@@ -16,19 +16,45 @@ use meshweave_dsl::plan::{Placement, Plan};
 /// Names of axes before they have a role.
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 
+/// Meshes beyond which fewer axes are searched.
+const MAX_MESHES: usize = 48;
+
 /// All meshes of at most `max_axes` axes over the devices of the cluster.
 pub fn enumerate_meshes(cluster: &Cluster, max_axes: usize) -> Vec<Mesh> {
     let n_ranks = cluster.n_devices();
     let mut meshes = vec![Mesh::new([(NAMES[0], n_ranks)])];
     for n_axes in 2..=max_axes.min(NAMES.len()) {
         for degrees in factorizations(n_ranks, n_axes) {
-            // Within one node every link is alike: the order of the axes does not matter.
-            if cluster.n_nodes > 1 || degrees.is_sorted() {
+            if is_first_of_its_kind(cluster, &degrees) {
                 meshes.push(Mesh::new(NAMES.iter().copied().zip(degrees)));
             }
         }
     }
     meshes
+}
+
+/// The most axes, at least two where asked for, whose meshes are not too many to search.
+pub fn affordable_axes(cluster: &Cluster, max_axes: usize) -> usize {
+    let mut n_axes = max_axes;
+    while n_axes > 2 && enumerate_meshes(cluster, n_axes).len() > MAX_MESHES {
+        n_axes -= 1;
+    }
+    n_axes
+}
+
+/// Whether axes of which all groups stay within nodes have ascending degrees: every link is alike
+/// there, and their order does not matter.
+fn is_first_of_its_kind(cluster: &Cluster, degrees: &[usize]) -> bool {
+    let mut n_within = 0;
+    let mut n_ranks = 1;
+    for degree in degrees.iter().rev() {
+        n_ranks *= degree;
+        if !cluster.devices_per_node.is_multiple_of(n_ranks) && cluster.n_nodes > 1 {
+            break;
+        }
+        n_within += 1;
+    }
+    degrees[degrees.len() - n_within..].is_sorted()
 }
 
 /// Number of meshes that a limit on the axes leaves out.

@@ -13,7 +13,8 @@ use meshweave_dsl::plan::{MemoryParts, Plan, TimeParts};
 
 use super::SearchError;
 use super::facts::Facts;
-use super::grid::{Code, Grid, Metric};
+use super::grid::{Code, Grid};
+use super::metric::Metric;
 
 /// Seconds and bytes of a plan, whole and by op.
 #[derive(Clone, Debug, PartialEq)]
@@ -126,7 +127,7 @@ pub fn price_plan(graph: &Graph, plan: &Plan, cluster: &Cluster) -> Result<Price
         let ty = graph.ty(id);
         let mut seconds = 0.0;
         for targets in phases {
-            seconds += metric.shared_seconds(ty, made[id.index()], targets, &[]);
+            seconds += metric.shared_seconds(ty, made[id.index()], targets);
         }
         if !seconds.is_finite() {
             let reader = facts.consumers[id.index()]

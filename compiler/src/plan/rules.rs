@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::graph::{OpId, TensorId, TensorType};
 use meshweave_dsl::layout::{Layout, Mesh};
-use meshweave_dsl::name::Dim;
 use meshweave_dsl::plan::Placement;
 
 use super::directives::{Demand, Rule, Subject, placement_layout};
@@ -46,19 +45,6 @@ impl Rules {
     pub fn signature(&self, subject: Subject) -> String {
         let rules = self.by_subject.get(&subject).into_iter().flatten();
         rules.map(|(demand, _)| format!("{demand:?};")).collect()
-    }
-
-    /// All dims and factors that rules name.
-    pub fn dims(&self) -> BTreeSet<Dim> {
-        let demands = self.by_subject.values().flatten().map(|(demand, _)| demand);
-        let named = demands.flat_map(|demand| match demand {
-            Demand::Pin(pattern) | Demand::Prefer(pattern, _) => {
-                pattern.dims.keys().cloned().collect()
-            }
-            Demand::Over { dims, .. } => dims.clone(),
-            Demand::Forbid(_) | Demand::NotOver { .. } => Vec::new(),
-        });
-        named.collect()
     }
 
     /// The numbers of the rules about a subject.

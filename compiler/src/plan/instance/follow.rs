@@ -8,7 +8,8 @@ use meshweave_dsl::op::{BinaryFn, Factor, OpKind, PARTIAL_FACTOR, Spread};
 use meshweave_dsl::plan::{Placement, op_factors};
 
 use super::{Builder, Member, Port};
-use crate::plan::grid::{Code, Grid, Metric, State};
+use crate::plan::grid::{Code, Grid, State};
+use crate::plan::metric::Metric;
 
 impl Builder<'_> {
     /// Adds a class to the group of the op that makes its widest operand, where it can follow.
@@ -131,6 +132,7 @@ impl Builder<'_> {
             strategy.seconds += member.seconds;
             strategy.saved_bytes += member.saved_bytes;
             strategy.gradient_bytes += member.gradient_bytes;
+            strategy.working_bytes = strategy.working_bytes.max(member.working_bytes);
             strategy.dislike_s += member.dislike_s;
             strategy.codes.extend(member.codes);
             strategy.placements.push(member.placement);

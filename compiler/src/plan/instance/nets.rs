@@ -10,7 +10,7 @@ use meshweave_dsl::graph::{Role, TensorId, TensorType};
 use super::{Builder, Group, Net, NoStrategy, Port, Strategy};
 use crate::plan::classes::label;
 use crate::plan::directives::Subject;
-use crate::plan::grid::Metric;
+use crate::plan::metric::Metric;
 
 impl Builder<'_> {
     /// Kept layouts: those of optimizer state are what its update works on, all others are chosen.
@@ -39,14 +39,10 @@ impl Builder<'_> {
             }
             let rules_about = |id: &TensorId| self.rules.about(Subject::Tensor(*id)).next();
             let has_rule = members.iter().any(|id| rules_about(id).is_some());
-            let habits = self
-                .habits
-                .and_then(|habits| habits.sources.get(source_class));
             let may_shard = |dim_idx: usize| {
                 has_rule
                     || ty.shape.get(dim_idx).is_some_and(|(dim, _)| {
-                        habits.is_none_or(|habits| habits.contains(dim))
-                            && (!self.facts.whole_dims.contains(dim) || ty.shape.len() == 1)
+                        !self.facts.whole_dims.contains(dim) || ty.shape.len() == 1
                     })
             };
             let codes = self.grid.kept_codes(ty, may_shard);
@@ -61,6 +57,7 @@ impl Builder<'_> {
                     kept_bytes: n_times * self.grid.local_bytes(code, ty),
                     saved_bytes: 0.0,
                     gradient_bytes: 0.0,
+                    working_bytes: 0.0,
                     dislike_s: self.source_dislike_s(members, code, ty),
                     codes: vec![code],
                     placements: Vec::new(),
@@ -194,6 +191,7 @@ impl Builder<'_> {
                         kept_bytes: 0.0,
                         saved_bytes: 0.0,
                         gradient_bytes: 0.0,
+                        working_bytes: 0.0,
                         dislike_s: 0.0,
                         codes: vec![code],
                         placements: Vec::new(),
