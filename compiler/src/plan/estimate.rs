@@ -5,6 +5,7 @@
 //! Invariant: pure and deterministic, and cheap enough to be called for every mapping of a search;
 //! prices are those of [`super::cost`].
 
+pub mod capacity;
 pub mod layer;
 pub mod memory;
 pub mod pipeline;
@@ -16,6 +17,7 @@ use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::mapping::Mapping;
 
+pub use capacity::{Bound, Capacity, Target, max_batch};
 pub use memory::{Framework, MemoryEstimate, memory};
 pub use workload::{AttentionKernel, Job, Parameters, Software, Workload};
 

@@ -67,3 +67,61 @@ pub(super) fn predicted_gb(row: Row<'_>, case: &Case, mapping: &Mapping) -> f64 
 pub(super) fn measured_gb(row: Row<'_>) -> Option<f64> {
     Some(row.number("mem_gb")? * reading(row).bytes_per_unit / 1e9)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::plan::estimate::memory::MEASURED_OVER_PREDICTED;
+    use crate::validate::{Report, validate};
+
+    fn report(table: &str) -> Report {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/published/");
+        validate(&std::fs::read_to_string(format!("{root}{table}.csv")).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn published_peaks_are_predicted() {
+        let report = report("memory");
+        let summary = &report.summary;
+        assert!(summary.median.unwrap() <= 0.08, "{summary:?}");
+        assert!(summary.p90.unwrap() <= 0.22, "{summary:?}");
+        // Adapters and layers that no decoder has are not priced; they say so.
+        assert_eq!((summary.priced, summary.total), (87, 97), "{summary:?}");
+        assert!(
+            report
+                .rows
+                .iter()
+                .all(|row| row.predicted.is_some() != row.reason.is_some())
+        );
+        let median = |source: &str| report.by_source[source].median.unwrap();
+        assert!(median("zero-bubble") <= 0.03);
+        assert!(median("megatron-bridge-skills") <= 0.06);
+        assert!(median("nanotron-ultrascale") <= 0.10);
+    }
+
+    #[test]
+    fn published_overflows_are_predicted() {
+        let summary = report("feasibility").summary;
+        assert_eq!(summary.priced, 700);
+        assert!(summary.accuracy.unwrap() >= 0.95, "{summary:?}");
+        assert!(summary.recall.unwrap() >= 0.90, "{summary:?}");
+        assert!(summary.precision.unwrap() >= 0.95, "{summary:?}");
+    }
+
+    #[test]
+    fn the_stated_spread_is_that_of_the_table() {
+        let rows = report("memory").rows;
+        let ratios = rows
+            .iter()
+            .filter_map(|row| Some(row.measured? / row.predicted?));
+        let mut ratios: Vec<f64> = ratios.collect();
+        ratios.sort_by(f64::total_cmp);
+        let n_steps = MEASURED_OVER_PREDICTED.len() - 1;
+        for (idx, stated) in MEASURED_OVER_PREDICTED.into_iter().enumerate() {
+            let found = ratios[(ratios.len() - 1) * idx / n_steps];
+            assert!(
+                (found - stated).abs() < 0.05,
+                "{idx}: {found} against {stated}"
+            );
+        }
+    }
+}
