@@ -13,6 +13,7 @@ mod plan;
 mod profile;
 pub(crate) mod render;
 mod run;
+mod schedule;
 mod show;
 mod validate;
 
@@ -77,6 +78,8 @@ pub enum Command {
     Show(show::ShowArgs),
     /// Say why the plan is what it is: where time goes, the runner-up, the price of each pin.
     Explain(explain::ExplainArgs),
+    /// List, draw, check and search pipeline schedules.
+    Schedule(schedule::ScheduleArgs),
     /// Write the plan as a configuration of another engine.
     Export(export::ExportArgs),
     /// Measure this machine and print it as a cluster.
@@ -105,6 +108,7 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Run(args) => run::run(args, cli.format),
         Command::Show(args) => show::show(args, cli.format),
         Command::Explain(args) => explain::explain(args, cli.format),
+        Command::Schedule(args) => schedule::schedule(args, cli.format),
         Command::Export(args) => export::export(args, cli.format),
         Command::Profile(args) => profile::profile(args, cli.format),
         Command::Validate(args) => validate::validate(args, cli.format),

@@ -21,12 +21,13 @@ mod memory;
 mod simulate;
 mod closed_form;
 mod backfill;
-//mod search;
-//mod exact;
-//mod stages;
-//mod streams;
-//mod table;
-//mod draw;
+mod greedy;
+mod search;
+mod exact;
+mod stages;
+mod streams;
+pub mod table;
+mod draw;
 //#[cfg(test)]
 //mod tests;
 
@@ -35,19 +36,19 @@ pub use builtin::{Builtin, Placement, Shape, build};
 pub use check::check;
 pub use closed_form::{ClosedForm, Exactness, RankCosts, closed_form};
 pub use deadlock::check_lowered;
-//pub use draw::{html, terminal};
-//pub use exact::{Optimum, optimum};
+pub use draw::{Terminal, html, legend, terminal};
+pub use exact::{Optimum, optimum};
 pub use keys::from_keys;
 pub use lower::{Lowering, lower, lower_naively};
 pub use memory::{RankMemory, Versions, check_memory, check_versions, replay};
-//pub use search::{Found, SearchOptions, search};
+pub use search::{Candidate, Found, SearchOptions, Stages, search};
 pub use simulate::{
     Bubble, Cause, Contention, Costs, Idle, Simulation, StageCosts, TimeSpan, repeat, simulate,
     steady_step_s,
 };
-//pub use stages::{LayerCosts, StagePartition, partition_layers};
-//pub use streams::streams;
-//pub use table::{TableRow, table};
+pub use stages::{LayerCosts, PartitionOptions, StagePartition, partition_layers};
+pub use streams::streams;
+pub use table::{TableRow, Verdict, table};
 
 use meshweave_dsl::schedule::ScheduleError;
 

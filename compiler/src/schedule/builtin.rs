@@ -362,7 +362,7 @@ impl Builtin {
 /// The group of a microbatch where groups take turns at the chunks: its first microbatch and its
 /// size. Groups have P microbatches; where P does not divide M, as many groups as fit share them
 /// evenly, since a group smaller than P would wait for itself.
-fn group_of(microbatch: i64, shape: &Shape) -> (i64, i64) {
+pub(super) fn group_of(microbatch: i64, shape: &Shape) -> (i64, i64) {
     let (p, m) = (shape.n_ranks as i64, shape.n_microbatches as i64);
     let n_groups = (m / p).max(1);
     let (least, n_larger) = (m / n_groups, m % n_groups);

@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::builtin::{Builtin, Shape};
+use super::builtin::{Builtin, Shape, group_of};
 
 /// Seconds of one rank for one microbatch, all its chunks together.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,10 +59,8 @@ pub struct ClosedForm {
     pub n_weight_versions: usize,
     /// Messages a microbatch sends across a boundary of ranks, forward: 1 without chunks.
     pub n_crossings: usize,
-    /// Of the bubble.
+    /// Of the bubble; peaks are exact.
     pub bubble_is: Exactness,
-    /// Of the peak.
-    pub peak_is: Exactness,
 }
 
 impl ClosedForm {
@@ -94,49 +92,65 @@ pub fn closed_form(name: &str, shape: &Shape, costs: &RankCosts) -> Option<Close
     let plain = (p - 1.0) * (f + b);
     // With fewer microbatches than ranks there are fewer weight gradients to fill with, and every
     // further chunk waits for the first microbatch to come round.
-    let split = (p - 1.0) * (f + i) - (p.min(m) - 1.0) * w;
+    // The fill of forwards is there in any case.
+    let fill = (p - 1.0) * f;
+    let split = ((p - 1.0) * (f + i) - (p.min(m) - 1.0) * w).max(fill);
     let waits = (v - 1.0) * (p - m).max(0.0);
     use Exactness::{Approximate, Exact};
-    let is_uneven = (f - i).abs() > 1e-9 * f || (f - w).abs() > 1e-9 * f;
-    let at_equal_costs = if is_uneven { Approximate } else { Exact };
-    let from = |enough: bool| if enough { Exact } else { Approximate };
-    let enough = shape.n_microbatches >= shape.n_ranks;
+    let exact_if = |holds: bool| if holds { Exact } else { Approximate };
+    let is_same = |a: f64, b: f64| (a - b).abs() <= 1e-9 * a.max(b);
+    let is_even = is_same(f, i) && is_same(f, w);
     let (bubble_s, bubble_is) = match builtin {
         Builtin::GPipe | Builtin::OneFOneB | Builtin::PipeDream => (plain, Exact),
         Builtin::LoopedBfs | Builtin::Interleaved => ((plain + waits * (f + b)) / v, Exact),
         Builtin::Seq1f1b | Builtin::TeraPipe => (plain / k, Exact),
-        Builtin::ZbH1 => (split, at_equal_costs),
-        Builtin::InterleavedZb => ((split + waits * (f + i - w)) / v, at_equal_costs),
+        Builtin::ZbH1 => (split, exact_if(w <= i * (1.0 + 1e-9))),
+        Builtin::InterleavedZb => (
+            (split + waits * (f + i - w)) / v,
+            exact_if(w <= i * (1.0 + 1e-9)),
+        ),
         // No gap within a rank: what remains is the fill.
-        Builtin::ZbH2 => ((p - 1.0) * f, at_equal_costs),
-        Builtin::ZbV => ((p - 1.0) * f / 2.0, at_equal_costs),
+        Builtin::ZbH2 => (fill, exact_if(i <= w * (1.0 + 1e-9) && m >= 2.0 * p - 1.0)),
+        Builtin::ZbV => (fill / 2.0, exact_if(is_even && m >= p)),
         // Rates, of the work M (F + I + W).
         Builtin::VHalf => (p / 2.0 * costs.total_s(), Approximate),
         Builtin::VMin => (2.0 * p / 3.0 * costs.total_s(), Approximate),
         Builtin::DualPipe => {
             let pair = overlap * (f + b);
-            ((p / 2.0 - 1.0) * (pair + b - 3.0 * w), Approximate)
+            (
+                (p / 2.0 - 1.0) * (pair + b - 3.0 * w),
+                exact_if(is_same(f, i) && overlap == 1.0),
+            )
         }
         Builtin::DualPipeV => {
             let pair = overlap * (f + b);
-            ((p - 1.0) * (pair + b - 3.0 * w) / 2.0, Approximate)
+            (
+                (p - 1.0) * (pair + b - 3.0 * w) / 2.0,
+                exact_if(is_same(f, i) && overlap == 1.0),
+            )
         }
-        Builtin::Chimera => ((p / 2.0 - 1.0) * (f + b), Approximate),
+        Builtin::Chimera => (
+            (p / 2.0 - 1.0) * (f + b),
+            exact_if(is_same(f, b) && m % p == 0.0),
+        ),
     };
-    let (peak_microbatches, peak_is) = match builtin {
-        Builtin::GPipe | Builtin::LoopedBfs | Builtin::TeraPipe => (m, Exact),
-        Builtin::OneFOneB | Builtin::ZbH1 | Builtin::InterleavedZb | Builtin::PipeDream => {
-            (p, Exact)
-        }
-        Builtin::Interleaved => ((2.0 * (p - 1.0) + (v - 1.0) * p + 1.0) / v, from(enough)),
-        Builtin::ZbH2 => (2.0 * p - 1.0, Exact),
-        Builtin::ZbV => (p, Approximate),
-        Builtin::VHalf => (((p + 2.0) / 2.0).floor(), Approximate),
-        Builtin::VMin => (((p + 4.0) / 3.0).floor(), Approximate),
-        Builtin::DualPipe => (p + 1.0, Exact),
-        Builtin::DualPipeV => (p + 0.5, Exact),
-        Builtin::Chimera => (p, Approximate),
-        Builtin::Seq1f1b => ((p - 1.0 + k) / k, Exact),
+    // Groups that take turns at the chunks are larger than P where P does not divide M.
+    let group = group_of(0, &shape).1 as f64;
+    let peak_microbatches = match builtin {
+        Builtin::GPipe | Builtin::LoopedBfs | Builtin::TeraPipe => m,
+        Builtin::OneFOneB
+        | Builtin::ZbH1
+        | Builtin::PipeDream
+        | Builtin::ZbV
+        | Builtin::Chimera => p,
+        Builtin::Interleaved => (2.0 * (p - 1.0) + (v - 1.0) * group + 1.0) / v,
+        Builtin::InterleavedZb => ((v - 1.0) * group + p) / v,
+        Builtin::ZbH2 => 2.0 * p - 1.0,
+        Builtin::VHalf => ((p + 2.0) / 2.0).floor(),
+        Builtin::VMin => ((p + 4.0) / 3.0).floor(),
+        Builtin::DualPipe => p + 1.0,
+        Builtin::DualPipeV => p + 0.5,
+        Builtin::Seq1f1b => (p - 1.0 + k) / k,
     };
     Some(ClosedForm {
         bubble_s,
@@ -152,6 +166,5 @@ pub fn closed_form(name: &str, shape: &Shape, costs: &RankCosts) -> Option<Close
         },
         n_crossings: shape.n_chunks,
         bubble_is,
-        peak_is,
     })
 }

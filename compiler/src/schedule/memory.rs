@@ -16,6 +16,8 @@ use super::simulate::Costs;
 pub struct RankMemory {
     /// Before each action of the row.
     pub before_bytes: Vec<f64>,
+    /// While each of them runs.
+    pub while_bytes: Vec<f64>,
     /// While the action of that position runs, it is reached first.
     pub peak_position: usize,
     pub peak_bytes: f64,
@@ -74,6 +76,7 @@ fn replay_rank(index: &Index, costs: &Costs, rank: usize, stashed: Option<&[f64]
     let row = &schedule.rows[rank];
     let mut memory = RankMemory {
         before_bytes: Vec::with_capacity(row.len()),
+        while_bytes: Vec::with_capacity(row.len()),
         peak_position: 0,
         peak_bytes: 0.0,
     };
@@ -86,6 +89,7 @@ fn replay_rank(index: &Index, costs: &Costs, rank: usize, stashed: Option<&[f64]
         memory.before_bytes.push(held + versions);
         let (added, freed) = held_bytes(index, costs, *action);
         held += added;
+        memory.while_bytes.push(held + versions);
         if held + versions > memory.peak_bytes * (1.0 + 1e-12) {
             memory.peak_bytes = held + versions;
             memory.peak_position = position;
