@@ -28,8 +28,8 @@ mod stages;
 mod streams;
 pub mod table;
 mod draw;
-//#[cfg(test)]
-//mod tests;
+#[cfg(test)]
+mod tests;
 
 pub use backfill::backfill;
 pub use builtin::{Builtin, Placement, Shape, build};

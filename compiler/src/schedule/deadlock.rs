@@ -7,7 +7,8 @@
 //! - producer and reader of every message, and compute actions of a rank in order;
 //! - queue order: commands of one queue in the order of the row. With [`Channels::Blocking`] the
 //!   whole row is one queue; else there is one for each peer, or each peer and direction;
-//! - with a buffer of depth k, send `i` of a queue after receive `i − k`.
+//! - with a buffer of depth k, send `i` of a queue after the receive of message `i − k`, and
+//!   receives in the order of the sends.
 //!
 //! Collectives run in row order with computation, and every group of ranks that share a stage has
 //! them in the same order.
@@ -64,7 +65,7 @@ impl<'a> Graph<'a> {
         }
         graph.join_collectives();
         graph.data_edges(&messages)?;
-        graph.queue_edges();
+        graph.queue_edges(&messages);
         Ok(graph)
     }
 
@@ -215,11 +216,10 @@ impl<'a> Graph<'a> {
     }
 
     /// Order within queues.
-    fn queue_edges(&mut self) {
+    fn queue_edges(&mut self, messages: &BTreeMap<Action, (usize, usize)>) {
         let lowered = self.lowered;
-        // Sends and receives of each directed channel, in the order of the rows.
-        let mut sends: HashMap<(usize, usize), Vec<usize>> = HashMap::new();
-        let mut receives: HashMap<(usize, usize), Vec<usize>> = HashMap::new();
+        // Sends of each directed channel, in the order of the row.
+        let mut sends: BTreeMap<(usize, usize), Vec<usize>> = BTreeMap::new();
         for (rank, row) in lowered.rows.iter().enumerate() {
             let mut last: HashMap<(usize, bool), usize> = HashMap::new();
             for (position, command) in row.iter().enumerate() {
@@ -238,25 +238,33 @@ impl<'a> Graph<'a> {
                 {
                     self.edge(before, cell);
                 }
-                if let (Channels::Buffered(_), Some(peer)) =
-                    (lowered.channels, lowered.peer(*command))
+                if let (Channels::Buffered(_), Some(peer), true) =
+                    (lowered.channels, lowered.peer(*command), is_send)
                 {
-                    if is_send {
-                        sends.entry((rank, peer)).or_default().push(cell);
-                    } else {
-                        receives.entry((peer, rank)).or_default().push(cell);
-                    }
+                    sends.entry((rank, peer)).or_default().push(cell);
                 }
             }
         }
         if let Channels::Buffered(depth) = lowered.channels {
-            for (channel, sends) in &sends {
-                let Some(receives) = receives.get(channel) else {
-                    continue;
-                };
-                for (nth, send) in sends.iter().enumerate().skip(depth.max(1)) {
-                    if let Some(receive) = receives.get(nth - depth.max(1)) {
-                        self.edge(*receive, *send);
+            for sends in sends.values() {
+                let receives: Vec<Option<usize>> = sends
+                    .iter()
+                    .map(|send| {
+                        let message = sent_by(lowered, self.command(*send))?;
+                        messages.get(&message).map(|(_, receive)| *receive)
+                    })
+                    .collect();
+                for (nth, send) in sends.iter().enumerate() {
+                    // First in, first out: what was sent before is taken before.
+                    if let (Some(Some(before)), Some(receive)) = (
+                        nth.checked_sub(1).map(|before| receives[before]),
+                        receives[nth],
+                    ) {
+                        self.edge(before, receive);
+                    }
+                    let room = nth.checked_sub(depth.max(1)).and_then(|nth| receives[nth]);
+                    if let Some(receive) = room {
+                        self.edge(receive, *send);
                     }
                 }
             }

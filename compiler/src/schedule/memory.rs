@@ -5,6 +5,7 @@
 //! Invariant: a rank's actions run one after another, so what it holds depends on its row alone.
 
 use meshweave_dsl::schedule::{Action, ActionKind, Schedule, Updates};
+use meshweave_dsl::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::PipelineError;
@@ -138,16 +139,25 @@ pub fn check_memory(
         if memory.peak_bytes > limit_bytes * (1.0 + 1e-9) {
             let position = memory.peak_position;
             return Err(PipelineError::Infeasible(format!(
-                "rank {rank} holds {:.3} bytes of activations at step {position} (`{}`), the limit is \
-                 {limit_bytes:.3}; recompute, offload, or take a schedule with fewer microbatches in \
-                 flight (v-half, v-min)\n{}",
-                memory.peak_bytes,
+                "rank {rank} holds {} of activations at step {position} (`{}`), the limit is {}; recompute, \
+                 offload, or take a schedule with fewer microbatches in flight (v-half, v-min)\n{}",
+                amount(memory.peak_bytes),
                 schedule.rows[rank][position],
+                amount(limit_bytes),
                 schedule.grid(&[(rank, position)])
             )));
         }
     }
     Ok(())
+}
+
+/// Bytes for people; small figures are counts of microbatches, as [`Costs::even`] gives them.
+pub(super) fn amount(bytes: f64) -> String {
+    if bytes < 1024.0 {
+        format!("{bytes:.3}")
+    } else {
+        Bytes(bytes as u64).to_string()
+    }
 }
 
 /// What asynchronous updates need and do.

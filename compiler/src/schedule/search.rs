@@ -19,7 +19,7 @@ use super::backfill::{backfill, hasten_drain};
 use super::builtin::{Builtin, Placement, Shape, build};
 use super::check::check;
 use super::greedy::{POLICIES, greedy};
-use super::memory::replay;
+use super::memory::{amount, replay};
 use super::simulate::{Costs, Simulation, simulate};
 
 /// Stages in one placement.
@@ -139,9 +139,10 @@ pub fn search(stages: &[Stages], options: &SearchOptions) -> Result<Found, Pipel
     }
     let Some((_, stages_idx, schedule)) = search.best.first().cloned() else {
         return Err(PipelineError::Infeasible(format!(
-            "no schedule found holds at most {:.3} bytes of activations a rank; the least is \
-             {least_peak_bytes:.3}; recompute, offload, or take more ranks",
-            options.memory_limit_bytes.unwrap_or(f64::INFINITY)
+            "no schedule found holds at most {} of activations a rank; the least is {}; recompute, \
+             offload, or take more ranks",
+            amount(options.memory_limit_bytes.unwrap_or(f64::INFINITY)),
+            amount(least_peak_bytes)
         )));
     };
     check(&schedule).map_err(|error| {

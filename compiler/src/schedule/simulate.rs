@@ -7,7 +7,7 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
-use meshweave_dsl::schedule::{Action, ActionKind, Schedule};
+use meshweave_dsl::schedule::{Action, ActionKind, Schedule, Updates};
 use serde::{Deserialize, Serialize};
 
 use super::PipelineError;
@@ -657,6 +657,11 @@ pub fn repeat(schedule: &Schedule, n_steps: usize) -> Schedule {
 pub fn steady_step_s(schedule: &Schedule, costs: &Costs) -> Result<f64, PipelineError> {
     if costs.barrier {
         return Ok(simulate(schedule, costs)?.step_s);
+    }
+    if schedule.updates == Updates::EveryMicrobatch {
+        // There is no end of a step at which ranks would drain: the slowest rank sets the pace.
+        let busy_s = simulate(schedule, costs)?.busy_s;
+        return Ok(busy_s.into_iter().fold(0.0, f64::max));
     }
     // The pattern of steps repeats once the slowest rank is busy throughout: after three steps here.
     let (short, long) = (repeat(schedule, 3), repeat(schedule, 5));
