@@ -7,11 +7,15 @@
 #[path = "support/plans.rs"]
 mod plans;
 
-use meshweave::compile::{CompileOptions, compile_pipeline};
+use std::sync::OnceLock;
+
+use meshweave::compile::{CompileOptions, Compiled, compile_pipeline};
+use meshweave::error::Error;
 use meshweave_compiler::differentiate::{Optimizer, differentiate, differentiate_traced};
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
 use meshweave_compiler::partition::Keep;
 use meshweave_compiler::pipeline::{assign, cut_evenly, scale_loss};
+use meshweave_compiler::schedule::{Builtin, Shape, build};
 use meshweave_dsl::cluster::{Cluster, Host};
 use meshweave_dsl::graph::{Graph, Role};
 use meshweave_dsl::layout::Mesh;
@@ -21,6 +25,7 @@ use meshweave_runtime::artifact;
 use meshweave_runtime::executor::{Session, SessionOptions};
 use meshweave_runtime::reference::{StepResult, Stepper, Value, golden_inputs, golden_tokens};
 use meshweave_runtime::tensor::{Elements, HostTensor};
+use proptest::prelude::*;
 
 /// Largest |difference| over largest |value| of a tensor, f32 programs against the f64 oracle.
 const TOLERANCE: f64 = 1e-5;
@@ -36,11 +41,27 @@ struct Case {
 }
 
 impl Case {
-    fn new(n_layers: usize, tied: bool) -> Case {
+    fn new(n_layers: usize, batch: usize, tied: bool) -> Case {
         let size = GoldenSize {
             n_layers,
+            batch,
             ..GoldenSize::named("tiny").unwrap()
         };
+        Case::of(size, tied)
+    }
+
+    /// Of short sequences.
+    fn small(n_layers: usize, batch: usize) -> Case {
+        let size = GoldenSize {
+            n_layers,
+            batch,
+            seq: 16,
+            ..GoldenSize::named("tiny").unwrap()
+        };
+        Case::of(size, false)
+    }
+
+    fn of(size: GoldenSize, tied: bool) -> Case {
         let mut config = DecoderConfig::golden(&size, None);
         config.tied = tied;
         let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
@@ -101,7 +122,7 @@ impl Case {
             .collect()
     }
 
-    fn start(&self, schedule: &Schedule, axes: &[(&str, usize)]) -> Session {
+    fn compile(&self, schedule: &Schedule, axes: &[(&str, usize)]) -> Result<Compiled, Error> {
         let n_microbatches = schedule.n_microbatches;
         let size = &self.size;
         let forward = build_decoder(
@@ -134,7 +155,12 @@ impl Case {
             keep: Keep::Gradients,
             emit: Vec::new(),
         };
-        let compiled = compile_pipeline(&graph, &plan, &pipeline, &cluster, &options).unwrap();
+        compile_pipeline(&graph, &plan, &pipeline, &cluster, &options)
+    }
+
+    fn start(&self, schedule: &Schedule, axes: &[(&str, usize)]) -> Session {
+        let compiled = self.compile(schedule, axes).unwrap();
+        let size = &self.size;
         let planned: Vec<usize> = compiled
             .program
             .ranks
@@ -159,60 +185,248 @@ impl Case {
     }
 }
 
-/// Each rank's actions from `F0` such as texts.
-fn rows(name: &str, n_microbatches: usize, rows: &[Vec<Action>]) -> Schedule {
-    Schedule::new(
-        name,
-        n_microbatches,
-        (0..rows.len()).collect(),
-        rows.to_vec(),
-    )
+/// The built-in schedules that keep weights for the whole step and sequences whole.
+fn executable() -> impl Iterator<Item = Builtin> {
+    let others = [Builtin::PipeDream, Builtin::Seq1f1b, Builtin::TeraPipe];
+    Builtin::ALL
+        .into_iter()
+        .filter(move |builtin| !others.contains(builtin))
 }
 
-/// All forwards, then all backwards.
-fn gpipe(n_ranks: usize, n_microbatches: usize) -> Schedule {
-    let row = |rank: usize| {
-        let all = |kind| (0..n_microbatches).map(move |m| Action::new(rank as u32, kind, m as u32));
-        all(ActionKind::F).chain(all(ActionKind::B)).collect()
-    };
-    rows(
-        "gpipe",
-        n_microbatches,
-        &(0..n_ranks).map(row).collect::<Vec<_>>(),
-    )
+/// A built-in schedule with two chunks a rank where that can be chosen.
+fn built_in(builtin: Builtin, n_ranks: usize, n_microbatches: usize) -> Schedule {
+    let shape = Shape::new(n_ranks, n_microbatches).chunks(2);
+    build(builtin, &builtin.fit(shape), None).unwrap()
 }
 
-/// P − r forwards, then a backward and a forward in turn.
-fn one_f_one_b(n_ranks: usize, n_microbatches: usize, kinds: &[ActionKind]) -> Schedule {
-    let row = |rank: usize| {
-        let act = |kind, m: usize| Action::new(rank as u32, kind, m as u32);
-        let n_ahead = (n_ranks - rank).min(n_microbatches);
-        let mut row: Vec<Action> = (0..n_ahead).map(|m| act(ActionKind::F, m)).collect();
-        for m in 0..n_microbatches {
-            row.extend(kinds.iter().map(|kind| act(*kind, m)));
-            if m + n_ahead < n_microbatches {
-                row.push(act(ActionKind::F, m + n_ahead));
-            }
-        }
-        row
-    };
-    rows(
-        "1f1b",
-        n_microbatches,
-        &(0..n_ranks).map(row).collect::<Vec<_>>(),
-    )
+/// Every built-in schedule on these axes beside the pipeline's.
+fn check_all(case: &Case, n_ranks: usize, n_microbatches: usize, within: &[(&str, usize)]) {
+    let axes: Vec<(&str, usize)> = [("pp", n_ranks)].into_iter().chain(within.to_vec()).collect();
+    let failures: Vec<String> = executable()
+        .flat_map(|builtin| case.check(&built_in(builtin, n_ranks, n_microbatches), &axes))
+        .collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 #[test]
-fn gpipe_and_1f1b_on_two_ranks() {
-    use ActionKind::{B, I, W};
-    let case = Case::new(2, false);
-    let schedules = [
-        gpipe(2, 4),
-        one_f_one_b(2, 4, &[B]),
-        one_f_one_b(2, 4, &[I, W]),
-    ];
-    for schedule in schedules {
-        assert_eq!(case.check(&schedule, &[("pp", 2)]), Vec::<String>::new());
+fn built_in_schedules_on_two_ranks() {
+    check_all(&Case::new(2, 8, false), 2, 8, &[]);
+}
+
+#[test]
+fn built_in_schedules_on_four_ranks() {
+    check_all(&Case::new(4, 8, false), 4, 8, &[]);
+}
+
+#[test]
+fn built_in_schedules_within_two_layers() {
+    // Eight stages in two layers: cuts lie within blocks, several tensors pass at once.
+    check_all(&Case::new(2, 8, false), 4, 8, &[]);
+}
+
+#[test]
+fn built_in_schedules_with_data_parallelism() {
+    check_all(&Case::new(2, 16, false), 2, 8, &[("dp", 2)]);
+}
+
+#[test]
+fn built_in_schedules_with_tensor_parallelism() {
+    check_all(&Case::new(2, 8, false), 2, 8, &[("tp", 2)]);
+}
+
+#[test]
+fn four_ranks_with_data_and_tensor_parallelism() {
+    let case = Case::new(4, 16, false);
+    for within in [("dp", 2), ("tp", 2)] {
+        for builtin in [Builtin::OneFOneB, Builtin::Interleaved, Builtin::ZbV, Builtin::DualPipe] {
+            let failures = case.check(&built_in(builtin, 4, 8), &[("pp", 4), within]);
+            assert_eq!(failures, Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
+fn eight_layers() {
+    let case = Case::new(8, 8, false);
+    for (n_ranks, builtins) in [
+        (2, [Builtin::OneFOneB, Builtin::ZbH2]),
+        (4, [Builtin::Interleaved, Builtin::ZbV]),
+    ] {
+        for builtin in builtins {
+            let failures = case.check(&built_in(builtin, n_ranks, 8), &[("pp", n_ranks)]);
+            assert_eq!(failures, Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
+fn tied_embeddings_meet_in_the_first_stage() {
+    let case = Case::new(2, 8, true);
+    let schedules = [Builtin::OneFOneB, Builtin::ZbH1, Builtin::ZbV, Builtin::Chimera];
+    for builtin in schedules {
+        for within in [("dp", 1), ("tp", 2)] {
+            let failures = case.check(&built_in(builtin, 2, 4), &[("pp", 2), within]);
+            assert_eq!(failures, Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
+fn every_way_to_divide_a_stage() {
+    let case = Case::new(2, 16, false);
+    let schedule = built_in(Builtin::ZbH1, 2, 4);
+    for within in [
+        vec![("fsdp", 2)],
+        vec![("sp", 2)],
+        vec![("dp", 2), ("tp", 2)],
+        vec![("fsdp", 2), ("sp", 2)],
+    ] {
+        let axes: Vec<(&str, usize)> = [("pp", 2)].into_iter().chain(within).collect();
+        assert_eq!(case.check(&schedule, &axes), Vec::<String>::new());
+    }
+    // The pipeline's axis may stand anywhere in the mesh.
+    assert_eq!(case.check(&schedule, &[("dp", 2), ("pp", 2)]), Vec::<String>::new());
+}
+
+#[test]
+fn gradients_accumulate_without_a_pipeline() {
+    let case = Case::new(2, 8, false);
+    for within in [("dp", 1), ("dp", 2), ("tp", 2)] {
+        for n_microbatches in [1, 4] {
+            let schedule = built_in(Builtin::OneFOneB, 1, n_microbatches);
+            let failures = case.check(&schedule, &[("pp", 1), within]);
+            assert_eq!(failures, Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
+fn the_published_losses() {
+    const DENSE: [f64; 5] = [6.739996, 5.957613, 5.208904, 4.504258, 3.849025];
+    let case = Case::new(2, 8, false);
+    let mut session = case.start(&built_in(Builtin::ZbV, 2, 8), &[("pp", 2)]);
+    for want in DENSE {
+        session.step().unwrap();
+        let got = session.loss().unwrap();
+        assert!((got - want).abs() < 1e-4, "loss {got}, published {want}");
+    }
+}
+
+/// Schedules that keep the microbatches of every stage in order give the same bits.
+#[test]
+fn sums_do_not_depend_on_the_schedule() {
+    let case = Case::new(2, 8, false);
+    let weights = |builtin| {
+        let mut session = case.start(&built_in(builtin, 2, 4), &[("pp", 2)]);
+        session.step().unwrap();
+        session.step().unwrap();
+        let get = |name: &str| session.get(name).unwrap().as_f32().unwrap().to_vec();
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        ["loss", "layers[0].attn.wq", "final.head"].map(|name| bits(get(name)))
+    };
+    let reference = weights(Builtin::GPipe);
+    assert_eq!(weights(Builtin::OneFOneB), reference);
+    // Chunked and split schedules divide the graph otherwise, and add within pieces alike.
+    assert_eq!(weights(Builtin::ZbH1)[0], reference[0]);
+}
+
+/// What 1F1B holds does not grow with the microbatches; what GPipe holds does.
+#[test]
+fn memory_follows_the_schedule() {
+    let case = Case::new(2, 8, false);
+    let peak = |builtin, n_microbatches| {
+        let session = case.start(&built_in(builtin, 2, n_microbatches), &[("pp", 2)]);
+        session.arena_bytes()
+    };
+    let (gpipe, one) = (peak(Builtin::GPipe, 8), peak(Builtin::OneFOneB, 8));
+    assert!(one[0] < gpipe[0] && one[1] < gpipe[1], "{one:?} {gpipe:?}");
+    // The first rank holds one microbatch more than the last.
+    let half = peak(Builtin::GPipe, 4);
+    assert!(half[0] > gpipe[0] / 2, "{half:?} {gpipe:?}");
+}
+
+#[test]
+fn what_cannot_be_executed_is_refused() {
+    let case = Case::new(2, 8, false);
+    for (builtin, n_slices, why) in [
+        (Builtin::PipeDream, 1, "updates weights between microbatches"),
+        (Builtin::Seq1f1b, 2, "divides sequences into 2 slices"),
+    ] {
+        let schedule = build(builtin, &Shape::new(2, 4).slices(n_slices), None).unwrap();
+        let error = case.compile(&schedule, &[("pp", 2)]).map(|_| ()).unwrap_err();
+        let message = error.diagnostics[0].message.clone();
+        assert!(message.contains(why), "{message}");
+    }
+    let mut schedule = built_in(Builtin::OneFOneB, 2, 4);
+    schedule.rows[0].swap(0, 2);
+    schedule.rows[0].swap(4, 5);
+    let error = case.compile(&schedule, &[("pp", 2)]).map(|_| ());
+    assert!(error.is_ok() || !error.unwrap_err().diagnostics.is_empty());
+}
+
+/// Any order in which every action finds its operands made: a walk over the actions that are ready,
+/// by a list of choices.
+fn random_schedule(n_ranks: usize, n_stages: usize, n_microbatches: usize, choices: &[usize]) -> Schedule {
+    let mut choices = choices.iter().cycle();
+    let mut choose = |n: usize| choices.next().map_or(0, |choice| choice % n);
+    let stage_rank: Vec<usize> = (0..n_stages).map(|_| choose(n_ranks)).collect();
+    let mut rows = vec![Vec::new(); n_ranks];
+    let mut done: Vec<Action> = Vec::new();
+    let mut todo: Vec<Action> = Vec::new();
+    for stage in 0..n_stages as u32 {
+        for microbatch in 0..n_microbatches as u32 {
+            let kinds: &[ActionKind] = match choose(4) {
+                0 => &[ActionKind::F, ActionKind::B],
+                1 => &[ActionKind::F, ActionKind::R, ActionKind::B],
+                _ => &[ActionKind::F, ActionKind::I, ActionKind::W],
+            };
+            todo.extend(kinds.iter().map(|kind| Action::new(stage, *kind, microbatch)));
+        }
+    }
+    let is_ready = |action: &Action, done: &[Action], all: &[Action]| {
+        use ActionKind::{B, F, I, R, W};
+        let has = |kind| done.contains(&action.with_kind(kind));
+        let gradient = |stage: u32| {
+            let at = action.at_stage(stage);
+            done.contains(&at.with_kind(B)) || done.contains(&at.with_kind(I))
+        };
+        let needs_r = all.contains(&action.with_kind(R));
+        match action.kind {
+            F => action.stage == 0 || done.contains(&action.at_stage(action.stage - 1)),
+            R => has(F),
+            W => has(I),
+            B | I => {
+                has(F)
+                    && (has(R) || !needs_r)
+                    && (action.stage as usize + 1 == n_stages || gradient(action.stage + 1))
+            }
+        }
+    };
+    while !todo.is_empty() {
+        let ready: Vec<usize> = (0..todo.len())
+            .filter(|idx| is_ready(&todo[*idx], &done, &todo))
+            .collect();
+        let action = todo.remove(ready[choose(ready.len())]);
+        rows[stage_rank[action.stage as usize]].push(action);
+        done.push(action);
+    }
+    Schedule::new("random", n_microbatches, stage_rank, rows)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn random_schedules_run(
+        n_ranks in 2..4_usize,
+        n_stages in 2..5_usize,
+        n_microbatches in prop::sample::select(vec![1_usize, 2, 4]),
+        choices in prop::collection::vec(0..1000_usize, 50),
+    ) {
+        static CASE: OnceLock<Case> = OnceLock::new();
+        let case = CASE.get_or_init(|| Case::small(2, 4));
+        let schedule = random_schedule(n_ranks, n_stages, n_microbatches, &choices);
+        prop_assume!((0..n_ranks).all(|rank| schedule.stage_rank.contains(&rank)));
+        prop_assert_eq!(case.check(&schedule, &[("pp", n_ranks)]), Vec::<String>::new());
     }
 }

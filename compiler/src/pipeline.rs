@@ -35,6 +35,7 @@ use meshweave_dsl::schedule::Updates;
 use crate::codegen::fuse::FuseError;
 use crate::lower::{LowerError, Lowered};
 use crate::partition::{Keep, PartitionError};
+use crate::schedule;
 use crate::simplify::SimplifyError;
 
 pub use stages::{assign, cut_before, cut_evenly};
@@ -157,6 +158,7 @@ fn check(graph: &Graph, plan: &Plan, pipeline: &PipelinePlan) -> Result<()> {
             part.stage, schedule.name, schedule.n_stages
         )));
     }
+    schedule::check(schedule).map_err(|error| PipelineError::Invalid(error.to_string()))?;
     if schedule.n_slices > 1 {
         return Err(PipelineError::Unsupported(format!(
             "schedule `{}` divides sequences into {} slices, which are simulated but not executed: choose a schedule of whole microbatches",

@@ -11,6 +11,7 @@ mod model;
 mod cluster;
 mod job;
 mod mesh;
+mod pipeline;
 mod select;
 mod tactics;
 mod direct;
@@ -27,6 +28,7 @@ use meshweave_dsl::weave::ast::{
 
 pub use cluster::{cluster_of_text, print_cluster};
 pub use direct::direct;
+pub use pipeline::Pipeline;
 pub use replay::print_plan;
 
 use crate::differentiate::Optimizer;
@@ -43,6 +45,18 @@ pub struct Request {
     /// The text to train on; without one, the golden model's tokens.
     pub data: Option<PathBuf>,
     pub solve: SolveLimits,
+    /// Microbatches, and stages where there are several.
+    pub pipeline: Option<Pipeline>,
+}
+
+impl Request {
+    /// What the devices are that the ops of the graph are divided over: all, or those of a stage.
+    pub fn stage_cluster(&self) -> Cluster {
+        match &self.pipeline {
+            Some(pipeline) => pipeline.stage_cluster(&self.cluster),
+            None => self.cluster.clone(),
+        }
+    }
 }
 
 /// Where the graph comes from.
@@ -220,14 +234,31 @@ fn request(
     }
     let (header, _) = header?;
     let (model, _) = found?;
+    let (job, cluster) = (job?, cluster?);
+    let pipeline = pipeline::resolve_pipeline(
+        document,
+        &cluster,
+        job.sizes().0,
+        base_dir,
+        diagnostics,
+    );
+    if let (Some(pipeline), Job::Infer { .. }) = (&pipeline, &job) {
+        diagnostics.push(
+            Diagnostic::unsupported("pipelines of inference are not executed yet")
+                .code("W120")
+                .at(pipeline.span, "")
+                .help("remove the block, or train"),
+        );
+    }
     Some(Request {
         name: header.name.node.clone(),
         model,
-        cluster: cluster?,
-        job: job?,
+        cluster,
+        job,
         init,
         data,
         solve,
+        pipeline,
     })
 }
 
@@ -376,12 +407,6 @@ fn refuse_unsupported(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
     for statement in document.statements() {
         let span = statement.span;
         match &statement.node {
-            Statement::Pipeline(_) => refuse(
-                span,
-                "pipeline parallelism is",
-                "remove the block; the axes of the mesh are then used within layers",
-            ),
-            Statement::Schedule(_) => refuse(span, "schedules are", "remove the statement"),
             Statement::Experts(_) => refuse(
                 span,
                 "the `experts` block is",
@@ -423,6 +448,8 @@ fn refuse_unsupported(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
             | Statement::Prefer(_)
             | Statement::Place(_)
             | Statement::Keep(_)
+            | Statement::Pipeline(_)
+            | Statement::Schedule(_)
             | Statement::Solve(_) => {}
         }
     }

@@ -59,7 +59,6 @@ pub(super) struct Streams {
 /// pieces.
 pub(super) fn streams(pieces: &mut Pieces) -> Result<Streams> {
     let schedule = pieces.pipeline.schedule.clone();
-    check_actions(&schedule)?;
     let mut sent = Vec::with_capacity(schedule.n_ranks);
     for rank in 0..schedule.n_ranks {
         sent.push(Sender::new(pieces, &schedule, rank).events()?);
@@ -67,45 +66,6 @@ pub(super) fn streams(pieces: &mut Pieces) -> Result<Streams> {
     let events = receive(pieces, &schedule, sent)?;
     let depth = channel_depth(&schedule, &events)?;
     Ok(Streams { events, depth })
-}
-
-/// Every action names a stage of its rank, a microbatch of the stage's copy, and stands there once.
-fn check_actions(schedule: &Schedule) -> Result<()> {
-    let mut seen = BTreeSet::new();
-    for (rank, row) in schedule.rows.iter().enumerate() {
-        for action in row {
-            let at = schedule.stage_rank.get(action.stage as usize);
-            let fits = at == Some(&rank)
-                && (action.microbatch as usize) < schedule.n_microbatches
-                && schedule.copy_of(action.microbatch) * schedule.n_stages
-                    + schedule.model_stage(action.stage)
-                    == action.stage as usize;
-            if !fits || !seen.insert(*action) {
-                return Err(PipelineError::Invalid(format!(
-                    "schedule `{}` has `{action}` on rank {rank}, where it does not belong{}",
-                    schedule.name,
-                    if fits { " a second time" } else { "" }
-                )));
-            }
-        }
-    }
-    for stage in 0..(schedule.n_stages * schedule.n_copies) as u32 {
-        for microbatch in schedule.microbatches_of(stage) {
-            let has = |kind| seen.contains(&Action::new(stage, kind, microbatch));
-            let (full, split) = (has(ActionKind::B), (has(ActionKind::I), has(ActionKind::W)));
-            let backward = matches!(
-                (full, split),
-                (true, (false, false)) | (false, (true, true))
-            );
-            if !has(ActionKind::F) || !backward {
-                return Err(PipelineError::Invalid(format!(
-                    "schedule `{}` lacks a part of microbatch {microbatch} in stage {stage}, or has it twice: it needs {stage}F{microbatch} and either {stage}B{microbatch} or both {stage}I{microbatch} and {stage}W{microbatch}",
-                    schedule.name
-                )));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The rank of a stage of a copy of the model.

@@ -8,6 +8,7 @@ use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Diagnostic, Span, did_you_mean};
 use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::name::Axis;
+use super::pipeline::without;
 use meshweave_dsl::weave::ast::{AxisRef, Choice, Degree, Document, MeshDef, Statement};
 
 /// The mesh of a document.
@@ -20,8 +21,32 @@ pub(super) struct Meshes<'a> {
 }
 
 impl<'a> Meshes<'a> {
-    /// Reads the mesh of a document.
+    /// Reads the mesh of a document that its ops are divided over: without the pipeline's axis.
     pub fn resolve(
+        document: &'a Document,
+        cluster: &Cluster,
+        diagnostics: &mut Vec<Diagnostic>,
+    ) -> Self {
+        let mut this = Self::resolve_whole(document, cluster, diagnostics);
+        for statement in document.statements() {
+            let Statement::Pipeline(pipeline) = &statement.node else {
+                continue;
+            };
+            // The block's own findings are reported with it.
+            if let Ok(axis) = this.axis(&pipeline.over.node, pipeline.over.span) {
+                this.candidates = this
+                    .candidates
+                    .iter()
+                    .map(|mesh| without(mesh, &axis))
+                    .collect();
+                this.witness = this.witness.map(|mesh| without(&mesh, &axis));
+            }
+        }
+        this
+    }
+
+    /// Reads the mesh of a document.
+    pub fn resolve_whole(
         document: &'a Document,
         cluster: &Cluster,
         diagnostics: &mut Vec<Diagnostic>,
