@@ -6,20 +6,30 @@
 
 use std::path::{Path, PathBuf};
 
-use meshweave_compiler::differentiate::differentiate;
+use meshweave_compiler::differentiate::{Optimizer, differentiate, differentiate_traced};
 use meshweave_compiler::import::{ImportError, read_config};
 use meshweave_compiler::model::{ModelError, build_decoder};
+use meshweave_compiler::partition::Keep;
+use meshweave_compiler::pipeline::{
+    PipelineError, assign, cut_before, cut_evenly, lower_pipeline, scale_loss,
+};
 use meshweave_compiler::plan::directives::Directives;
 use meshweave_compiler::plan::{SearchError, SearchOptions, Solution, search};
-use meshweave_compiler::resolve::{self, Job, ModelSource, Request};
+use meshweave_compiler::resolve::{self, Job, ModelSource, Pipeline, Request};
 use meshweave_compiler::simplify::{self, simplify};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Class, Diagnostic, Severity, Sources};
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::verify::verify_global;
+use meshweave_dsl::pipeline::{OpPart, PipelinePlan};
+use meshweave_dsl::plan::Plan;
+use meshweave_dsl::program::Program;
 use meshweave_dsl::weave::{self, Document};
 use meshweave_dsl::weights::WeightMap;
 
+use crate::compile::{
+    CompileOptions, Compiled, compile, compile_pipeline, outline, pipeline_error,
+};
 use crate::error::{Error, Result};
 
 /// A document that was read and resolved.
@@ -35,12 +45,30 @@ pub struct Session {
 /// The graph of a request.
 #[derive(Clone, Debug)]
 pub struct Model {
-    /// Forward, and for training backward and the optimizer; simplified.
+    /// Forward, and for training backward and the optimizer: simplified, or of one microbatch where
+    /// the document has a pipeline.
     pub graph: Graph,
+    pub stages: Option<Stages>,
     /// Where weights come from, for imported models.
     pub weights: Option<WeightMap>,
     /// The folder of an imported model: its weights lie beside its config.
     pub folder: Option<PathBuf>,
+}
+
+/// How a microbatch's graph is divided into pieces.
+#[derive(Clone, Debug)]
+pub struct Stages {
+    /// The training graph of the whole batch: what the step must equal.
+    pub whole: Graph,
+    /// One per op of the microbatch's graph.
+    pub parts: Vec<OpPart>,
+}
+
+impl Model {
+    /// The training graph of the whole batch.
+    pub fn whole(&self) -> &Graph {
+        self.stages.as_ref().map_or(&self.graph, |stages| &stages.whole)
+    }
 }
 
 impl Session {
@@ -96,7 +124,19 @@ impl Session {
     /// # Errors
     /// The model cannot be imported or built for the batch and sequence of the request.
     pub fn model(&self) -> Result<Model> {
-        let (forward, weights, folder) = self.forward()?;
+        let (batch, _) = self.request.job.sizes();
+        let (forward, weights, folder) = self.forward(batch)?;
+        if let (Some(pipeline), Job::Train { optimizer, .. }) =
+            (&self.request.pipeline, &self.request.job)
+        {
+            let (graph, stages) = self.divided(pipeline, optimizer, &forward)?;
+            return Ok(Model {
+                graph,
+                stages: Some(stages),
+                weights,
+                folder,
+            });
+        }
         let graph = match &self.request.job {
             Job::Train { optimizer, .. } => differentiate(&forward, optimizer)
                 .map_err(|error| Error::plain(Class::Unsupported, error))?,
@@ -107,13 +147,104 @@ impl Session {
         verify_global(&graph).map_err(|error| Error::plain(Class::Internal, error))?;
         Ok(Model {
             graph,
+            stages: None,
             weights,
             folder,
         })
     }
 
-    fn forward(&self) -> Result<(Graph, Option<WeightMap>, Option<PathBuf>)> {
-        let (batch, seq) = self.request.job.sizes();
+    /// The training graph of one microbatch, and its stages.
+    fn divided(
+        &self,
+        pipeline: &Pipeline,
+        optimizer: &Optimizer,
+        whole: &Graph,
+    ) -> Result<(Graph, Stages)> {
+        let (batch, _) = self.request.job.sizes();
+        let schedule = &pipeline.schedule;
+        if schedule.n_microbatches > 1 && matches!(self.request.model, ModelSource::Graph(_)) {
+            let message = "the graph of a file has a fixed batch and cannot be divided into microbatches";
+            return Err(Error::new(
+                vec![
+                    Diagnostic::error(Class::Unsupported, message)
+                        .at(pipeline.span, "")
+                        .help("write `microbatches 1`, or define the model in the document"),
+                ],
+                self.sources.clone(),
+            ));
+        }
+        let located = |error: PipelineError| {
+            let mut error = pipeline_error(error);
+            error.sources = self.sources.clone();
+            let findings = std::mem::take(&mut error.diagnostics).into_iter();
+            error.diagnostics = findings.map(|finding| finding.at(pipeline.span, "")).collect();
+            error
+        };
+        let unsupported = |error| Error::plain(Class::Unsupported, error);
+        let (forward, ..) = self.forward(batch / schedule.n_microbatches)?;
+        let forward = scale_loss(&forward, schedule.n_microbatches).map_err(located)?;
+        let stages = if pipeline.cuts.is_empty() {
+            cut_evenly(&forward, schedule.n_stages, &self.request.stage_cluster())
+        } else {
+            cut_before(&forward, &pipeline.cuts)
+        };
+        let stages = stages.map_err(located)?;
+        let (graph, origins) = differentiate_traced(&forward, optimizer).map_err(unsupported)?;
+        verify_global(&graph).map_err(|error| Error::plain(Class::Internal, error))?;
+        let stages = Stages {
+            whole: differentiate(whole, optimizer).map_err(unsupported)?,
+            parts: assign(&graph, &origins, &stages).map_err(located)?,
+        };
+        Ok((graph, stages))
+    }
+
+    /// How the document's pipeline runs a plan of its stages; `None` without one.
+    pub fn pipeline(&self, model: &Model, plan: &Plan) -> Option<PipelinePlan> {
+        let (pipeline, stages) = self.request.pipeline.as_ref().zip(model.stages.as_ref())?;
+        Some(PipelinePlan {
+            mesh: pipeline.mesh(&plan.mesh),
+            axis: pipeline.axis.clone(),
+            batch: "batch".into(),
+            parts: stages.parts.clone(),
+            schedule: pipeline.schedule.clone(),
+        })
+    }
+
+    /// Compiles a plan of the model's graph, as a pipeline where the document has one.
+    ///
+    /// # Errors
+    /// Those of [`compile`] and [`compile_pipeline`].
+    pub fn compile(
+        &self,
+        model: &Model,
+        plan: &Plan,
+        options: &CompileOptions,
+    ) -> Result<Compiled> {
+        let cluster = &self.request.cluster;
+        match self.pipeline(model, plan) {
+            Some(pipeline) => compile_pipeline(&model.graph, plan, &pipeline, cluster, options),
+            None => compile(&model.graph, plan, cluster, options),
+        }
+    }
+
+    /// The program of a plan without code, and its local graphs where there is one a rank.
+    ///
+    /// # Errors
+    /// Those of [`Session::compile`], code generation aside.
+    pub fn outline(&self, model: &Model, plan: &Plan) -> Result<(Program, Vec<Graph>)> {
+        let cluster = &self.request.cluster;
+        match self.pipeline(model, plan) {
+            Some(pipeline) => {
+                let keep = Keep::Outputs;
+                let lowered = lower_pipeline(&model.graph, plan, &pipeline, keep, cluster);
+                Ok((lowered.map_err(pipeline_error)?.program, Vec::new()))
+            }
+            None => outline(&model.graph, plan, cluster),
+        }
+    }
+
+    fn forward(&self, batch: usize) -> Result<(Graph, Option<WeightMap>, Option<PathBuf>)> {
+        let (_, seq) = self.request.job.sizes();
         let goal = self.request.job.goal();
         match &self.request.model {
             ModelSource::Decoder(config) => Ok((
@@ -158,7 +289,15 @@ impl Session {
     /// # Errors
     /// Directives that name nothing or contradict each other.
     pub fn directives(&self, model: &Model) -> Result<Directives> {
-        let (directives, findings) = resolve::direct(&self.document, &self.request, &model.graph);
+        let (mut directives, findings) =
+            resolve::direct(&self.document, &self.request, &model.graph);
+        if let (Some(pipeline), Some(directives)) = (&self.request.pipeline, &mut directives) {
+            // The graph is that of all stages, each of which a device holds one of.
+            let budget_bytes = directives.budget_bytes.as_mut();
+            if let Some(budget_bytes) = budget_bytes {
+                *budget_bytes *= pipeline.schedule.n_ranks as u64;
+            }
+        }
         directives
             .filter(|_| !has_errors(&findings))
             .ok_or_else(|| Error::new(findings, self.sources.clone()))
@@ -182,7 +321,7 @@ impl Session {
         let directives = self.directives(model)?;
         search(
             &model.graph,
-            &self.request.cluster,
+            &self.request.stage_cluster(),
             &directives,
             &self.search_options(),
         )

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::program::Program;
+
 /// Where numbers come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -68,4 +70,55 @@ impl Timeline {
             .filter(|event| event.category == category);
         events.map(|event| event.duration_s - event.wait_s).sum()
     }
+
+    /// The actions of a schedule on every rank, from the spans of the program that ran. Linear.
+    pub fn actions(&self, program: &Program) -> Vec<ActionTime> {
+        let mut actions: Vec<ActionTime> = Vec::new();
+        for (rank, of_rank) in program.ranks.iter().enumerate() {
+            let events = self.events.iter().filter(|event| event.rank == rank);
+            let mut events = events.peekable();
+            let ends = of_rank.spans.iter().skip(1).map(|span| span.first);
+            for (span, end) in of_rank.spans.iter().zip(ends.chain([usize::MAX])) {
+                let mut action = ActionTime {
+                    rank,
+                    label: span.label.clone(),
+                    start_s: f64::INFINITY,
+                    end_s: 0.0,
+                    busy_s: 0.0,
+                };
+                while let Some(event) = events.next_if(|event| event.instruction < end) {
+                    action.start_s = action.start_s.min(event.start_s + event.wait_s);
+                    action.end_s = action.end_s.max(event.start_s + event.duration_s);
+                    action.busy_s += event.duration_s - event.wait_s;
+                }
+                if action.start_s.is_finite() {
+                    actions.push(action);
+                }
+            }
+        }
+        actions
+    }
+
+    /// Part of the ranks' time in which they wait or have nothing to do: in a pipeline, its bubble.
+    pub fn idle_part(&self) -> f64 {
+        let busy_s: f64 = self
+            .events
+            .iter()
+            .map(|event| event.duration_s - event.wait_s)
+            .sum();
+        let all_s = self.step_s() * self.n_ranks as f64;
+        if all_s > 0.0 { 1.0 - busy_s / all_s } else { 0.0 }
+    }
+}
+
+/// When an action of a schedule ran, from its first instruction's work to the end of its last.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ActionTime {
+    pub rank: usize,
+    /// Such as `2F0`.
+    pub label: String,
+    pub start_s: f64,
+    pub end_s: f64,
+    /// Seconds of work in it, waiting left out.
+    pub busy_s: f64,
 }

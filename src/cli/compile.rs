@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::render::{bytes, plan_summary, seconds};
 use super::{Format, Input, runtime_error};
-use crate::compile::{CompileOptions, compile as compile_plan, stage_names, target_features};
+use crate::compile::{CompileOptions, stage_names, target_features};
 use crate::error::{Error, Result};
 use crate::session::Session;
 
@@ -63,12 +63,7 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
         },
         emit: args.emit.iter().cloned().collect(),
     };
-    let compiled = compile_plan(
-        &model.graph,
-        &solution.plan,
-        &session.request.cluster,
-        &options,
-    )?;
+    let compiled = session.compile(&model, &solution.plan, &options)?;
     if args.emit.is_some() {
         for (_, text) in &compiled.emitted {
             print!("{text}");

@@ -23,7 +23,7 @@ use serde_json::json;
 use super::calibrate::{Calibrated, Origin, calibrated};
 use super::render::{bytes, plan_summary, seconds, sparkline};
 use super::{Format, runtime_error, write_atomically};
-use crate::compile::{CompileOptions, Compiled, compile, target_features};
+use crate::compile::{CompileOptions, Compiled, target_features};
 use crate::error::{Error, Result};
 use crate::report::{Shown, predicted_timeline, report_input};
 use crate::session::Session;
@@ -180,12 +180,7 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
         keep,
         ..CompileOptions::default()
     };
-    let compiled = compile(
-        &model.graph,
-        &solution.plan,
-        &session.request.cluster,
-        &compile_options,
-    )?;
+    let compiled = session.compile(&model, &solution.plan, &compile_options)?;
     if format == Format::Text {
         let compile_s: f64 = compiled.seconds.iter().map(|(_, seconds)| seconds).sum();
         eprintln!(
@@ -417,7 +412,7 @@ fn verify(
     let Some(origin) = &prepared.origin else {
         return Ok(BTreeMap::new());
     };
-    let graph = &origin.model.graph;
+    let graph = origin.model.whole();
     let reference =
         |error: meshweave_runtime::reference::ReferenceError| Error::plain(Class::Internal, error);
     let as_value = |tensor: HostTensor| {
@@ -498,7 +493,8 @@ fn print(
     format: Format,
 ) {
     let program = prepared.execution.program();
-    let predicted_s = predicted_timeline(program).step_s();
+    let predicted = predicted_timeline(program);
+    let predicted_s = predicted.step_s();
     let mut sorted = outcome.step_s.clone();
     sorted.sort_by(f64::total_cmp);
     let median_s = sorted.get(sorted.len() / 2).copied();
@@ -517,6 +513,11 @@ fn print(
                 "losses": outcome.losses,
                 "step_s": {"predicted": predicted_s, "measured_median": median_s, "measured": outcome.step_s},
                 "memory_bytes": {"predicted": planned_bytes, "measured": arena_bytes},
+                "idle_part": {"predicted": predicted.idle_part(), "measured": outcome.timeline.as_ref().map(Timeline::idle_part)},
+                "actions": {
+                    "predicted": predicted.actions(program),
+                    "measured": outcome.timeline.as_ref().map(|timeline| timeline.actions(program)),
+                },
                 "errors": checked,
                 "report": args.report,
                 "trace": args.trace,
@@ -540,6 +541,22 @@ fn print(
             seconds(predicted_s),
             seconds(median_s),
             sorted.len()
+        );
+    }
+    let request = prepared.origin.as_ref().map(|origin| &origin.session.request);
+    if let Some(pipeline) = request.and_then(|request| request.pipeline.as_ref()) {
+        let schedule = &pipeline.schedule;
+        let measured = outcome.timeline.as_ref().map(|timeline| {
+            format!(", {:.0} % measured", 100.0 * timeline.idle_part())
+        });
+        println!(
+            "pipeline   {}: {} stages on {} ranks, {} microbatches; idle {:.0} % predicted{}",
+            schedule.name,
+            schedule.n_stages,
+            schedule.n_ranks,
+            schedule.n_microbatches,
+            100.0 * predicted.idle_part(),
+            measured.unwrap_or_default()
         );
     }
     println!(

@@ -7,7 +7,6 @@ use meshweave_compiler::show::{Folding, dot, perfetto, report};
 use serde_json::json;
 
 use super::{Format, Input, write_atomically};
-use crate::compile::outline;
 use crate::error::Result;
 use crate::report::{Shown, predicted_timeline, report_input};
 use crate::session::Session;
@@ -42,8 +41,7 @@ pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
         Kind::Dot => ("graph.dot", dot(&model.graph, Folding::Layers)),
         Kind::Html | Kind::Perfetto => {
             let solution = session.plan(&model)?;
-            let cluster = &session.request.cluster;
-            let (program, locals) = outline(&model.graph, &solution.plan, cluster)?;
+            let (program, locals) = session.outline(&model, &solution.plan)?;
             if args.kind == Kind::Perfetto {
                 (
                     "trace.json",

@@ -24,6 +24,8 @@ use crate::schedule::{Builtin, Placement, Shape, build, from_keys};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pipeline {
     pub axis: Axis,
+    /// All axes of the mesh, outermost first.
+    pub axes: Vec<Axis>,
     /// Each begins a stage, as a path such as `layers[2]`; where there are none, stages are even.
     pub cuts: Vec<String>,
     pub schedule: Schedule,
@@ -46,12 +48,21 @@ impl Pipeline {
         stage
     }
 
-    /// A mesh without the pipeline's axis.
-    pub fn within_stage(&self, mesh: &Mesh) -> Mesh {
-        without(mesh, &self.axis)
+    /// The mesh of all ranks around that of a stage.
+    pub fn mesh(&self, stage: &Mesh) -> Mesh {
+        Mesh::new(self.axes.iter().map(|axis| {
+            let is_own = *axis == self.axis;
+            let degree = if is_own {
+                self.schedule.n_ranks
+            } else {
+                stage.degree(axis)
+            };
+            (axis.clone(), degree)
+        }))
     }
 }
 
+/// A mesh without an axis.
 pub(super) fn without(mesh: &Mesh, axis: &Axis) -> Mesh {
     let axes = mesh.axes().iter();
     Mesh::new(axes.filter(|(name, _)| name != axis).cloned())
@@ -191,7 +202,11 @@ fn read(
             .help(format!("give {} cuts, or none", schedule.n_stages - 1)),
         ));
     }
+    let mesh = meshes.candidates.first();
     Ok(Pipeline {
+        axes: mesh.map_or_else(Vec::new, |mesh| {
+            mesh.axes().iter().map(|(axis, _)| axis.clone()).collect()
+        }),
         axis,
         cuts,
         schedule,
