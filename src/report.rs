@@ -84,7 +84,7 @@ pub fn report_input(
         losses,
         explanation: Some(format!(
             "{}not searched: {}\n{}",
-            plan_summary(solution),
+            plan_summary(&session.request, solution),
             certificate.not_searched.join("; "),
             certificate
                 .meshes

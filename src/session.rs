@@ -67,7 +67,9 @@ pub struct Stages {
 impl Model {
     /// The training graph of the whole batch.
     pub fn whole(&self) -> &Graph {
-        self.stages.as_ref().map_or(&self.graph, |stages| &stages.whole)
+        self.stages
+            .as_ref()
+            .map_or(&self.graph, |stages| &stages.whole)
     }
 }
 
@@ -163,7 +165,8 @@ impl Session {
         let (batch, _) = self.request.job.sizes();
         let schedule = &pipeline.schedule;
         if schedule.n_microbatches > 1 && matches!(self.request.model, ModelSource::Graph(_)) {
-            let message = "the graph of a file has a fixed batch and cannot be divided into microbatches";
+            let message =
+                "the graph of a file has a fixed batch and cannot be divided into microbatches";
             return Err(Error::new(
                 vec![
                     Diagnostic::error(Class::Unsupported, message)
@@ -177,7 +180,9 @@ impl Session {
             let mut error = pipeline_error(error);
             error.sources = self.sources.clone();
             let findings = std::mem::take(&mut error.diagnostics).into_iter();
-            error.diagnostics = findings.map(|finding| finding.at(pipeline.span, "")).collect();
+            error.diagnostics = findings
+                .map(|finding| finding.at(pipeline.span, ""))
+                .collect();
             error
         };
         let unsupported = |error| Error::plain(Class::Unsupported, error);

@@ -178,3 +178,6 @@ fn check(graph: &Graph, plan: &Plan, pipeline: &PipelinePlan) -> Result<()> {
 fn name(graph: &Graph, id: TensorId) -> &str {
     &graph.tensor(id).name
 }
+
+#[cfg(test)]
+mod tests;

@@ -235,13 +235,8 @@ fn request(
     let (header, _) = header?;
     let (model, _) = found?;
     let (job, cluster) = (job?, cluster?);
-    let pipeline = pipeline::resolve_pipeline(
-        document,
-        &cluster,
-        job.sizes().0,
-        base_dir,
-        diagnostics,
-    );
+    let pipeline =
+        pipeline::resolve_pipeline(document, &cluster, job.sizes().0, base_dir, diagnostics);
     if let (Some(pipeline), Job::Infer { .. }) = (&pipeline, &job) {
         diagnostics.push(
             Diagnostic::unsupported("pipelines of inference are not executed yet")

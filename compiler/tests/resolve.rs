@@ -129,6 +129,11 @@ fn show_request(request: &Request) -> String {
     };
     writeln!(out, "init: {init}, data: {data:?}").unwrap();
     writeln!(out, "solve: {:?}", request.solve).unwrap();
+    if let Some(pipeline) = &request.pipeline {
+        let (axis, cuts) = (&pipeline.axis, &pipeline.cuts);
+        writeln!(out, "pipeline: over {axis}, cut before {cuts:?}").unwrap();
+        writeln!(out, "{}", pipeline.schedule.grid(&[])).unwrap();
+    }
     out
 }
 

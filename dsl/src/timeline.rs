@@ -107,7 +107,11 @@ impl Timeline {
             .map(|event| event.duration_s - event.wait_s)
             .sum();
         let all_s = self.step_s() * self.n_ranks as f64;
-        if all_s > 0.0 { 1.0 - busy_s / all_s } else { 0.0 }
+        if all_s > 0.0 {
+            1.0 - busy_s / all_s
+        } else {
+            0.0
+        }
     }
 }
 

@@ -88,7 +88,7 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
     let compile_s: f64 = compiled.seconds.iter().map(|(_, seconds)| seconds).sum();
     match format {
         Format::Text => {
-            eprint!("{}", plan_summary(&solution));
+            eprint!("{}", plan_summary(&session.request, &solution));
             eprintln!(
                 "compiled   {} kernels, {} a device (planned to the byte), in {} (measured)",
                 compiled.program.kernels.len(),

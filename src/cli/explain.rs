@@ -22,17 +22,20 @@ pub fn explain(args: &ExplainArgs, format: Format) -> Result<()> {
     let model = session.model()?;
     let solution = session.plan(&model)?;
     let directives = session.directives(&model)?;
-    let cluster = &session.request.cluster;
     let explanation = explain_plan(
         &model.graph,
-        cluster,
+        &session.request.stage_cluster(),
         &directives,
         &session.search_options(),
         &solution.plan,
     )
     .map_err(|error| Error::plain(Class::Internal, error))?;
     match format {
-        Format::Text => print!("{}\n{}", plan_summary(&solution), text(&explanation)),
+        Format::Text => print!(
+            "{}\n{}",
+            plan_summary(&session.request, &solution),
+            text(&explanation)
+        ),
         Format::Json => println!(
             "{}",
             json!({"certificate": solution.certificate, "explanation": explanation})

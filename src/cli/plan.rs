@@ -27,7 +27,7 @@ pub fn plan(args: &PlanArgs, format: Format) -> Result<()> {
     let text = session.plan_text(&model, &solution);
     match format {
         Format::Text => {
-            eprint!("{}", plan_summary(&solution));
+            eprint!("{}", plan_summary(&session.request, &solution));
             if args.out.is_none() {
                 print!("{text}");
             }

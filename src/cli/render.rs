@@ -1,6 +1,7 @@
 //! Figures for people: units, tables, sparklines. Every quantity says where it comes from.
 
 use meshweave_compiler::plan::Solution;
+use meshweave_compiler::resolve::Request;
 use meshweave_dsl::plan::Certificate;
 
 /// Seconds with a fitting unit.
@@ -55,8 +56,9 @@ pub fn sparkline(values: &[f64], width: usize) -> String {
         .collect()
 }
 
-/// The plan's key figures, a line each.
-pub fn plan_summary(solution: &Solution) -> String {
+/// The plan's key figures, a line each. Of a pipeline they are those of one microbatch on the devices
+/// of a stage that had all stages.
+pub fn plan_summary(request: &Request, solution: &Solution) -> String {
     let Certificate {
         predicted_s,
         lower_bound_s,
@@ -66,9 +68,18 @@ pub fn plan_summary(solution: &Solution) -> String {
         budget_bytes,
         ..
     } = &solution.certificate;
-    let mut text = format!("mesh       {}\n", solution.plan.mesh);
+    let pipeline = request.pipeline.as_ref();
+    let mesh = pipeline.map_or(solution.plan.mesh.clone(), |pipeline| {
+        pipeline.mesh(&solution.plan.mesh)
+    });
+    let mut text = format!("mesh       {mesh}\n");
+    let what = if pipeline.is_some() {
+        "microbatch"
+    } else {
+        "step time "
+    };
     text += &format!(
-        "step time  {} (predicted): products {}, other compute {}, communication {}\n",
+        "{what} {} (predicted): products {}, other compute {}, communication {}\n",
         seconds(*predicted_s),
         seconds(parts.matmul_s),
         seconds(parts.vector_s),

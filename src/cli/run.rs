@@ -169,7 +169,7 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
     let model = session.model()?;
     let solution = session.plan(&model)?;
     if format == Format::Text {
-        eprint!("{}", plan_summary(&solution));
+        eprint!("{}", plan_summary(&session.request, &solution));
     }
     let keep = if args.verify {
         Keep::Gradients
@@ -480,7 +480,10 @@ fn write_pictures(args: &RunArgs, prepared: &Prepared, outcome: &Outcome) -> Res
         let timelines: Vec<Timeline> = std::iter::once(predicted_timeline(program))
             .chain(outcome.timeline.clone())
             .collect();
-        write_atomically(path, perfetto(&timelines).to_string().as_bytes())?;
+        write_atomically(
+            path,
+            perfetto(&timelines, Some(program)).to_string().as_bytes(),
+        )?;
     }
     Ok(())
 }
@@ -543,12 +546,16 @@ fn print(
             sorted.len()
         );
     }
-    let request = prepared.origin.as_ref().map(|origin| &origin.session.request);
+    let request = prepared
+        .origin
+        .as_ref()
+        .map(|origin| &origin.session.request);
     if let Some(pipeline) = request.and_then(|request| request.pipeline.as_ref()) {
         let schedule = &pipeline.schedule;
-        let measured = outcome.timeline.as_ref().map(|timeline| {
-            format!(", {:.0} % measured", 100.0 * timeline.idle_part())
-        });
+        let measured = outcome
+            .timeline
+            .as_ref()
+            .map(|timeline| format!(", {:.0} % measured", 100.0 * timeline.idle_part()));
         println!(
             "pipeline   {}: {} stages on {} ranks, {} microbatches; idle {:.0} % predicted{}",
             schedule.name,

@@ -45,7 +45,7 @@ pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
             if args.kind == Kind::Perfetto {
                 (
                     "trace.json",
-                    perfetto(&[predicted_timeline(&program)]).to_string(),
+                    perfetto(&[predicted_timeline(&program)], Some(&program)).to_string(),
                 )
             } else {
                 let shown = Shown {

@@ -4,11 +4,11 @@
 //! Invariant: each candidate has exactly the cluster's number of ranks, and an axis `within node`
 //! never leaves one.
 
+use super::pipeline::without;
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Diagnostic, Span, did_you_mean};
 use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::name::Axis;
-use super::pipeline::without;
 use meshweave_dsl::weave::ast::{AxisRef, Choice, Degree, Document, MeshDef, Statement};
 
 /// The mesh of a document.

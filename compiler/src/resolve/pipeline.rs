@@ -82,7 +82,9 @@ pub(super) fn resolve_pipeline(
             Statement::Pipeline(block) => Some((block, statement.span)),
             _ => None,
         });
-    let (block, span) = blocks.next()?;
+    let first = blocks.next();
+    warn_of_unused(document, first.map(|(block, _)| block), diagnostics);
+    let (block, span) = first?;
     if let Some((_, second)) = blocks.next() {
         diagnostics.push(
             Diagnostic::invalid("`pipeline` is given twice")
@@ -98,6 +100,39 @@ pub(super) fn resolve_pipeline(
         Err(diagnostic) => {
             diagnostics.push(*diagnostic);
             None
+        }
+    }
+}
+
+/// A schedule that no pipeline names has no effect.
+fn warn_of_unused(document: &Document, block: Option<&Block>, diagnostics: &mut Vec<Diagnostic>) {
+    let is_named = |name: &Name| {
+        block.is_some_and(|block| {
+            block.body.items().any(|item| {
+                let PipelineItem::Schedule(choice) = &item.node else {
+                    return false;
+                };
+                let among = match choice {
+                    Choice::Auto { among, .. } => among.as_slice(),
+                    Choice::Fixed(_) => &[],
+                };
+                choice.known() == Some(name) || among.contains(name)
+            })
+        })
+    };
+    for statement in document.statements() {
+        if let Statement::Schedule(definition) = &statement.node
+            && !is_named(&definition.name.node)
+        {
+            let name = &definition.name.node;
+            diagnostics.push(
+                Diagnostic::warning(format!("schedule `{name}` is not used"))
+                    .code("W119")
+                    .at(statement.span, "")
+                    .help(format!(
+                        "write `schedule {name}` in a `pipeline` block, or remove it"
+                    )),
+            );
         }
     }
 }
@@ -151,9 +186,8 @@ fn read(
             }
         }
     }
-    let (n_microbatches, at) = n_microbatches.ok_or_else(|| {
-        open(span, "the number of microbatches", "add `microbatches 4`")
-    })?;
+    let (n_microbatches, at) = n_microbatches
+        .ok_or_else(|| open(span, "the number of microbatches", "add `microbatches 4`"))?;
     if !batch.is_multiple_of(n_microbatches) {
         return Err(Box::new(
             Diagnostic::invalid(format!(
@@ -161,7 +195,9 @@ fn read(
             ))
             .code("W119")
             .at(at, "")
-            .help(format!("take a number that divides {batch}, or change the batch")),
+            .help(format!(
+                "take a number that divides {batch}, or change the batch"
+            )),
         ));
     }
     let cuts = paths(&cuts)?;
@@ -260,7 +296,10 @@ fn schedule(
         ScheduleBody::Csv(file) => {
             let path = base_dir.join(&file.node);
             let text = std::fs::read_to_string(&path).map_err(|error| {
-                refused(&format!("cannot read {}: {error}", path.display()), file.span)
+                refused(
+                    &format!("cannot read {}: {error}", path.display()),
+                    file.span,
+                )
             })?;
             Schedule::from_csv(name.node.as_str(), &text)
                 .map_err(|error| refused(&error, file.span))

@@ -7,12 +7,14 @@
 
 use serde_json::{Value, json};
 
+use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::{Basis, Timeline};
 
 use super::format;
 
-/// The trace of all timelines, each a process of its own. Linear in the number of events.
-pub fn perfetto(timelines: &[Timeline]) -> Value {
+/// The trace of all timelines, each a process of its own; where the program runs a schedule, its
+/// actions have a thread of their own under each rank's. Linear in the number of events.
+pub fn perfetto(timelines: &[Timeline], program: Option<&Program>) -> Value {
     let mut events = Vec::new();
     for (timeline_idx, timeline) in timelines.iter().enumerate() {
         let pid = timeline_idx + 1;
@@ -32,6 +34,27 @@ pub fn perfetto(timelines: &[Timeline]) -> Value {
                 "args": { "name": format!("rank {rank}") }
             }));
         }
+        let actions = program.map_or_else(Vec::new, |program| timeline.actions(program));
+        for rank in 0..timeline.n_ranks {
+            if actions.iter().any(|action| action.rank == rank) {
+                events.push(json!({
+                    "ph": "M", "pid": pid, "tid": timeline.n_ranks + rank, "name": "thread_name",
+                    "args": { "name": format!("rank {rank}, actions") }
+                }));
+            }
+        }
+        events.extend(actions.iter().map(|action| {
+            json!({
+                "ph": "X",
+                "pid": pid,
+                "tid": timeline.n_ranks + action.rank,
+                "name": action.label,
+                "cat": "action",
+                "ts": micros(action.start_s),
+                "dur": micros(action.end_s - action.start_s),
+                "args": { "busy_us": micros(action.busy_s) }
+            })
+        }));
         for event in &timeline.events {
             events.push(json!({
                 "ph": "X",
@@ -103,7 +126,8 @@ mod tests {
                 ),
             ],
         };
-        let trace = perfetto(&[timeline(Basis::Predicted), timeline(Basis::Measured)]);
+        let timelines = [timeline(Basis::Predicted), timeline(Basis::Measured)];
+        let trace = perfetto(&timelines, None);
         let text = serde_json::to_string_pretty(&trace).unwrap();
         insta::assert_snapshot!(text);
     }
