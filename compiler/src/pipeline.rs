@@ -4,7 +4,10 @@
 //! each belongs to, and a schedule. Leaves: a program whose ranks run the schedule's actions.
 //! Invariant: the step equals that of the whole batch: the loss and every gradient are the sums over
 //! the microbatches of those of a loss scaled by 1/M, each microbatch's with the same weights, and
-//! every parameter is updated once.
+//! every parameter is updated once. Schedules that update after every microbatch (PipeDream) equal a
+//! serial model that does the same with the same versions of the weights: a microbatch's backward
+//! uses what its forward saw in each stage, P − 1 − s updates old in stage s of P (Harlap et al. 2018,
+//! §3.3), and each update is scaled by 1/M, as its part of the batch.
 //!
 //! 1. [`stages`]: which stage and phase every op belongs to.
 //! 2. [`pieces`]: for every stage the graphs of F, I, W, B and of the update, with the tensors that
@@ -30,7 +33,7 @@ use meshweave_dsl::graph::{Graph, TensorId};
 use meshweave_dsl::op::{OpError, OpKind, UnaryFn};
 use meshweave_dsl::pipeline::PipelinePlan;
 use meshweave_dsl::plan::Plan;
-use meshweave_dsl::schedule::Updates;
+use meshweave_dsl::schedule::{ActionKind, Updates};
 
 use crate::codegen::fuse::FuseError;
 use crate::lower::{LowerError, Lowered};
@@ -107,7 +110,8 @@ pub fn scale_loss(forward: &Graph, n_microbatches: usize) -> Result<Graph> {
 ///
 /// # Errors
 /// `Invalid` when plan, pipeline and graph do not fit each other or the schedule reads what nothing
-/// gives; `Unsupported` for schedules that divide sequences or update between microbatches.
+/// gives; `Unsupported` for schedules that divide sequences, and for updates between microbatches with
+/// adamw, split backwards, copies, or weights in several stages.
 pub fn lower_pipeline(
     graph: &Graph,
     plan: &Plan,
@@ -165,13 +169,54 @@ fn check(graph: &Graph, plan: &Plan, pipeline: &PipelinePlan) -> Result<()> {
             schedule.name, schedule.n_slices
         )));
     }
-    if schedule.updates != Updates::Flush {
-        return Err(PipelineError::Unsupported(format!(
-            "schedule `{}` updates weights between microbatches, which is simulated but not executed: choose one that updates once a step, such as 1f1b",
-            schedule.name
-        )));
+    if schedule.updates == Updates::EveryMicrobatch {
+        check_asynchronous(graph, pipeline)?;
     }
     Ok(())
+}
+
+/// What updates between microbatches can do.
+fn check_asynchronous(graph: &Graph, pipeline: &PipelinePlan) -> Result<()> {
+    let schedule = &pipeline.schedule;
+    let refuse = |why: &str, way_out: &str| {
+        Err(PipelineError::Unsupported(format!(
+            "schedule `{}` updates weights after every microbatch, which is not executed {why}: {way_out}",
+            schedule.name
+        )))
+    };
+    let has_adamw = graph
+        .ops
+        .iter()
+        .any(|op| matches!(op.kind, OpKind::Adamw { .. }));
+    let has_split = schedule
+        .rows
+        .iter()
+        .flatten()
+        .any(|action| matches!(action.kind, ActionKind::I | ActionKind::W));
+    let shared = graph.params().find(|param| {
+        let readers = graph.ops.iter().zip(&pipeline.parts);
+        let mut stages = readers
+            .filter(|(op, _)| op.inputs.contains(param))
+            .map(|(_, part)| part.stage);
+        let first = stages.next();
+        stages.any(|stage| Some(stage) != first)
+    });
+    if has_adamw {
+        return refuse("with adamw, which counts steps", "choose sgd, or 1f1b");
+    }
+    if has_split {
+        return refuse("with input and weight gradients apart", "use B");
+    }
+    if schedule.n_copies > 1 {
+        return refuse("with copies of the model", "use one");
+    }
+    match shared {
+        Some(param) => refuse(
+            &format!("with `{}` in several stages", name(graph, param)),
+            "untie it, or choose 1f1b",
+        ),
+        None => Ok(()),
+    }
 }
 
 /// The name of a tensor, for messages.

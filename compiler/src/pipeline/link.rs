@@ -92,6 +92,8 @@ struct Linked {
     graph: Graph,
     steps: Vec<Step>,
     values: BTreeMap<Value, TensorId>,
+    /// Sources that are updated, where they are kept between steps; `values` has what came last.
+    kept: BTreeMap<Value, TensorId>,
     /// Label and first step.
     spans: Vec<(String, usize)>,
     /// Bytes of the greatest message by the rank that it goes to.
@@ -105,6 +107,7 @@ impl Linked {
             graph: Graph::new(name),
             steps: Vec::new(),
             values: BTreeMap::new(),
+            kept: BTreeMap::new(),
             spans: Vec::new(),
             sent_bytes: BTreeMap::new(),
         }
@@ -139,7 +142,9 @@ impl Linker<'_, '_> {
                 let (slot, suffix) = match *value {
                     Value::Temp(id, microbatch) => (Slot::Value(id), format!("@{microbatch}")),
                     Value::Sum(id, copy) => (Slot::Sum(id, copy), ".sum".into()),
-                    Value::Lent(id) | Value::Source(id, _) => (Slot::Source(id), String::new()),
+                    Value::Lent(id) | Value::Source(id, _) | Value::Version(id, _) => {
+                        (Slot::Source(id), String::new())
+                    }
                     Value::Result(id) => (Slot::Result(id), String::new()),
                 };
                 let (ty, name) = self.slot(slot);
@@ -180,6 +185,12 @@ impl Linker<'_, '_> {
     fn value(&mut self, value: Value) -> Result<TensorId> {
         if let Some(id) = self.linked.values.get(&value) {
             return Ok(*id);
+        }
+        if let Value::Version(id, _) = value {
+            // The first piece of the microbatch that reads it is its forward.
+            let current = self.value(Value::Source(id, None))?;
+            self.linked.values.insert(value, current);
+            return Ok(current);
         }
         let Value::Source(id, microbatch) = value else {
             return Err(PipelineError::Internal(format!(
@@ -235,13 +246,29 @@ impl Linker<'_, '_> {
             self.linked.steps.push(Step::Item(item));
         }
         for (value, id) in run.outputs.iter().zip(&local.outputs) {
-            self.linked.values.insert(*value, renew(id));
+            let before = self.linked.values.insert(*value, renew(id));
             if matches!(value, Value::Result(_)) {
+                graph.outputs.retain(|output| Some(*output) != before);
                 graph.outputs.push(renew(id));
             }
         }
+        // What comes next is read by the pieces after; at the end of the step it is kept.
+        let inputs = local
+            .tensors
+            .iter()
+            .filter(|tensor| tensor.role != Role::Temp);
+        let input_of: BTreeMap<&str, Value> = inputs
+            .map(|tensor| tensor.name.as_str())
+            .zip(run.inputs.iter().copied())
+            .collect();
         for (source, next) in &local.updates {
-            graph.updates.insert(renew(source), renew(next));
+            let value = input_of.get(local.tensor(*source).name.as_str()).copied();
+            let value = value.ok_or_else(|| {
+                PipelineError::Internal(format!("{} updates an unknown source", run.label))
+            })?;
+            let kept = *self.linked.kept.entry(value).or_insert(renew(source));
+            graph.updates.insert(kept, renew(next));
+            self.linked.values.insert(value, renew(next));
         }
         Ok(())
     }
@@ -296,7 +323,10 @@ fn global(
     let mut parts = Vec::new();
     for (rank, rank_linked) in linked.iter().enumerate() {
         let Linked {
-            stage_rank, values, ..
+            stage_rank,
+            values,
+            kept,
+            ..
         } = rank_linked;
         let mut region = layout.region(&tensor.ty.shape, pieces.mesh(), *stage_rank);
         let mut held: BTreeSet<(u32, TensorId)> = BTreeSet::new();
@@ -310,7 +340,8 @@ fn global(
                 held.extend(held_here.map(|local| (microbatch, *local)));
             }
         } else {
-            held.extend(values.get(&value(None)).map(|local| (0, *local)));
+            let held_here = kept.get(&value(None)).or(values.get(&value(None)));
+            held.extend(held_here.map(|local| (0, *local)));
         }
         for (microbatch, local) in held {
             let buffer = lowered.buffers_of[rank].get(&local).copied();

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use meshweave_dsl::graph::{Role, TensorId};
 use meshweave_dsl::pipeline::Phase;
-use meshweave_dsl::schedule::{Action, ActionKind, Schedule};
+use meshweave_dsl::schedule::{Action, ActionKind, Schedule, Updates};
 
 use super::pieces::{Key, Pieces, Slot, Work};
 use super::{PipelineError, Result, name};
@@ -23,6 +23,9 @@ pub(super) enum Value {
     Source(TensorId, Option<u32>),
     /// A parameter that another stage is at home in, as of this step.
     Lent(TensorId),
+    /// A parameter as a microbatch's forward saw it, where updates do not wait for the end of the
+    /// step.
+    Version(TensorId, u32),
     /// Of a microbatch.
     Temp(TensorId, u32),
     /// The sum over the microbatches of a copy of the model.
@@ -103,16 +106,25 @@ impl<'a, 'b> Sender<'a, 'b> {
             let is_last = row[step + 1..]
                 .iter()
                 .all(|next| next.stage != action.stage);
-            if is_last {
+            if self.is_asynchronous() {
+                if action.kind == ActionKind::B {
+                    let label = format!("{}U{}", action.stage, action.microbatch);
+                    self.update(action.stage as usize, &label)?;
+                }
+            } else if is_last {
                 self.send_sums(action.stage);
             }
         }
         for stage in 0..self.schedule.n_stages {
-            if rank_of(self.schedule, 0, stage) == self.rank {
-                self.update(stage)?;
+            if !self.is_asynchronous() && rank_of(self.schedule, 0, stage) == self.rank {
+                self.update(stage, &format!("{stage}U"))?;
             }
         }
         Ok(self.events)
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.schedule.updates == Updates::EveryMicrobatch
     }
 
     /// Sends parameters that are at home here to the other ranks that read them.
@@ -144,7 +156,11 @@ impl<'a, 'b> Sender<'a, 'b> {
         let stage = schedule.model_stage(action.stage);
         let copy = schedule.copy_of(action.microbatch);
         let mut first = self.pieces.sums(stage, action.kind);
-        first.retain(|sum| self.begun.insert((*sum, copy)));
+        // Gradients begin anew where every microbatch is followed by an update.
+        let begins_anew =
+            |sum: &TensorId| self.is_asynchronous() && !self.pieces.graph.outputs.contains(sum);
+        let anew: BTreeSet<TensorId> = first.iter().copied().filter(begins_anew).collect();
+        first.retain(|sum| self.begun.insert((*sum, copy)) || anew.contains(sum));
         let key = Key {
             stage,
             work: Work::Action(action.kind),
@@ -196,6 +212,10 @@ impl<'a, 'b> Sender<'a, 'b> {
                 Value::Source(id, microbatch)
             }
             Role::Param(_) if self.home_rank(id) != self.rank => Value::Lent(id),
+            Role::Param(_) => match microbatch.filter(|_| self.is_asynchronous()) {
+                Some(microbatch) => Value::Version(id, microbatch),
+                None => Value::Source(id, None),
+            },
             _ => Value::Source(id, None),
         }
     }
@@ -227,7 +247,7 @@ impl<'a, 'b> Sender<'a, 'b> {
         }
     }
 
-    fn update(&mut self, stage: usize) -> Result<()> {
+    fn update(&mut self, stage: usize, label: &str) -> Result<()> {
         let key = Key {
             stage,
             work: Work::Update,
@@ -242,7 +262,7 @@ impl<'a, 'b> Sender<'a, 'b> {
         };
         let piece = self.pieces.piece(&key)?;
         let run = Run {
-            label: format!("{stage}U"),
+            label: label.into(),
             inputs: piece.inputs.iter().map(value).collect(),
             outputs: piece.outputs.iter().map(value).collect(),
             key,
@@ -270,7 +290,8 @@ fn receive(pieces: &Pieces, schedule: &Schedule, sent: Vec<Vec<Event>>) -> Resul
         for event in events {
             if let Event::Run(run) = &event {
                 for input in &run.inputs {
-                    if matches!(input, Value::Source(..)) || known.contains(input) {
+                    let is_kept = matches!(input, Value::Source(..) | Value::Version(..));
+                    if is_kept || known.contains(input) {
                         continue;
                     }
                     let from = origin(pieces, schedule, *input)?;
@@ -319,7 +340,7 @@ fn origin(pieces: &Pieces, schedule: &Schedule, value: Value) -> Result<usize> {
         })
     };
     Ok(match value {
-        Value::Source(id, _) | Value::Lent(id) => {
+        Value::Source(id, _) | Value::Version(id, _) | Value::Lent(id) => {
             rank_of(schedule, 0, pieces.home(id).unwrap_or(0))
         }
         Value::Temp(id, microbatch) => rank_of(schedule, schedule.copy_of(microbatch), stage(id)?),
@@ -331,7 +352,9 @@ fn origin(pieces: &Pieces, schedule: &Schedule, value: Value) -> Result<usize> {
 fn describe(pieces: &Pieces, value: Value) -> String {
     let name = |id| name(pieces.graph, id);
     match value {
-        Value::Source(id, _) | Value::Lent(id) | Value::Result(id) => format!("`{}`", name(id)),
+        Value::Source(id, _) | Value::Version(id, _) | Value::Lent(id) | Value::Result(id) => {
+            format!("`{}`", name(id))
+        }
         Value::Temp(id, microbatch) => format!("`{}` of microbatch {microbatch}", name(id)),
         Value::Sum(id, _) => format!("the sum of `{}`", name(id)),
     }

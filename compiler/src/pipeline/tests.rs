@@ -198,7 +198,7 @@ fn schedules_that_cannot_run_are_refused() {
     insta::assert_snapshot!(refusal);
     let schedule = build(Builtin::PipeDream, &Shape::new(2, 2), None).unwrap();
     let refusal = program(&schedule, false, mesh()).unwrap_err();
-    insta::assert_snapshot!(refusal, @"schedule `pipedream` updates weights between microbatches, which is simulated but not executed: choose one that updates once a step, such as 1f1b");
+    insta::assert_snapshot!(refusal, @"schedule `pipedream` updates weights after every microbatch, which is not executed with adamw, which counts steps: choose sgd, or 1f1b");
     let schedule = build(Builtin::OneFOneB, &Shape::new(4, 2), None).unwrap();
     let refusal = program(&schedule, false, mesh()).unwrap_err();
     insta::assert_snapshot!(refusal, @"schedule `1f1b` is for 4 ranks, mesh axis `pp` has 2");
