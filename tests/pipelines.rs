@@ -7,6 +7,7 @@
 #[path = "support/plans.rs"]
 mod plans;
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use meshweave::compile::{CompileOptions, Compiled, compile_pipeline};
@@ -17,9 +18,10 @@ use meshweave_compiler::partition::Keep;
 use meshweave_compiler::pipeline::{assign, cut_evenly, scale_loss};
 use meshweave_compiler::schedule::{Builtin, Shape, build};
 use meshweave_dsl::cluster::{Cluster, Host};
-use meshweave_dsl::graph::{Graph, Role};
+use meshweave_dsl::graph::{Graph, Op, Role, TensorId};
 use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::pipeline::PipelinePlan;
+use meshweave_dsl::plan::Plan;
 use meshweave_dsl::schedule::{Action, ActionKind, Schedule};
 use meshweave_runtime::artifact;
 use meshweave_runtime::executor::{Session, SessionOptions};
@@ -38,6 +40,30 @@ struct Case {
     truth: StepResult,
     /// Parameters and moments after the step, by name.
     after: Vec<(String, Value)>,
+}
+
+/// The pieces of a case, before they are compiled.
+struct Divided {
+    graph: Graph,
+    plan: Plan,
+    pipeline: PipelinePlan,
+    cluster: Cluster,
+}
+
+impl Divided {
+    fn compile(&self) -> Result<Compiled, Error> {
+        let options = CompileOptions {
+            keep: Keep::Gradients,
+            emit: Vec::new(),
+        };
+        compile_pipeline(
+            &self.graph,
+            &self.plan,
+            &self.pipeline,
+            &self.cluster,
+            &options,
+        )
+    }
 }
 
 impl Case {
@@ -123,20 +149,24 @@ impl Case {
     }
 
     fn compile(&self, schedule: &Schedule, axes: &[(&str, usize)]) -> Result<Compiled, Error> {
+        self.divide(schedule, axes, &Optimizer::GOLDEN_ADAMW)
+            .compile()
+    }
+
+    fn divide(
+        &self,
+        schedule: &Schedule,
+        axes: &[(&str, usize)],
+        optimizer: &Optimizer,
+    ) -> Divided {
         let n_microbatches = schedule.n_microbatches;
-        let size = &self.size;
-        let forward = build_decoder(
-            &self.config,
-            size.batch / n_microbatches,
-            size.seq,
-            Goal::Training,
-        )
-        .unwrap();
+        let batch = self.size.batch / n_microbatches;
+        let forward = build_decoder(&self.config, batch, self.size.seq, Goal::Training).unwrap();
         let forward = scale_loss(&forward, n_microbatches).unwrap();
         let mesh = Mesh::new(axes.iter().copied());
         let cluster = Cluster::local(mesh.n_ranks(), &Host::nominal());
         let stages = cut_evenly(&forward, schedule.n_stages, &cluster).unwrap();
-        let (graph, origins) = differentiate_traced(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
+        let (graph, origins) = differentiate_traced(&forward, optimizer).unwrap();
         let pipeline = PipelinePlan {
             mesh,
             axis: "pp".into(),
@@ -151,21 +181,21 @@ impl Case {
             ("fsdp", &["batch", "vocab", "embed", "ffn", "heads"]),
         ];
         let plan = plans::preferring(&graph, &pipeline.stage_mesh(), preferences);
-        let options = CompileOptions {
-            keep: Keep::Gradients,
-            emit: Vec::new(),
-        };
-        compile_pipeline(&graph, &plan, &pipeline, &cluster, &options)
+        Divided {
+            graph,
+            plan,
+            pipeline,
+            cluster,
+        }
     }
 
     fn start(&self, schedule: &Schedule, axes: &[(&str, usize)]) -> Session {
-        let compiled = self.compile(schedule, axes).unwrap();
-        let planned: Vec<usize> = compiled
-            .program
-            .ranks
-            .iter()
-            .map(|r| r.arena_bytes)
-            .collect();
+        self.session(self.compile(schedule, axes).unwrap())
+    }
+
+    fn session(&self, compiled: Compiled) -> Session {
+        let ranks = compiled.program.ranks.iter();
+        let planned: Vec<usize> = ranks.map(|rank| rank.arena_bytes).collect();
         let kernels = artifact::load_kernels(&compiled.program, &compiled.kernels).unwrap();
         let mut session =
             Session::new(compiled.program, kernels, &SessionOptions::default()).unwrap();
@@ -384,6 +414,76 @@ fn what_cannot_be_executed_is_refused() {
             .unwrap_err();
         let message = error.diagnostics[0].message.clone();
         assert!(message.contains(why), "{message}");
+    }
+}
+
+/// PipeDream against the serial model that updates after every microbatch: a microbatch's gradient is
+/// taken with the weights that each stage had at its forward, and applied to the newest.
+#[test]
+fn asynchronous_updates_use_the_versions_of_their_forwards() {
+    const N_MICROBATCHES: usize = 8;
+    let case = Case::new(2, 8, false);
+    for n_ranks in [2, 4] {
+        let schedule = built_in(Builtin::PipeDream, n_ranks, N_MICROBATCHES);
+        let divided = case.divide(&schedule, &[("pp", n_ranks)], &Optimizer::GOLDEN_SGD);
+        let Divided {
+            graph, pipeline, ..
+        } = &divided;
+        let home = |param: &TensorId| {
+            let reads = |op: &&Op| op.inputs.contains(param);
+            let op = graph.ops.iter().position(|op| reads(&op)).unwrap();
+            pipeline.parts[op].stage as u32
+        };
+        // Versions that a stage has made when it begins a microbatch: backwards before its forward.
+        let version = |stage: u32, microbatch: u32| {
+            let row = &schedule.rows[schedule.stage_rank[stage as usize]];
+            let forward = Action::new(stage, ActionKind::F, microbatch);
+            let before = row.iter().take_while(|action| **action != forward);
+            before.filter(|action| action.kind == ActionKind::B).count()
+        };
+        let mut stepper = Stepper::new(graph).unwrap();
+        let mut history: BTreeMap<TensorId, Vec<Value>> = graph
+            .params()
+            .map(|param| (param, vec![stepper.sources()[&param].clone()]))
+            .collect();
+        let (tokens, targets) = golden_tokens(case.size.batch, case.size.seq, case.size.vocab);
+        let mut loss = 0.0;
+        for microbatch in 0..N_MICROBATCHES {
+            for (param, versions) in &history {
+                let seen = version(home(param), microbatch as u32);
+                stepper.set(*param, versions[seen].clone());
+            }
+            let rows = case.size.batch / N_MICROBATCHES * case.size.seq;
+            let inputs = [("tokens", &tokens), ("targets", &targets)].map(|(name, data)| {
+                let id = graph.find(name).unwrap();
+                let part = &data[microbatch * rows..(microbatch + 1) * rows];
+                let values = part.iter().map(|x| f64::from(*x)).collect();
+                (id, Value::new(graph.ty(id).clone(), values).unwrap())
+            });
+            let result = stepper.step(&inputs.into_iter().collect()).unwrap();
+            loss += result.loss();
+            for (param, gradient) in &result.gradients {
+                let versions = history.get_mut(param).unwrap();
+                let newest = versions.last().unwrap();
+                let pairs = newest.data().iter().zip(gradient.data());
+                let next = pairs.map(|(p, g)| p - 0.1 * g).collect();
+                let next = Value::new(newest.ty().clone(), next).unwrap();
+                versions.push(next);
+            }
+        }
+        let mut session = case.session(divided.compile().unwrap());
+        session.step().unwrap();
+        let got = session.loss().unwrap();
+        assert!((got - loss).abs() < TOLERANCE * loss, "{got} {loss}");
+        for (param, versions) in &history {
+            let name = &graph.tensor(*param).name;
+            let (value, expected) = (session.get(name).unwrap(), versions.last().unwrap());
+            let most = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0_f64, f64::max);
+            let pairs = value.as_f32().unwrap().iter().zip(expected.data());
+            let error = most(&mut pairs.map(|(got, want)| (f64::from(*got) - want).abs()));
+            let scale = most(&mut expected.data().iter().map(|x| x.abs()));
+            assert!(error < TOLERANCE * scale, "{name}: {error} of {scale}");
+        }
     }
 }
 
