@@ -98,15 +98,15 @@ impl Case {
         })
     }
 
-    /// The estimate of the fastest mapping that agrees with the row and fits the memory, or of the
-    /// fastest one where none fits.
+    /// The estimate of the fastest mapping that agrees with the row and fits so many times the device's
+    /// memory, or of the fastest one where none fits.
     ///
     /// # Errors
     /// Why no mapping has a price.
-    pub fn estimate(&self) -> Result<(&Mapping, Estimate), String> {
+    pub fn estimate(&self, room: f64) -> Result<(&Mapping, Estimate), String> {
         let mut reason = "no mapping agrees with the row".to_owned();
         let mut best: Option<(&Mapping, Estimate)> = None;
-        let room = (ROOM * self.cluster.device.memory_bytes as f64) as u64;
+        let room = (room * self.cluster.device.memory_bytes as f64) as u64;
         for mapping in &self.mappings {
             match estimate(&self.workload, mapping, &self.cluster) {
                 Ok(found) => {
@@ -211,7 +211,11 @@ fn score_row(kind: Kind, idx: usize, row: Row<'_>) -> ScoredRow {
 
 /// The prediction of a row in the unit of its table.
 fn predict(kind: Kind, row: Row<'_>, case: &Case) -> Result<f64, String> {
-    let (mapping, found) = case.estimate()?;
+    let room = match kind {
+        Kind::Training => ROOM,
+        Kind::Memory | Kind::Feasibility => 1.0,
+    };
+    let (mapping, found) = case.estimate(room)?;
     Ok(match kind {
         Kind::Training => found.step_s,
         Kind::Memory => memory::predicted_gb(row, case, mapping),

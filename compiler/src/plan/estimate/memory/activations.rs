@@ -124,7 +124,7 @@ impl<'a> LayerSizes<'a> {
         let owner = Owner::Part(Module::Norm);
         let elements = self.outside * self.embed;
         keep(owner, "norm", elements * self.operand);
-        if !self.workload.software.fused_elementwise {
+        if !self.workload.software.fused_norm {
             // Written out in the library: the f32 copy that is squared, and the normalized half copy
             // that the scale multiplies.
             keep(owner, "f32 copy of the norm", elements * 4.0);
