@@ -6,6 +6,7 @@
 mod calibrate;
 mod check;
 mod compile;
+mod diff;
 mod explain;
 mod export;
 mod fmt;
@@ -15,6 +16,8 @@ pub(crate) mod render;
 mod run;
 mod schedule;
 mod show;
+mod verify;
+mod what_if;
 mod validate;
 
 use std::io::Write;
@@ -23,9 +26,11 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use meshweave_compiler::resolve::Planner;
 use meshweave_dsl::diagnostics::Class;
 
 use crate::error::{Error, Result};
+use crate::session::Session;
 
 /// Plans, compiles and runs parallel training and inference.
 #[derive(Debug, Parser)]
@@ -80,6 +85,12 @@ pub enum Command {
     Explain(explain::ExplainArgs),
     /// List, draw, check and search pipeline schedules.
     Schedule(schedule::ScheduleArgs),
+    /// Check a plan again without a search: legality, memory, price, bound, hashes.
+    Verify(verify::VerifyArgs),
+    /// Say in which choices two plans differ.
+    Diff(diff::DiffArgs),
+    /// Plan with more or less memory, network, compute or devices.
+    WhatIf(what_if::WhatIfArgs),
     /// Write the plan as a configuration of another engine.
     Export(export::ExportArgs),
     /// Measure this machine and print it as a cluster.
@@ -96,6 +107,32 @@ pub struct Input {
     /// Use this cluster instead of the document's: a preset such as `local:8`, or a .weave file.
     #[arg(long)]
     pub cluster: Option<String>,
+    /// Which planner to use; by default the one that the document is for.
+    #[arg(long, value_enum)]
+    pub planner: Option<PlannerName>,
+}
+
+/// A planner on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlannerName {
+    /// Degrees, pipeline, recomputation and offloading of a decoder on a cluster.
+    Mapping,
+    /// The layout of every op; such plans can be compiled and run.
+    Ops,
+}
+
+impl Input {
+    /// The planner for a session.
+    ///
+    /// # Errors
+    /// Statements that the planner asked for does not know.
+    pub(crate) fn planner(&self, session: &Session) -> Result<Planner> {
+        let asked = self.planner.map(|name| match name {
+            PlannerName::Mapping => Planner::Mapping,
+            PlannerName::Ops => Planner::Ops,
+        });
+        session.planner(asked)
+    }
 }
 
 /// Runs a command and returns its exit code.
@@ -109,6 +146,9 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Show(args) => show::show(args, cli.format),
         Command::Explain(args) => explain::explain(args, cli.format),
         Command::Schedule(args) => schedule::schedule(args, cli.format),
+        Command::Verify(args) => verify::verify(args, cli.format),
+        Command::Diff(args) => diff::diff(args, cli.format),
+        Command::WhatIf(args) => what_if::what_if(args, cli.format),
         Command::Export(args) => export::export(args, cli.format),
         Command::Profile(args) => profile::profile(args, cli.format),
         Command::Validate(args) => validate::validate(args, cli.format),

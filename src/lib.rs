@@ -13,5 +13,6 @@ pub use meshweave_runtime as runtime;
 pub mod error;
 pub mod compile;
 pub mod session;
+pub mod mapping;
 pub mod report;
 pub mod cli;

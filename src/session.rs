@@ -7,15 +7,17 @@
 use std::path::{Path, PathBuf};
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate, differentiate_traced};
-use meshweave_compiler::import::{ImportError, read_config};
-use meshweave_compiler::model::{ModelError, build_decoder};
+use meshweave_compiler::import::{ImportError, Imported, read_config};
+use meshweave_compiler::model::{DecoderConfig, ModelError, build_decoder};
 use meshweave_compiler::partition::Keep;
 use meshweave_compiler::pipeline::{
     PipelineError, assign, cut_before, cut_evenly, lower_pipeline, scale_loss,
 };
 use meshweave_compiler::plan::directives::Directives;
 use meshweave_compiler::plan::{SearchError, SearchOptions, Solution, search};
-use meshweave_compiler::resolve::{self, Job, ModelSource, Pipeline, Request};
+use meshweave_compiler::resolve::{
+    self, Job, MappingRequest, ModelSource, Pipeline, Planner, Request,
+};
 use meshweave_compiler::simplify::{self, simplify};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Class, Diagnostic, Severity, Sources};
@@ -258,20 +260,13 @@ impl Session {
                 None,
             )),
             ModelSource::Config(path) => {
-                let path = if path.is_dir() {
-                    path.join("config.json")
-                } else {
-                    path.clone()
-                };
-                let text = read_text(&path)?;
-                let imported =
-                    read_config(&path.display().to_string(), &text).map_err(import_error)?;
+                let imported = read_decoder(path)?;
                 let graph =
                     build_decoder(&imported.config, batch, seq, goal).map_err(model_error)?;
                 Ok((
                     graph,
                     Some(imported.weights),
-                    path.parent().map(Path::to_path_buf),
+                    config_path(path).parent().map(Path::to_path_buf),
                 ))
             }
             ModelSource::Graph(path) => {
@@ -294,6 +289,12 @@ impl Session {
     /// # Errors
     /// Directives that name nothing or contradict each other.
     pub fn directives(&self, model: &Model) -> Result<Directives> {
+        if resolve::planner(&self.document, &self.request).0 == Planner::Mapping {
+            let findings = resolve::why_not_ops(&self.document, &self.request);
+            if has_errors(&findings) {
+                return Err(Error::new(findings, self.sources.clone()));
+            }
+        }
         let (mut directives, findings) =
             resolve::direct(&self.document, &self.request, &model.graph);
         if let (Some(pipeline), Some(directives)) = (&self.request.pipeline, &mut directives) {
@@ -338,6 +339,56 @@ impl Session {
         weave::print(&resolve::print_plan(&self.document, &model.graph, solution))
     }
 
+    /// The planner that the document is for, or the one that is asked for.
+    ///
+    /// # Errors
+    /// Statements that the planner asked for does not know.
+    pub fn planner(&self, asked: Option<Planner>) -> Result<Planner> {
+        let (own, _) = resolve::planner(&self.document, &self.request);
+        match asked {
+            Some(Planner::Ops) if own == Planner::Mapping => {
+                let findings = resolve::why_not_ops(&self.document, &self.request);
+                if has_errors(&findings) {
+                    return Err(Error::new(findings, self.sources.clone()));
+                }
+                Ok(Planner::Ops)
+            }
+            Some(asked) => Ok(asked),
+            None => Ok(own),
+        }
+    }
+
+    /// The decoder's config.
+    ///
+    /// # Errors
+    /// The model is a graph, or cannot be imported.
+    pub fn decoder(&self) -> Result<DecoderConfig> {
+        match &self.request.model {
+            ModelSource::Decoder(config) => Ok(config.clone()),
+            ModelSource::Config(path) => Ok(read_decoder(path)?.config),
+            ModelSource::Graph(path) => Err(Error::plain(
+                Class::Unsupported,
+                format!(
+                    "{} is a graph, and mappings are of decoders",
+                    path.display()
+                ),
+            )
+            .help("plan it with `--planner ops`")),
+        }
+    }
+
+    /// What the search over mappings is asked for, by this document or its witnesses.
+    ///
+    /// # Errors
+    /// Statements that have no meaning for mappings.
+    pub fn mapping_request(&self, document: &Document) -> Result<MappingRequest> {
+        let config = self.decoder()?;
+        let (request, findings) = resolve::mapping_request(document, &self.request, &config);
+        request
+            .filter(|_| !has_errors(&findings))
+            .ok_or_else(|| Error::new(findings, self.sources.clone()))
+    }
+
     fn search_error(&self, error: SearchError, directives: &Directives) -> Error {
         let class = match &error {
             SearchError::Invalid(_) => Class::Invalid,
@@ -361,6 +412,21 @@ impl Session {
         }
         Error::new(vec![diagnostic], self.sources.clone())
     }
+}
+
+/// The `config.json` of a model's path.
+fn config_path(path: &Path) -> PathBuf {
+    if path.is_dir() {
+        path.join("config.json")
+    } else {
+        path.to_path_buf()
+    }
+}
+
+fn read_decoder(path: &Path) -> Result<Imported> {
+    let path = config_path(path);
+    let text = read_text(&path)?;
+    read_config(&path.display().to_string(), &text).map_err(import_error)
 }
 
 fn read_text(path: &Path) -> Result<String> {

@@ -9,6 +9,7 @@
 //! optimizer state replicated or sharded over it), the parts of weights that Megatron divides
 //! (heads, ffn, vocab), experts, or the sequence.
 
+mod mapping;
 mod roles;
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,7 @@ use serde_json::json;
 use meshweave_dsl::graph::{Graph, Role};
 use meshweave_dsl::plan::Plan;
 
+pub use mapping::export_mapping;
 pub use roles::{AxisRole, Parallelism, Sharding, recognize};
 
 /// A plan that cannot be said.

@@ -16,6 +16,7 @@ mod select;
 mod tactics;
 mod direct;
 mod replay;
+mod mapping;
 
 use std::path::{Path, PathBuf};
 
@@ -28,6 +29,9 @@ use meshweave_dsl::weave::ast::{
 
 pub use cluster::{cluster_of_text, print_cluster};
 pub use direct::direct;
+pub use mapping::{
+    MappingRequest, Planner, Restriction, Rule, mapping_request, planner, print_mapping, remarks,
+};
 pub use pipeline::Pipeline;
 pub use replay::print_plan;
 
@@ -41,6 +45,8 @@ pub struct Request {
     pub model: ModelSource,
     pub cluster: Cluster,
     pub job: Job,
+    /// What is asked of inference beyond its sizes.
+    pub serving: Serving,
     pub init: Init,
     /// The text to train on; without one, the golden model's tokens.
     pub data: Option<PathBuf>,
@@ -104,6 +110,31 @@ impl Job {
     }
 }
 
+/// How inference is used, and how fast it must be.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Serving {
+    /// Tokens that are generated after the prompt: a step is then one token of every sequence.
+    pub tokens: Option<usize>,
+    /// Seconds to the first token.
+    pub ttft_s: Option<f64>,
+    /// Seconds of every further token.
+    pub tpot_s: Option<f64>,
+    /// Where it is said, and how.
+    pub span: Span,
+    pub text: String,
+}
+
+impl Serving {
+    /// Seconds that such a step may take.
+    pub fn most_s(&self, job: crate::plan::estimate::Job) -> Option<f64> {
+        match job {
+            crate::plan::estimate::Job::Train => None,
+            crate::plan::estimate::Job::Prefill => self.ttft_s,
+            crate::plan::estimate::Job::Decode { .. } => self.tpot_s,
+        }
+    }
+}
+
 /// How parameters start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Init {
@@ -145,7 +176,11 @@ pub fn resolve(
 ) -> (Option<Request>, Vec<Diagnostic>) {
     let mut diagnostics = Vec::new();
     let request = request(document, base_dir, sources, &mut diagnostics);
-    refuse_unsupported(document, &mut diagnostics);
+    if let Some(request) = &request
+        && planner(document, request).0 == Planner::Ops
+    {
+        diagnostics.extend(ops_findings(document, request));
+    }
     diagnostics.sort_by_key(|finding| {
         let place = finding.primary.as_ref().map(|label| label.span);
         (
@@ -171,12 +206,9 @@ fn request(
     let cluster = header.and_then(|(header, _)| {
         cluster::resolve_cluster(document, &header.cluster, base_dir, sources, diagnostics)
     });
-    if let Some(cluster) = &cluster {
-        // Only for its findings: the candidates belong to the directives.
-        mesh::Meshes::resolve(document, cluster, diagnostics);
-    }
     let step = found.as_ref().and_then(|(_, step)| *step);
     let (mut job, mut init, mut data) = (None, Init::default(), None);
+    let mut serving = Serving::default();
     let mut solve = SolveLimits::default();
     let mut jobs: Vec<Span> = Vec::new();
     for statement in document.statements() {
@@ -188,7 +220,7 @@ fn request(
             }
             Statement::Infer(infer) => {
                 jobs.push(span);
-                job = job::resolve_infer(infer, span, step, diagnostics);
+                (job, serving) = job::resolve_infer(infer, span, step, diagnostics);
             }
             Statement::Init(statement) => {
                 init = resolve_init(statement, span, base_dir, diagnostics);
@@ -235,8 +267,13 @@ fn request(
     let (header, _) = header?;
     let (model, _) = found?;
     let (job, cluster) = (job?, cluster?);
-    let pipeline =
-        pipeline::resolve_pipeline(document, &cluster, job.sizes().0, base_dir, diagnostics);
+    let pipeline = match mapping::planner_of(document, &model, &cluster).0 {
+        // Searched with everything else, not executed.
+        Planner::Mapping => None,
+        Planner::Ops => {
+            pipeline::resolve_pipeline(document, &cluster, job.sizes().0, base_dir, diagnostics)
+        }
+    };
     if let (Some(pipeline), Job::Infer { .. }) = (&pipeline, &job) {
         diagnostics.push(
             Diagnostic::unsupported("pipelines of inference are not executed yet")
@@ -250,6 +287,7 @@ fn request(
         model,
         cluster,
         job,
+        serving,
         init,
         data,
         solve,
@@ -389,8 +427,35 @@ fn existing_file(
     None
 }
 
-/// Statements of the language whose meaning comes later.
-fn refuse_unsupported(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
+/// What the search over ops has against a document, before its graph is known.
+fn ops_findings(document: &Document, request: &Request) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
+    // Only for its findings: the candidates belong to the directives.
+    mesh::Meshes::resolve(document, &request.cluster, &mut diagnostics);
+    refuse_mapping_statements(document, &mut diagnostics);
+    diagnostics
+}
+
+/// The same for a document that was resolved for the search over mappings.
+pub fn why_not_ops(document: &Document, request: &Request) -> Vec<Diagnostic> {
+    let mut diagnostics = ops_findings(document, request);
+    if request.pipeline.is_none()
+        && let Some(block) = document
+            .statements()
+            .find(|statement| matches!(statement.node, Statement::Pipeline(_)))
+    {
+        diagnostics.push(
+            Diagnostic::unsupported("this pipeline is for the search over mappings")
+                .code("W120")
+                .at(block.span, "")
+                .help("plan with `--planner mapping`, or remove the block"),
+        );
+    }
+    diagnostics
+}
+
+/// Statements that only the search over mappings understands.
+fn refuse_mapping_statements(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
     let mut refuse = |span: Span, what: &str, way_out: &str| {
         diagnostics.push(
             Diagnostic::unsupported(format!("{what} not implemented yet"))
@@ -427,13 +492,26 @@ fn refuse_unsupported(document: &Document, diagnostics: &mut Vec<Diagnostic>) {
                     }
                 }
             }
+            Statement::Train(job) | Statement::Infer(job) => {
+                for (key, what) in [
+                    ("dtype", "a type of the computation other than `f32` is"),
+                    ("tokens", "decoding is"),
+                    ("ttft", "a target of latency is"),
+                    ("tpot", "a target of latency is"),
+                    ("latency", "a target of latency is"),
+                ] {
+                    let Some(setting) = job.get(key) else { continue };
+                    let is_f32 = setting.value().and_then(|value| value.as_str()) == Some("f32");
+                    if !is_f32 {
+                        refuse(setting.span, what, "remove it");
+                    }
+                }
+            }
             Statement::Plan(_)
             | Statement::Model(_)
             | Statement::Cluster(_)
             | Statement::Data(_)
             | Statement::Init(_)
-            | Statement::Train(_)
-            | Statement::Infer(_)
             | Statement::Mesh(_)
             | Statement::Use(_)
             | Statement::Tactic(_)

@@ -2,12 +2,14 @@
 
 use clap::Args;
 use meshweave_compiler::plan::explain::{Explanation, explain as explain_plan};
+use meshweave_compiler::resolve::Planner;
 use meshweave_dsl::diagnostics::Class;
 use serde_json::json;
 
 use super::render::{plan_summary, seconds};
 use super::{Format, Input};
 use crate::error::{Error, Result};
+use crate::mapping;
 use crate::session::Session;
 
 #[derive(Debug, Args)]
@@ -19,6 +21,25 @@ pub struct ExplainArgs {
 /// Says why the plan is what it is.
 pub fn explain(args: &ExplainArgs, format: Format) -> Result<()> {
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
+    if args.input.planner(&session)? == Planner::Mapping {
+        let mapped = session.search_mapping()?;
+        match format {
+            Format::Text => print!(
+                "{}\n{}",
+                mapping::summary(&mapped),
+                mapping::explain(&mapped)
+            ),
+            Format::Json => println!(
+                "{}",
+                json!({
+                    "mapping": mapped.mapping,
+                    "certificate": mapped.found.as_ref().map(|found| &found.certificate),
+                    "explanation": mapping::explain(&mapped),
+                })
+            ),
+        }
+        return Ok(());
+    }
     let model = session.model()?;
     let solution = session.plan(&model)?;
     let directives = session.directives(&model)?;

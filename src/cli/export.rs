@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use meshweave_compiler::export::{Target, export as export_plan};
+use meshweave_compiler::export::{Target, export as export_plan, export_mapping};
+use meshweave_compiler::resolve::Planner;
 use meshweave_dsl::diagnostics::Class;
 use serde_json::json;
 
@@ -36,15 +37,23 @@ enum Engine {
 /// Plans, and says the plan in the words of another engine.
 pub fn export(args: &ExportArgs, format: Format) -> Result<()> {
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
-    let model = session.model()?;
-    let solution = session.plan(&model)?;
     let target = match args.to {
         Engine::Megatron => Target::Megatron,
         Engine::Torchtitan => Target::Torchtitan,
         Engine::Deepspeed => Target::Deepspeed,
     };
-    let text = export_plan(&model.graph, &solution.plan, target)
-        .map_err(|error| Error::plain(Class::Unsupported, error))?;
+    let text = match args.input.planner(&session)? {
+        Planner::Mapping => {
+            let mapped = session.mapping()?;
+            export_mapping(&mapped.request.workload, &mapped.mapping, target)
+        }
+        Planner::Ops => {
+            let model = session.model()?;
+            let solution = session.plan(&model)?;
+            export_plan(&model.graph, &solution.plan, target)
+        }
+    }
+    .map_err(|error| Error::plain(Class::Unsupported, error))?;
     match (&args.out, format) {
         (Some(path), _) => {
             write_atomically(path, text.as_bytes())?;

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use meshweave_compiler::resolve::Planner;
 use serde_json::json;
 
 use super::render::plan_summary;
 use super::{Format, Input, write_atomically};
 use crate::error::Result;
+use crate::mapping::summary;
 use crate::session::Session;
 
 #[derive(Debug, Args)]
@@ -22,6 +24,40 @@ pub struct PlanArgs {
 /// Finds the best plan and prints it.
 pub fn plan(args: &PlanArgs, format: Format) -> Result<()> {
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
+    let text = match args.input.planner(&session)? {
+        Planner::Mapping => plan_mapping(args, &session, format)?,
+        Planner::Ops => plan_ops(args, &session, format)?,
+    };
+    if let Some(path) = &args.out {
+        write_atomically(path, text.as_bytes())?;
+        eprintln!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
+fn plan_mapping(args: &PlanArgs, session: &Session, format: Format) -> Result<String> {
+    let mapped = session.search_mapping()?;
+    let text = session.mapping_text(&mapped);
+    match format {
+        Format::Text => {
+            eprint!("{}", summary(&mapped));
+            if args.out.is_none() {
+                print!("{text}");
+            }
+        }
+        Format::Json => println!(
+            "{}",
+            json!({
+                "mapping": mapped.mapping,
+                "certificate": mapped.found.as_ref().map(|found| &found.certificate),
+                "document": text,
+            })
+        ),
+    }
+    Ok(text)
+}
+
+fn plan_ops(args: &PlanArgs, session: &Session, format: Format) -> Result<String> {
     let model = session.model()?;
     let solution = session.plan(&model)?;
     let text = session.plan_text(&model, &solution);
@@ -37,9 +73,5 @@ pub fn plan(args: &PlanArgs, format: Format) -> Result<()> {
             json!({"plan": solution.plan, "certificate": solution.certificate, "document": text})
         ),
     }
-    if let Some(path) = &args.out {
-        write_atomically(path, text.as_bytes())?;
-        eprintln!("wrote {}", path.display());
-    }
-    Ok(())
+    Ok(text)
 }

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use meshweave_compiler::resolve::Planner;
 use meshweave_compiler::show::{Folding, dot, perfetto, report};
 use serde_json::json;
 
 use super::{Format, Input, write_atomically};
 use crate::error::Result;
+use crate::mapping;
 use crate::report::{Shown, predicted_timeline, report_input};
 use crate::session::Session;
 
@@ -36,6 +38,9 @@ enum Kind {
 /// Writes a picture of the plan.
 pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
+    if args.input.planner(&session)? == Planner::Mapping {
+        return show_mapping(args, &session, format);
+    }
     let model = session.model()?;
     let (default, text) = match args.kind {
         Kind::Dot => ("graph.dot", dot(&model.graph, Folding::Layers)),
@@ -67,6 +72,25 @@ pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
     match format {
         Format::Text => println!("{}", out.display()),
         Format::Json => println!("{}", json!({"written": out})),
+    }
+    Ok(())
+}
+
+/// Mappings have no graph: their report is text.
+fn show_mapping(args: &ShowArgs, session: &Session, format: Format) -> Result<()> {
+    let text = mapping::report(&session.mapping()?);
+    match &args.out {
+        Some(out) => {
+            write_atomically(out, text.as_bytes())?;
+            match format {
+                Format::Text => println!("{}", out.display()),
+                Format::Json => println!("{}", json!({"written": out})),
+            }
+        }
+        None => match format {
+            Format::Text => print!("{text}"),
+            Format::Json => println!("{}", json!({"report": text})),
+        },
     }
     Ok(())
 }

@@ -14,14 +14,23 @@ mod bound;
 mod stages;
 mod saving;
 mod search;
+mod only;
+mod digest;
+mod simulated;
+pub mod conflict;
+pub mod compare;
 
 use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::mapping::{Mapping, Precision};
+use meshweave_dsl::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
-use super::estimate::Workload;
+use super::estimate::{Job, Workload, memory};
 
+pub use digest::Digests;
+pub use only::the_only;
 pub use search::{Counts, Priced};
-pub use space::{Allowed, Cuts, HEADROOM, ShardGroup, Space, Whole};
+pub use space::{Allowed, Cuts, Preference, ShardGroup, Space, Whole};
 
 /// Why there is no mapping.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -50,6 +59,10 @@ pub struct Options {
     pub gap: f64,
     /// Seconds after which the best so far is taken.
     pub within_s: f64,
+    /// A mapping to begin with, such as that of an earlier plan.
+    pub warm_start: Option<Mapping>,
+    /// Seconds that only faster mappings are of interest below.
+    pub better_than_s: Option<f64>,
 }
 
 impl Default for Options {
@@ -57,6 +70,8 @@ impl Default for Options {
         Self {
             gap: 0.0,
             within_s: 60.0,
+            warm_start: None,
+            better_than_s: None,
         }
     }
 }
@@ -84,6 +99,8 @@ pub struct Found {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Certificate {
     pub predicted_s: f64,
+    /// The step with its schedule simulated action by action, where it has one.
+    pub simulated_s: Option<f64>,
     /// No mapping of the space is faster under these prices.
     pub lower_bound_s: f64,
     /// How far the prediction is above the bound, as a part of it.
@@ -102,9 +119,11 @@ pub struct Certificate {
 
 /// Finds the fastest mapping of the space.
 ///
+/// Every device takes part, unless no such mapping is legal: then as many as give the fastest step.
+///
 /// # Errors
-/// `Invalid` where no degrees are legal, `Infeasible` where nothing fits the budget, `Unsupported` where
-/// nothing that is legal has a price.
+/// `Invalid` where no degrees are legal, `Infeasible` where nothing fits the budget or meets the target,
+/// `Unsupported` where nothing that is legal has a price.
 pub fn search(
     workload: &Workload,
     cluster: &Cluster,
@@ -117,25 +136,38 @@ pub fn search(
         cluster,
         space,
     };
+    let mut layers = bound::Layers::default();
     let n_devices = cluster.n_devices();
-    let outcome = search::search(&problem, options, n_devices)?;
-    let mut best = outcome.best.into_iter();
-    let Some(first) = best.next() else {
-        return Err(OuterError::Internal("nothing found".into()));
-    };
-    let bound_s = outcome.lower_bound_s;
+    let mut outcome = search::search(&problem, options, n_devices, &mut layers);
+    if outcome.counts.n_nodes == 0 {
+        outcome = with_idle_devices(&problem, options, outcome, &mut layers);
+    }
+    if outcome.best.is_empty() {
+        return Err(why_nothing(&problem, &outcome));
+    }
+    let not_searched = not_searched(&problem, &outcome);
+    let mut best = outcome.best;
+    let simulated_s = choose_by_simulation(&problem, &mut best);
+    let mut best = best.into_iter();
+    let first = best
+        .next()
+        .ok_or_else(|| OuterError::Internal("nothing found".into()))?;
+    let memory_bytes = (0..first.mapping.pp)
+        .map(|rank| memory(workload, &first.mapping, cluster, rank).total().0)
+        .collect();
     let certificate = Certificate {
         predicted_s: first.estimate.step_s,
-        lower_bound_s: bound_s,
-        gap: (first.estimate.step_s / bound_s - 1.0).max(0.0),
+        simulated_s,
+        lower_bound_s: outcome.lower_bound_s,
+        gap: (first.estimate.step_s / outcome.lower_bound_s - 1.0).max(0.0),
         tokens_per_s: first.estimate.tokens_per_s,
         mfu: first.estimate.mfu,
-        memory_bytes: Vec::new(),
+        memory_bytes,
         budget_bytes: space.budget_bytes,
         n_devices,
         n_idle: n_devices - first.mapping.n_ranks(),
         counts: outcome.counts,
-        not_searched: Vec::new(),
+        not_searched,
     };
     Ok(Found {
         best: first,
@@ -143,6 +175,168 @@ pub fn search(
         certificate,
         solve_s: start.elapsed().as_secs_f64(),
     })
+}
+
+/// Mappings that are simulated.
+const N_SIMULATED: usize = 4;
+/// Part of a step by which a runner-up may be slower in closed form and still be simulated.
+const CLOSE: f64 = 0.02;
+
+/// Simulates the best mapping and the runners-up that are close to it, and puts the one first whose
+/// simulated step is shortest; its simulated seconds.
+fn choose_by_simulation(problem: &Problem<'_>, best: &mut [Priced]) -> Option<f64> {
+    let first_s = best.first()?.estimate.step_s;
+    let mut simulated: Vec<(usize, Option<f64>)> = Vec::new();
+    for (idx, priced) in best.iter().enumerate().take(N_SIMULATED) {
+        if priced.estimate.step_s <= first_s * (1.0 + CLOSE) {
+            let seconds =
+                simulated::simulated_s(problem.workload, &priced.mapping, &priced.estimate);
+            simulated.push((idx, seconds));
+        }
+    }
+    let seconds = |(idx, simulated_s): &(usize, Option<f64>)| {
+        simulated_s.unwrap_or(best[*idx].estimate.step_s)
+    };
+    let shortest = simulated
+        .iter()
+        .min_by(|a, b| seconds(a).total_cmp(&seconds(b)).then(a.0.cmp(&b.0)))?;
+    let (idx, simulated_s) = *shortest;
+    best[..=idx].rotate_right(1);
+    simulated_s
+}
+
+/// The best outcome on fewer devices, whole nodes of them and more than half; `none` if there is none.
+fn with_idle_devices(
+    problem: &Problem<'_>,
+    options: &Options,
+    none: search::Outcome,
+    layers: &mut bound::Layers,
+) -> search::Outcome {
+    let node = problem.cluster.devices_per_node.max(1);
+    let n_devices = problem.cluster.n_devices();
+    let mut best = none;
+    let sizes = (1..n_devices).rev().filter(|n_ranks| {
+        let is_whole = n_ranks.is_multiple_of(node) || n_devices <= node;
+        is_whole && 2 * n_ranks > n_devices
+    });
+    for n_ranks in sizes {
+        let known_s = best.best.first().map(|priced| priced.estimate.step_s);
+        let with_bound = Options {
+            better_than_s: known_s.or(options.better_than_s),
+            ..options.clone()
+        };
+        let mut found = search::search(problem, &with_bound, n_ranks, layers);
+        let counts = best.counts.and(found.counts);
+        if found.best.is_empty() && !best.best.is_empty() {
+            best.lower_bound_s = best.lower_bound_s.min(found.lower_bound_s);
+            best.counts = counts;
+        } else if !found.best.is_empty() || found.counts.n_nodes > 0 {
+            found.lower_bound_s = found.lower_bound_s.min(best.lower_bound_s);
+            found.counts = counts;
+            best = found;
+        }
+    }
+    best
+}
+
+/// Why there is no mapping.
+fn why_nothing(problem: &Problem<'_>, outcome: &search::Outcome) -> OuterError {
+    let cluster = problem.cluster;
+    let n_devices = cluster.n_devices();
+    if outcome.counts.n_nodes == 0 {
+        let reasons = outcome.objections.most_frequent();
+        return OuterError::Invalid {
+            message: format!("no degrees lay model `{}` out on {n_devices} devices", problem.workload.model.name),
+            reasons: reasons
+                .into_iter()
+                .take(3)
+                .map(|(why, count)| format!("{why} ({count} of the layouts tried)"))
+                .collect(),
+        };
+    }
+    if outcome.fastest_s.is_finite() {
+        let most_s = problem.space.most_s.unwrap_or(0.0);
+        return OuterError::Infeasible {
+            message: format!(
+                "the fastest step takes {} (predicted), and {} are allowed; allow more, lower the batch, \
+                 or take more or faster devices",
+                Seconds(outcome.fastest_s),
+                Seconds(most_s)
+            ),
+            least_bytes: 0,
+        };
+    }
+    if let Some((least, _)) = &outcome.closest {
+        let state = state_bytes(problem) / n_devices as f64;
+        return OuterError::Infeasible {
+            message: format!(
+                "no mapping fits: with all that may be saved a device needs at least {} and may use {}; \
+                 the model's training state alone is {} a device",
+                Bytes(*least),
+                Bytes(problem.space.budget_bytes),
+                Bytes(state as u64)
+            ),
+            least_bytes: *least,
+        };
+    }
+    let reason = outcome
+        .unpriced
+        .iter()
+        .max_by_key(|(_, count)| **count)
+        .map_or("no mapping of the space has a schedule", |(why, _)| why);
+    OuterError::Unsupported(format!("none of the legal mappings has a price: {reason}"))
+}
+
+/// Bytes of parameters, gradients and optimizer state of the whole model.
+fn state_bytes(problem: &Problem<'_>) -> f64 {
+    let precision = problem.space.precisions.first();
+    let precision = precision.copied().unwrap_or(Precision::MIXED_BF16);
+    let bytes = match problem.workload.job {
+        Job::Train => {
+            precision.parameter_bytes + precision.gradient_bytes + precision.optimizer_bytes
+        }
+        Job::Prefill | Job::Decode { .. } => precision.parameter_bytes,
+    };
+    f64::from(bytes) * problem.workload.parameters().total()
+}
+
+/// What a search leaves out, in words.
+fn not_searched(problem: &Problem<'_>, outcome: &search::Outcome) -> Vec<String> {
+    let space = problem.space;
+    let mut list = Vec::new();
+    if outcome.is_out_of_time {
+        list.push("what was left when the time was over; the bound holds for it".to_owned());
+    }
+    if space.cp == Allowed::Any && problem.workload.seq >= 2 * grids::LEAST_TOKENS {
+        list.push(format!(
+            "cp that leaves a rank fewer than {} tokens",
+            grids::LEAST_TOKENS
+        ));
+    }
+    if space.tp == Allowed::Any {
+        list.push(format!("tp and etp over more than {} nodes", grids::MOST_NODES));
+    }
+    if problem.workload.job == Job::Train {
+        if space.pp != Allowed::only(1) {
+            list.push(format!("schedules other than {}", space.schedules.join(", ")));
+            if space.cuts == Cuts::Any {
+                list.push("cuts other than the even one and that of the fastest slowest stage".into());
+            }
+        }
+        if space.whole.len() > 1 {
+            list.push("recomputation that differs between ranks, or of parts and whole layers together".into());
+        }
+        if !space.zero_stages.contains(&2) && space.zero_stages.len() > 1 {
+            list.push("ZeRO 2".into());
+        }
+        if space.offload_activations == [0.0] {
+            list.push("offloading of activations".into());
+        }
+        if space.shard_groups.len() > 1 {
+            list.push("ZeRO groups other than all ranks and those of a node".into());
+        }
+    }
+    list
 }
 
 #[cfg(test)]

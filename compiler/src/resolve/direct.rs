@@ -133,6 +133,11 @@ fn budget(
             _ => None,
         });
     for item in items.flatten() {
+        if let MemoryItem::Headroom(choice) = &item.node {
+            let part = choice.known()?.ratio().map_or(0.0, |part| part.0);
+            let memory = request.cluster.device.memory_bytes as f64;
+            return Some((memory * (1.0 - part.clamp(0.0, 1.0))) as u64);
+        }
         let MemoryItem::Budget(choice) = &item.node else {
             continue;
         };

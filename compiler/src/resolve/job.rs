@@ -8,7 +8,7 @@ use meshweave_dsl::units::{Quantity, UnitError};
 use meshweave_dsl::weave::ast::{Goal, Job as JobStatement, Solve};
 
 use super::settings::Settings;
-use super::{Job, SolveLimits};
+use super::{Job, Serving, SolveLimits};
 use crate::differentiate::Optimizer;
 
 const TRAIN: [&str; 11] = [
@@ -56,27 +56,38 @@ pub(super) fn resolve_infer(
     span: Span,
     step: Option<(usize, usize)>,
     diagnostics: &mut Vec<Diagnostic>,
-) -> Option<Job> {
+) -> (Option<Job>, Serving) {
     let mut s = Settings::new("`infer`".into(), span, &statement.settings, &INFER);
     s.diagnostics.retain(|finding| !is_twice(finding));
     let sizes = sizes(&mut s, step);
-    for key in ["ttft", "tpot", "latency", "tokens"] {
-        if s.has(key) {
-            let span = s.span_of(key);
-            s.diagnostics.push(
-                Diagnostic::unsupported(format!(
-                    "`infer`: `{key}` has no meaning yet: only one forward pass is planned"
-                ))
-                .code("W120")
-                .at(span, "")
-                .help("remove it"),
-            );
-        }
-    }
+    let tokens = match s.has("tokens") {
+        true => s.count("tokens", 1),
+        false => None,
+    };
+    let mut time = |key: &str| {
+        let seconds = s.quantity(key, "50 ms", |quantity| {
+            quantity.seconds().map(|time| time.0)
+        })?;
+        Some(seconds)
+    };
+    let (ttft_s, tpot_s, latency_s) = (time("ttft"), time("tpot"), time("latency"));
+    let keys = ["ttft", "tpot", "latency"];
+    let target = keys.into_iter().find(|key| s.has(key));
+    let serving = Serving {
+        tokens,
+        ttft_s: ttft_s.or(latency_s),
+        tpot_s: tpot_s.or(latency_s),
+        span: target.map_or(span, |key| s.span_of(key)),
+        text: target
+            .and_then(|key| s.get(key))
+            .map_or_else(String::new, |setting| setting.node.to_string()),
+    };
     let is_legal = s.diagnostics.is_empty();
     diagnostics.append(&mut s.diagnostics);
-    let (batch, seq) = sizes?;
-    is_legal.then_some(Job::Infer { batch, seq })
+    let job = sizes
+        .filter(|_| is_legal)
+        .map(|(batch, seq)| Job::Infer { batch, seq });
+    (job, serving)
 }
 
 /// The parser reports keys given twice on one line itself.
@@ -86,17 +97,6 @@ fn is_twice(finding: &Diagnostic) -> bool {
 
 /// (sequences, tokens per sequence).
 fn sizes(s: &mut Settings<'_>, step: Option<(usize, usize)>) -> Option<(usize, usize)> {
-    if s.word("dtype", &["f32", "bf16"]) == Some("bf16") {
-        let span = s.span_of("dtype");
-        s.diagnostics.push(
-            Diagnostic::unsupported(
-                "a type of the computation other than `f32` is not implemented",
-            )
-            .code("W120")
-            .at(span, "")
-            .help("remove `dtype`"),
-        );
-    }
     let mut size = |key: &str, own: Option<usize>| match own {
         Some(own) if !s.has(key) => Some(own),
         _ => s.required_count(key, 1),

@@ -19,7 +19,7 @@ use crate::model::{
 };
 
 /// The families that a definition may start from.
-const FAMILIES: [&str; 2] = ["golden", "llama"];
+const FAMILIES: [&str; 3] = ["golden", "gpt", "llama"];
 
 /// The sizes of a step that a model brings along: (sequences, tokens per sequence).
 type StepSize = Option<(usize, usize)>;
@@ -121,6 +121,7 @@ fn define(
     let n_before = diagnostics.len();
     let built = match family {
         "golden" => golden(definition, diagnostics),
+        "gpt" => gpt(definition, diagnostics).map(|config| (config, None)),
         "llama" => llama(definition, diagnostics).map(|config| (config, None)),
         other => {
             diagnostics.push(
@@ -263,6 +264,75 @@ fn golden_config(
     config.name = definition.name.node.as_str().to_owned();
     config.tied = tied.unwrap_or(false);
     Some((config, named.map(|size| (size.batch, size.seq))))
+}
+
+/// A GPT as Megatron-LM trains it: layer norms, learned positions, biases, a tied head.
+fn gpt(definition: &Definition, diagnostics: &mut Vec<Diagnostic>) -> Option<DecoderConfig> {
+    let known = [
+        "layers",
+        "embed",
+        "heads",
+        "kv_heads",
+        "ffn",
+        "vocab",
+        "positions",
+        "tied",
+    ];
+    let mut s = settings(definition, &known);
+    let config = gpt_config(definition, &mut s);
+    diagnostics.append(&mut s.diagnostics);
+    config
+}
+
+fn gpt_config(definition: &Definition, s: &mut Settings<'_>) -> Option<DecoderConfig> {
+    let n_layers = s.required_count("layers", 1);
+    let embed = s.required_count("embed", 1);
+    let heads = s.required_count("heads", 1);
+    let vocab = s.required_count("vocab", 1);
+    let n_positions = s.required_count("positions", 1);
+    let kv_heads = s.count("kv_heads", 1);
+    let width = s.count("ffn", 1);
+    let tied = s.flag("tied").unwrap_or(true);
+    let (embed, heads) = (embed?, heads?);
+    let way_out = "make the first a multiple of the second";
+    let head = head_width(s, definition, embed, heads, way_out)?;
+    Some(DecoderConfig {
+        name: definition.name.node.as_str().to_owned(),
+        dtype: DType::Bf16,
+        n_layers: n_layers?,
+        embed,
+        vocab: vocab?,
+        norm: Norm {
+            kind: NormKind::Layer,
+            eps: 1e-5,
+        },
+        positions: Positions::Learned {
+            n_positions: n_positions?,
+        },
+        attention: AttentionConfig {
+            heads,
+            kv_heads: kv_heads.unwrap_or(heads),
+            head,
+            bias: AttentionBias {
+                q: true,
+                k: true,
+                v: true,
+                o: true,
+            },
+            qk_norm: false,
+            scale: None,
+            window: None,
+            mla: None,
+        },
+        ffn: FfnConfig {
+            width: width.unwrap_or(4 * embed),
+            activation: Activation::GeluTanh,
+            gated: false,
+            bias: true,
+        },
+        moe: None,
+        tied,
+    })
 }
 
 /// A Llama or, with experts, a Mixtral.

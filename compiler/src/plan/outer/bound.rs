@@ -8,14 +8,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use meshweave_dsl::cluster::Cluster;
-use meshweave_dsl::mapping::{Mapping, Module, Offload, Recompute, Zero};
+use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero};
 
 use super::Problem;
 use super::grids::{Grid, LayerKey};
 use super::saving::front;
 use super::space::{Cuts, ShardGroup, Whole};
-use crate::plan::estimate::{Job, StageEstimate, Workload, estimate, memory};
+use super::search::chunk_counts;
+use crate::plan::estimate::stages::Stages;
+use crate::plan::estimate::layer::{LayerCost, Pricer};
+use crate::plan::estimate::{Job, Workload, memory};
 
 /// Seconds of a microbatch of a rank without a pipeline: by layer, and at both ends.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,17 +50,16 @@ impl LayerCosts {
 /// Layer prices that were asked for before.
 #[derive(Default)]
 pub(super) struct Layers {
-    known: BTreeMap<LayerKey, Option<LayerCosts>>,
+    known: BTreeMap<LayerKey, LayerCosts>,
     module_sets: BTreeMap<LayerKey, Vec<BTreeSet<Module>>>,
 }
 
 impl Layers {
-    /// The layers' prices; `None` where they have none.
-    pub fn costs(&mut self, problem: &Problem<'_>, key: LayerKey) -> Option<&LayerCosts> {
+    /// The layers' prices.
+    pub fn costs(&mut self, problem: &Problem<'_>, key: LayerKey) -> &LayerCosts {
         self.known
             .entry(key)
             .or_insert_with(|| probe(problem, &key))
-            .as_ref()
     }
 
     /// The worthwhile sets of parts to compute again.
@@ -68,7 +69,7 @@ impl Layers {
             let worth: Vec<(Module, f64, f64)> = space
                 .maybe_again
                 .iter()
-                .filter_map(|module| worth_of(problem, key, *module))
+                .map(|module| worth_of(problem, key, *module))
                 .collect();
             front(&space.again, &worth)
         })
@@ -80,115 +81,104 @@ impl Layers {
     }
 }
 
-/// Runs of layers of one kind: (first layer, how many).
-fn runs(workload: &Workload) -> Vec<(usize, usize)> {
-    let kind = |layer: usize| (workload.is_moe(layer), workload.window_of(layer));
-    let mut runs: Vec<(usize, usize)> = Vec::new();
+/// The kinds of layers there are, each by its first layer, and the kind of every layer.
+fn kinds(workload: &Workload) -> (Vec<usize>, Vec<usize>) {
+    let kind = |layer: usize| (workload.is_moe(layer), workload.window_of(layer).is_some());
+    let mut firsts: Vec<usize> = Vec::new();
+    let mut kinds = Vec::with_capacity(workload.model.n_layers);
     for layer in 0..workload.model.n_layers {
-        match runs.last_mut() {
-            Some((first, count)) if kind(*first) == kind(layer) => *count += 1,
-            _ => runs.push((layer, 1)),
+        let known = firsts.iter().position(|first| kind(*first) == kind(layer));
+        kinds.push(known.unwrap_or(firsts.len()));
+        if known.is_none() {
+            firsts.push(layer);
         }
     }
-    runs
+    (firsts, kinds)
 }
 
-/// A pipeline whose stages are: the embedding, one run of like layers each, the head.
-fn probe_of(
-    problem: &Problem<'_>,
-    key: &LayerKey,
-    runs: &[(usize, usize)],
-) -> (Workload, Mapping, Cluster) {
-    // The smallest grid that the experts fold into: prices of layers know nothing of the rest.
-    let attention = key.tp * key.cp;
-    let experts = key.etp * key.ep;
-    let dp = experts / common_divisor(attention, experts);
+/// The smallest mapping that has these layers: their prices know nothing of the rest.
+fn smallest(key: &LayerKey) -> Mapping {
+    let (attention, experts) = (key.tp * key.cp, key.etp * key.ep);
     let grid = Grid {
         tp: key.tp,
         cp: key.cp,
-        dp,
-        pp: runs.len() + 2,
+        dp: experts / common_divisor(attention, experts),
+        pp: 1,
         ep: key.ep,
         etp: key.etp,
     };
-    let mut mapping = grid.mapping(key);
-    let counts = runs.iter().map(|(_, count)| *count);
-    mapping.pipeline.layers = Some(std::iter::once(0).chain(counts).chain([0]).collect());
-    mapping.zero = Zero {
-        stage: problem.space.zero_stages.first().copied().unwrap_or(0),
-        group: None,
-    };
-    let workload = Workload {
-        batch: dp * key.micro_batch * mapping.pp,
-        ..problem.workload.clone()
-    };
-    let mut cluster = problem.cluster.clone();
-    let per_node = cluster.devices_per_node.max(1);
-    cluster.n_nodes = cluster.n_nodes.max(mapping.n_ranks().div_ceil(per_node));
-    (workload, mapping, cluster)
+    grid.mapping(key)
 }
 
 /// What computing a part again takes and saves, over all layers of a microbatch.
-fn worth_of(problem: &Problem<'_>, key: &LayerKey, module: Module) -> Option<(Module, f64, f64)> {
-    let (workload, mapping, cluster) = probe_of(problem, key, &runs(problem.workload));
-    let with = Mapping {
+fn worth_of(problem: &Problem<'_>, key: &LayerKey, module: Module) -> (Module, f64, f64) {
+    let workload = problem.workload;
+    let kept = smallest(key);
+    let again = Mapping {
         recompute: Recompute::Modules([module].into()),
-        ..mapping.clone()
+        ..kept.clone()
     };
-    let seconds = |mapping: &Mapping| {
-        let found = estimate(&workload, mapping, &cluster).ok()?;
-        Some(
-            found
-                .stages
-                .iter()
-                .map(|stage| stage.recompute_s)
-                .sum::<f64>(),
-        )
-    };
-    let bytes = |mapping: &Mapping| {
-        let ranks = 0..mapping.pp;
-        ranks
-            .map(|rank| memory(&workload, mapping, &cluster, rank).activations.0 as f64)
-            .sum::<f64>()
-    };
-    Some((
-        module,
-        seconds(&with)? - seconds(&mapping)?,
-        bytes(&mapping) - bytes(&with),
-    ))
+    let pricer = Pricer::new(workload, &again, problem.cluster);
+    let (firsts, kinds) = kinds(workload);
+    let of_kind: Vec<f64> = firsts
+        .iter()
+        .map(|layer| pricer.layer(*layer).recompute.seconds())
+        .collect();
+    let seconds = kinds.iter().map(|kind| of_kind[*kind]).sum();
+    let bytes = |mapping: &Mapping| memory(workload, mapping, problem.cluster, 0).activations.0;
+    (module, seconds, bytes(&kept) as f64 - bytes(&again) as f64)
 }
 
-/// Prices the stages of the probe.
-fn probe(problem: &Problem<'_>, key: &LayerKey) -> Option<LayerCosts> {
-    let runs = runs(problem.workload);
-    let (workload, mapping, cluster) = probe_of(problem, key, &runs);
-    let found = estimate(&workload, &mapping, &cluster).ok()?;
+/// Prices the layers of the smallest mapping that has them.
+fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
+    let workload = problem.workload;
+    let mapping = smallest(key);
+    let pricer = Pricer::new(workload, &mapping, problem.cluster);
     let is_training = workload.job == Job::Train;
-    let seconds = |stage: &StageEstimate| {
-        stage.forward_s
+    let seconds = |cost: LayerCost| {
+        cost.forward.seconds()
             + if is_training {
-                stage.backward_input_s + stage.backward_weight_s
+                cost.backward_input.seconds() + cost.backward_weight.seconds()
             } else {
                 0.0
             }
     };
-    let (first, rest) = found.stages.split_first()?;
-    let (last, middle) = rest.split_last()?;
-    let layers = runs.iter().zip(middle).flat_map(|((_, count), stage)| {
-        std::iter::repeat_n(seconds(stage) / *count as f64, *count)
-    });
-    Some(LayerCosts {
-        layers: layers.collect(),
-        first: seconds(first),
-        last: seconds(last),
-    })
+    let (firsts, kinds) = kinds(workload);
+    let of_kind: Vec<f64> = firsts
+        .iter()
+        .map(|layer| seconds(pricer.layer(*layer)))
+        .collect();
+    let head = seconds(pricer.head());
+    let predictions: f64 = (0..workload.prediction_layers)
+        .map(|ahead| seconds(pricer.layer(workload.model.n_layers + ahead)) + head)
+        .sum();
+    LayerCosts {
+        layers: kinds.into_iter().map(|kind| of_kind[kind]).collect(),
+        first: seconds(pricer.embedding()),
+        last: head + predictions,
+    }
 }
 
 fn common_divisor(a: usize, b: usize) -> usize {
     if b == 0 { a } else { common_divisor(b, a % b) }
 }
 
-/// Seconds that a step takes at least on this grid with layers of these prices.
+/// Seconds that a step takes at least with layers of these prices, on any grid of `n_ranks`: all ranks
+/// work all the time.
+pub(super) fn least_seconds_of_layers(
+    problem: &Problem<'_>,
+    n_ranks: usize,
+    key: &LayerKey,
+    costs: &LayerCosts,
+) -> f64 {
+    // Microbatches over pipeline ranks: batch / (dp · micro_batch · pp).
+    let share = problem.workload.batch as f64 * (key.tp * key.cp) as f64
+        / (n_ranks * key.micro_batch) as f64;
+    share * costs.total()
+}
+
+/// Seconds that a step takes at least on this grid: the slowest rank works all the time, and waits for
+/// the others' first and last microbatch.
 pub(super) fn least_seconds(
     problem: &Problem<'_>,
     grid: Grid,
@@ -196,7 +186,71 @@ pub(super) fn least_seconds(
     costs: &LayerCosts,
 ) -> f64 {
     let n_microbatches = (problem.workload.batch / (grid.dp * key.micro_batch)).max(1);
-    n_microbatches as f64 * costs.least_of_slowest(grid.pp)
+    let n_layers = problem.workload.model.n_layers;
+    let schedules = problem.space.schedules.iter();
+    let least_wait = schedules
+        .flat_map(|schedule| {
+            let chunks = chunk_counts(schedule, grid.pp, n_layers, n_microbatches);
+            chunks
+                .into_iter()
+                .filter(|chunks| problem.space.chunks.admits(*chunks))
+                .map(|chunks| wait_share(schedule, chunks))
+        })
+        .fold(1.0, f64::min);
+    with_wait(
+        n_microbatches,
+        costs.least_of_slowest(grid.pp),
+        costs.total(),
+        least_wait,
+    )
+}
+
+/// What a pipeline takes whose slowest rank works `pace_s` a microbatch, and waits for this share of
+/// the others' work.
+fn with_wait(n_microbatches: usize, pace_s: f64, total_s: f64, share: f64) -> f64 {
+    n_microbatches as f64 * pace_s + share * (total_s - pace_s).max(0.0)
+}
+
+/// The least part of the other ranks' work on a microbatch that a rank waits for.
+///
+/// Interleaving divides it by the chunks (Narayanan et al. 2021, §2.2.2); schedules that part the
+/// backward pass may wait for less, down to nothing.
+fn wait_share(schedule: &str, chunks: usize) -> f64 {
+    match schedule {
+        "1f1b" | "gpipe" | "interleaved" | "looped-bfs" => 1.0 / chunks as f64,
+        _ => 0.0,
+    }
+}
+
+/// Seconds that a step takes at least with these cuts.
+pub(super) fn least_seconds_of_cut(
+    problem: &Problem<'_>,
+    mapping: &Mapping,
+    costs: &LayerCosts,
+) -> f64 {
+    let stages = Stages::new(problem.workload, mapping);
+    let of_rank = |rank: usize| {
+        let chunks = 0..mapping.pipeline.chunks;
+        let of_chunk = |chunk: usize| {
+            let stage = stages.get(stages.stage_of(rank, chunk));
+            let mut seconds: f64 = costs.layers[stage.layers.clone()].iter().sum();
+            if stage.embeds {
+                seconds += costs.first;
+            }
+            if stage.predicts {
+                seconds += costs.last;
+            }
+            seconds
+        };
+        chunks.map(of_chunk).sum::<f64>()
+    };
+    let pace_s = (0..mapping.pp).map(of_rank).fold(0.0, f64::max);
+    let share = match mapping.pp {
+        1 => 0.0,
+        _ => wait_share(&mapping.pipeline.schedule, mapping.pipeline.chunks),
+    };
+    let n_microbatches = mapping.n_microbatches(problem.workload.batch).max(1);
+    with_wait(n_microbatches, pace_s, costs.total(), share)
 }
 
 /// Bytes that the first and the last rank need at least: everything saved that may be saved.
@@ -228,31 +282,45 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
     let mut policies = vec![Recompute::None];
     if space.whole.iter().any(|whole| *whole != Whole::None) {
         policies.push(Recompute::Full);
-    }
-    let parts = &space.again | &space.maybe_again;
-    if !parts.is_empty() {
-        policies.push(Recompute::Modules(parts));
+    } else if !space.maybe_again.is_empty() {
+        policies.push(Recompute::Modules(&space.again | &space.maybe_again));
     }
     let mut least = u64::MAX;
-    for schedule in &space.schedules {
+    for schedule in kinds_of_memory(grid.pp, &space.schedules) {
         for recompute in &policies {
             let with = Mapping {
                 recompute: recompute.clone(),
-                pipeline: meshweave_dsl::mapping::Pipeline {
+                pipeline: Pipeline {
                     schedule: schedule.clone(),
                     ..mapping.pipeline.clone()
                 },
                 ..mapping.clone()
             };
-            let needed = [0, grid.pp - 1].map(|rank| {
-                memory(problem.workload, &with, problem.cluster, rank)
-                    .total()
-                    .0
-            });
+            let needed = [0, grid.pp - 1]
+                .map(|rank| memory(problem.workload, &with, problem.cluster, rank).total().0);
             least = least.min(needed[0].max(needed[1]));
         }
     }
     least
+}
+
+/// Schedules that may differ in the memory they need with the fewest chunks.
+fn kinds_of_memory(pp: usize, schedules: &[String]) -> Vec<String> {
+    if pp == 1 {
+        return vec![Pipeline::default().schedule];
+    }
+    let mut kinds: Vec<String> = Vec::new();
+    for schedule in schedules {
+        // With one chunk an interleaved pipeline is a plain one.
+        let kind = match schedule.as_str() {
+            "interleaved" => "1f1b",
+            other => other,
+        };
+        if !kinds.iter().any(|known| known == kind) {
+            kinds.push(kind.to_owned());
+        }
+    }
+    kinds
 }
 
 /// Layers by which the stages of a cut may differ from even ones.

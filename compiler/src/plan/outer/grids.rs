@@ -5,6 +5,8 @@
 //! same pipelines (MoE Parallel Folding, arXiv 2504.14960, §3), and every degree divides what it
 //! divides in the model.
 
+use std::collections::BTreeMap;
+
 use meshweave_dsl::mapping::{Context, GridAxis, Mapping, Precision};
 
 use super::{Allowed, Problem, Space};
@@ -180,8 +182,53 @@ fn has_dense_layers(problem: &Problem<'_>) -> bool {
         .is_none_or(|moe| !moe.dense_layers.is_empty())
 }
 
+/// Grids whose layers are alike: they differ in how many ranks the pipeline and the data have.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Family {
+    pub tp: usize,
+    pub cp: usize,
+    pub ep: usize,
+    pub etp: usize,
+    pub grids: Vec<Grid>,
+}
+
+/// All legal grids of `n_ranks` by family, and the objections to the others.
+pub(super) fn families(problem: &Problem<'_>, n_ranks: usize) -> (Vec<Family>, Objections) {
+    let (grids, objections) = grids(problem, n_ranks);
+    let mut families: BTreeMap<(usize, usize, usize, usize), Vec<Grid>> = BTreeMap::new();
+    for grid in grids {
+        let own = families.entry((grid.tp, grid.cp, grid.ep, grid.etp));
+        own.or_default().push(grid);
+    }
+    let families = families
+        .into_iter()
+        .map(|((tp, cp, ep, etp), grids)| Family {
+            tp,
+            cp,
+            ep,
+            etp,
+            grids,
+        })
+        .collect();
+    (families, objections)
+}
+
+/// Tokens of a sequence that a rank of `cp` holds at least where `cp` is left open.
+pub(super) const LEAST_TOKENS: usize = 256;
+/// Nodes that the groups of `tp` and `etp` span at most where they are left open.
+pub(super) const MOST_NODES: usize = 4;
+
+/// Whether a degree is worth a look that nobody asked for.
+fn is_searched(problem: &Problem<'_>, tp: usize, cp: usize, etp: usize) -> bool {
+    let (space, cluster) = (problem.space, problem.cluster);
+    let most = MOST_NODES * cluster.devices_per_node;
+    (space.tp != Allowed::Any || tp <= most)
+        && (space.etp != Allowed::Any || etp <= most)
+        && (space.cp != Allowed::Any || cp == 1 || problem.workload.seq / cp >= LEAST_TOKENS)
+}
+
 /// All legal grids of `n_ranks`, and the objections to the others, each once with how often.
-pub(super) fn grids(problem: &Problem<'_>, n_ranks: usize) -> (Vec<Grid>, Objections) {
+fn grids(problem: &Problem<'_>, n_ranks: usize) -> (Vec<Grid>, Objections) {
     let model = &problem.workload.model;
     let mut found = Vec::new();
     let mut objections = Objections::default();
@@ -219,6 +266,9 @@ pub(super) fn grids(problem: &Problem<'_>, n_ranks: usize) -> (Vec<Grid>, Object
                 }
                 for &ep in &expert_degrees {
                     for &etp in &width_degrees {
+                        if !is_searched(problem, tp, cp, etp) {
+                            continue;
+                        }
                         let folded = Grid { ep, etp, ..grid };
                         match objection(problem, folded) {
                             None => found.push(folded),
@@ -235,7 +285,7 @@ pub(super) fn grids(problem: &Problem<'_>, n_ranks: usize) -> (Vec<Grid>, Object
 /// Why grids were left out, and how many.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Objections {
-    reasons: std::collections::BTreeMap<String, usize>,
+    reasons: BTreeMap<String, usize>,
 }
 
 impl Objections {
@@ -255,16 +305,27 @@ impl Objections {
     }
 }
 
-/// The layer choices of a grid: microbatch sizes, sequence parallelism, context, precision.
-pub(super) fn layer_keys(problem: &Problem<'_>, grid: Grid) -> Vec<LayerKey> {
+/// Whether a grid has whole microbatches of this size, as many as may be.
+pub(super) fn admits_microbatches(problem: &Problem<'_>, grid: Grid, micro_batch: usize) -> bool {
+    let per_rank = problem.workload.batch / grid.dp;
+    per_rank.is_multiple_of(micro_batch)
+        && problem.space.n_microbatches.admits(per_rank / micro_batch)
+}
+
+/// The layer choices of a family: microbatch sizes, sequence parallelism, context, precision.
+pub(super) fn layer_keys(problem: &Problem<'_>, grid: &Family) -> Vec<LayerKey> {
     let (workload, space) = (problem.workload, problem.space);
-    let per_rank = workload.batch / grid.dp;
-    let sizes: Vec<usize> = divisors(per_rank)
-        .into_iter()
-        .filter(|size| {
-            space.micro_batches.admits(*size) && space.n_microbatches.admits(per_rank / size)
+    let mut sizes: Vec<usize> = grid
+        .grids
+        .iter()
+        .flat_map(|grid| {
+            let sizes = divisors(workload.batch / grid.dp).into_iter();
+            sizes.filter(|size| admits_microbatches(problem, *grid, *size))
         })
+        .filter(|size| space.micro_batches.admits(*size))
         .collect();
+    sizes.sort_unstable();
+    sizes.dedup();
     let sequence_parallel: Vec<bool> = space
         .sequence_parallel
         .iter()
@@ -276,12 +337,12 @@ pub(super) fn layer_keys(problem: &Problem<'_>, grid: Grid) -> Vec<LayerKey> {
         })
         .collect();
     // What makes no difference is not chosen.
-    let sequence_parallel = match sequence_parallel.as_slice() {
-        [] if grid.tp == 1 => vec![false],
+    let sequence_parallel = match grid.tp {
+        1 => vec![false],
         _ => sequence_parallel,
     };
     let contexts: Vec<Context> = if grid.cp == 1 {
-        space.contexts.iter().copied().take(1).collect()
+        vec![Context::default()]
     } else {
         let attention = &workload.model.attention;
         space

@@ -6,9 +6,9 @@
 //! be the best, or is counted as not searched; equal prices are decided by the order of the space, so
 //! the answer does not depend on the machine.
 //!
-//! A *node* is a grid with the choices of its layers, bounded by [`super::bound`]; a *point* is a node
-//! with schedule, chunks, cuts and ZeRO, whose price without recomputation and offloading bounds
-//! everything with them.
+//! The choices are made in four steps, each bounded by what the steps before it decide: the layers'
+//! own (degrees, microbatch size, context), the pipeline's degree, its schedule with chunks and cuts,
+//! ZeRO. With all of them the price without recomputation and offloading bounds everything with them.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -16,12 +16,16 @@ use std::time::Instant;
 
 use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero};
 
-use super::bound::{Layers, groups, least_bytes, least_seconds};
-use super::grids::{Grid, LayerKey, Objections, grids, layer_keys};
+use super::bound::{
+    Layers, groups, least_bytes, least_seconds, least_seconds_of_cut, least_seconds_of_layers,
+};
+use super::grids::{
+    Family, Grid, LayerKey, Objections, admits_microbatches, families, layer_keys,
+};
 use super::saving::savings;
-use super::space::{Cuts, MAX_CHUNKS};
+use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
 use super::stages::balanced;
-use super::{Options, OuterError, Problem};
+use super::{Options, Problem};
 use crate::plan::estimate::{Estimate, Unpriced, estimate, memory};
 
 /// A mapping with its price.
@@ -38,9 +42,9 @@ pub struct Counts {
     pub n_mappings: u64,
     /// Grids with the choices of their layers.
     pub n_nodes: u64,
-    /// Nodes whose least memory exceeds the budget.
+    /// Partial mappings whose least memory exceeds the budget.
     pub n_too_large: u64,
-    /// Nodes that were pruned by the bound of their time.
+    /// Partial mappings that were pruned by the bound of their time.
     pub n_too_slow: u64,
     /// Prices of layers, for bounds.
     pub n_layer_prices: u64,
@@ -50,6 +54,23 @@ pub struct Counts {
     pub n_weighed: u64,
     /// Mappings that have no price.
     pub n_unpriced: u64,
+}
+
+impl Counts {
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            n_mappings: self.n_mappings + other.n_mappings,
+            n_nodes: self.n_nodes + other.n_nodes,
+            n_too_large: self.n_too_large + other.n_too_large,
+            n_too_slow: self.n_too_slow + other.n_too_slow,
+            n_layer_prices: self.n_layer_prices + other.n_layer_prices,
+            n_priced: self.n_priced + other.n_priced,
+            n_weighed: self.n_weighed + other.n_weighed,
+            n_unpriced: self.n_unpriced + other.n_unpriced,
+        }
+    }
 }
 
 /// What a search found.
@@ -65,12 +86,18 @@ pub(super) struct Outcome {
     /// Why mappings had no price.
     pub unpriced: BTreeMap<String, u64>,
     pub is_out_of_time: bool,
+    /// The fastest of those that take longer than the target.
+    pub fastest_s: f64,
 }
 
-/// What waits in the queue: nodes first seen, then points.
+/// What waits in the queue, with more and more decided.
 enum Step {
-    Node(Grid, LayerKey),
-    Point(Box<Mapping>),
+    /// The family's number, and the choices of its layers.
+    Layers(usize, LayerKey),
+    Grid(Grid, LayerKey),
+    Cut(Grid, LayerKey, Pipeline),
+    /// A whole mapping with nothing saved, and whether it fits so.
+    Point { mapping: Box<Mapping>, fits: bool },
 }
 
 struct Entry {
@@ -106,7 +133,9 @@ const N_STEPS_A_LOOK: u64 = 64;
 pub(super) struct Search<'a> {
     problem: &'a Problem<'a>,
     options: &'a Options,
-    layers: Layers,
+    n_ranks: usize,
+    families: Vec<Family>,
+    layers: &'a mut Layers,
     queue: BinaryHeap<Entry>,
     n_entries: u64,
     outcome: Outcome,
@@ -117,17 +146,22 @@ pub(super) struct Search<'a> {
 }
 
 /// Searches the mappings of exactly `n_ranks` ranks.
+///
+/// `layers` holds prices of layers, which other numbers of ranks share.
 pub(super) fn search(
     problem: &Problem<'_>,
     options: &Options,
     n_ranks: usize,
-) -> Result<Outcome, OuterError> {
+    layers: &mut Layers,
+) -> Outcome {
     let start = Instant::now();
-    let (grids, objections) = grids(problem, n_ranks);
+    let (families, objections) = families(problem, n_ranks);
     let mut search = Search {
         problem,
         options,
-        layers: Layers::default(),
+        n_ranks,
+        families,
+        layers,
         queue: BinaryHeap::new(),
         n_entries: 0,
         outcome: Outcome {
@@ -138,21 +172,36 @@ pub(super) fn search(
             closest: None,
             unpriced: BTreeMap::new(),
             is_out_of_time: false,
+            fastest_s: f64::INFINITY,
         },
         by_grid: BTreeMap::new(),
-        best_s: f64::INFINITY,
+        best_s: options.better_than_s.unwrap_or(f64::INFINITY),
         best: None,
     };
-    for grid in grids {
-        search.add_grid(grid);
+    let n_before = search.layers.len();
+    for family_idx in 0..search.families.len() {
+        search.add_family(family_idx);
     }
-    search.outcome.counts.n_layer_prices = search.layers.len() as u64;
+    search.outcome.counts.n_layer_prices = (search.layers.len() - n_before) as u64;
+    if let Some(warm) = &options.warm_start
+        && warm.n_ranks() == n_ranks
+        && search.fits(warm)
+    {
+        search.offer(warm.clone());
+    }
     search.run(start);
-    Ok(search.finish())
+    search.finish()
 }
 
 impl Search<'_> {
     fn push(&mut self, bound_s: f64, step: Step) {
+        if bound_s >= self.best_s {
+            // What is pruned at once still bounds the rest.
+            let bound = &mut self.outcome.lower_bound_s;
+            *bound = bound.min(bound_s);
+            self.outcome.counts.n_too_slow += 1;
+            return;
+        }
         let order = self.n_entries;
         self.n_entries += 1;
         self.queue.push(Entry {
@@ -162,24 +211,19 @@ impl Search<'_> {
         });
     }
 
-    fn add_grid(&mut self, grid: Grid) {
-        let n_completions = n_completions(self.problem, grid);
-        for key in layer_keys(self.problem, grid) {
-            let counts = &mut self.outcome.counts;
-            counts.n_nodes += 1;
-            counts.n_mappings += n_completions;
-            let least = least_bytes(self.problem, grid, &key);
-            if least > self.problem.space.budget_bytes {
-                counts.n_too_large += 1;
-                self.note_unfit(least, || grid.mapping(&key));
-                continue;
-            }
-            let Some(costs) = self.layers.costs(self.problem, key) else {
-                self.outcome.counts.n_unpriced += 1;
-                continue;
-            };
-            let bound_s = least_seconds(self.problem, grid, &key, costs);
-            self.push(bound_s, Step::Node(grid, key));
+    fn add_family(&mut self, family_idx: usize) {
+        let family = self.families[family_idx].clone();
+        let n_completions: u64 = family
+            .grids
+            .iter()
+            .map(|grid| n_completions(self.problem, *grid))
+            .sum();
+        for key in layer_keys(self.problem, &family) {
+            self.outcome.counts.n_nodes += 1;
+            self.outcome.counts.n_mappings += n_completions;
+            let costs = self.layers.costs(self.problem, key);
+            let bound_s = least_seconds_of_layers(self.problem, self.n_ranks, &key, costs);
+            self.push(bound_s, Step::Layers(family_idx, key));
         }
     }
 
@@ -195,54 +239,94 @@ impl Search<'_> {
     }
 
     fn run(&mut self, start: Instant) {
-        let mut n_steps = 0;
+        let mut n_steps: u64 = 0;
         while let Some(entry) = self.queue.pop() {
             // Nothing left can be better by more than the gap.
             if entry.bound_s >= self.best_s * (1.0 - self.options.gap) {
-                self.outcome.lower_bound_s = entry.bound_s;
+                let bound = &mut self.outcome.lower_bound_s;
+                *bound = bound.min(entry.bound_s);
+                self.outcome.counts.n_too_slow += 1 + self.queue.len() as u64;
                 break;
             }
             n_steps += 1;
-            let looks = n_steps % N_STEPS_A_LOOK == 0;
-            if looks && self.best.is_some() && start.elapsed().as_secs_f64() > self.options.within_s
+            if n_steps.is_multiple_of(N_STEPS_A_LOOK)
+                && self.best.is_some()
+                && start.elapsed().as_secs_f64() > self.options.within_s
             {
-                self.outcome.lower_bound_s = entry.bound_s;
+                let bound = &mut self.outcome.lower_bound_s;
+                *bound = bound.min(entry.bound_s);
                 self.outcome.is_out_of_time = true;
                 break;
             }
+            let bound_s = entry.bound_s;
             match entry.step {
-                Step::Node(grid, key) => self.expand(grid, &key, entry.bound_s),
-                Step::Point(mapping) => self.complete(*mapping),
+                Step::Layers(family_idx, key) => self.lay_out(family_idx, &key, bound_s),
+                Step::Grid(grid, key) => self.cut(grid, &key, bound_s),
+                Step::Cut(grid, key, pipeline) => self.divide(grid, &key, &pipeline, bound_s),
+                Step::Point { mapping, fits } => self.complete(*mapping, fits),
             }
         }
-        let left = self.queue.iter();
-        let nodes = left.filter(|entry| matches!(entry.step, Step::Node(..)));
-        self.outcome.counts.n_too_slow = nodes.count() as u64;
     }
 
-    /// Prices the points of a node.
-    fn expand(&mut self, grid: Grid, key: &LayerKey, bound_s: f64) {
-        let space = self.problem.space;
+    /// The pipelines that layers of these choices can be laid out in.
+    fn lay_out(&mut self, family_idx: usize, key: &LayerKey, bound_s: f64) {
+        let family = self.families[family_idx].clone();
+        for grid in family.grids {
+            if !admits_microbatches(self.problem, grid, key.micro_batch) {
+                continue;
+            }
+            let least = least_bytes(self.problem, grid, key);
+            self.outcome.counts.n_weighed += 1;
+            if least > self.problem.space.budget_bytes {
+                self.outcome.counts.n_too_large += 1;
+                self.note_unfit(least, || grid.mapping(key));
+                continue;
+            }
+            let costs = self.layers.costs(self.problem, *key);
+            let least_s = least_seconds(self.problem, grid, key, costs);
+            self.push(least_s.max(bound_s), Step::Grid(grid, *key));
+        }
+    }
+
+    /// Schedules, chunks and cuts.
+    fn cut(&mut self, grid: Grid, key: &LayerKey, bound_s: f64) {
         for pipeline in self.pipelines(grid, key) {
-            for &stage in &space.zero_stages {
-                for group in groups(self.problem, grid, stage) {
-                    let mapping = Mapping {
-                        zero: Zero { stage, group },
-                        pipeline: pipeline.clone(),
-                        recompute: required(&space.again),
-                        ..grid.mapping(key)
-                    };
-                    match estimate(self.problem.workload, &mapping, self.problem.cluster) {
-                        Ok(found) => {
-                            self.outcome.counts.n_priced += 1;
-                            // A bound never falls on the way down.
-                            let floor_s = found.step_s.max(bound_s);
-                            if floor_s < self.best_s {
-                                self.push(floor_s, Step::Point(Box::new(mapping)));
-                            }
+            let mapping = Mapping {
+                pipeline,
+                ..grid.mapping(key)
+            };
+            let costs = self.layers.costs(self.problem, *key);
+            let least_s = least_seconds_of_cut(self.problem, &mapping, costs);
+            let step = Step::Cut(grid, *key, mapping.pipeline);
+            self.push(least_s.max(bound_s), step);
+        }
+    }
+
+    /// ZeRO, with prices.
+    fn divide(&mut self, grid: Grid, key: &LayerKey, pipeline: &Pipeline, bound_s: f64) {
+        let space = self.problem.space;
+        for stage in zero_stages(space, grid) {
+            for group in groups(self.problem, grid, stage) {
+                let mapping = Mapping {
+                    zero: Zero { stage, group },
+                    pipeline: pipeline.clone(),
+                    recompute: required(&space.again),
+                    ..grid.mapping(key)
+                };
+                match estimate(self.problem.workload, &mapping, self.problem.cluster) {
+                    Ok(found) => {
+                        self.outcome.counts.n_priced += 1;
+                        let bytes = found.memory.total().0;
+                        let fits = bytes <= space.budget_bytes;
+                        if !fits {
+                            self.note_unfit(bytes, || mapping.clone());
                         }
-                        Err(error) => self.note_unpriced(&error),
+                        // A bound never falls on the way down.
+                        let floor_s = found.step_s.max(bound_s);
+                        let mapping = Box::new(mapping);
+                        self.push(floor_s, Step::Point { mapping, fits });
                     }
+                    Err(error) => self.note_unpriced(&error),
                 }
             }
         }
@@ -250,7 +334,11 @@ impl Search<'_> {
 
     fn note_unpriced(&mut self, error: &Unpriced) {
         self.outcome.counts.n_unpriced += 1;
-        *self.outcome.unpriced.entry(error.to_string()).or_insert(0) += 1;
+        *self
+            .outcome
+            .unpriced
+            .entry(error.to_string())
+            .or_insert(0) += 1;
     }
 
     /// Schedules, chunks and cuts of a node.
@@ -261,7 +349,7 @@ impl Search<'_> {
             return vec![Pipeline::default()];
         }
         let n_microbatches = self.problem.workload.batch / (grid.dp * key.micro_batch);
-        let costs = self.layers.costs(self.problem, *key).cloned();
+        let costs = self.layers.costs(self.problem, *key).clone();
         let mut found = Vec::new();
         for schedule in &space.schedules {
             for chunks in chunk_counts(schedule, grid.pp, n_layers, n_microbatches) {
@@ -281,9 +369,7 @@ impl Search<'_> {
                     Cuts::Even => found.push(with(None)),
                     Cuts::Any => {
                         found.push(with(None));
-                        let better = costs
-                            .as_ref()
-                            .and_then(|costs| balanced(costs, grid.pp * chunks));
+                        let better = balanced(&costs, grid.pp * chunks);
                         found.extend(better.map(|layers| with(Some(layers))));
                     }
                 }
@@ -293,13 +379,16 @@ impl Search<'_> {
     }
 
     /// The best completion of a point: with nothing saved where that fits, else whatever fits first.
-    fn complete(&mut self, point: Mapping) {
-        let with_point = self.fits(&point);
-        if with_point {
+    fn complete(&mut self, point: Mapping, fits: bool) {
+        let space = self.problem.space;
+        // What is asked for may be more than nothing.
+        let may_save_nothing = space.whole.contains(&Whole::None)
+            && space.offload_optimizer.contains(&false)
+            && space.offload_activations.contains(&0.0);
+        if fits && may_save_nothing {
             self.offer(point);
             return;
         }
-        let space = self.problem.space;
         let key = key_of(&point);
         for &optimizer in &space.offload_optimizer {
             for &activations in &space.offload_activations {
@@ -311,7 +400,7 @@ impl Search<'_> {
                     offload,
                     ..point.clone()
                 };
-                for recompute in savings(self.problem, &mut self.layers, &key, &base) {
+                for recompute in savings(self.problem, self.layers, &key, &base) {
                     let mapping = Mapping {
                         recompute,
                         ..base.clone()
@@ -340,7 +429,15 @@ impl Search<'_> {
             Err(error) => return self.note_unpriced(&error),
         };
         self.outcome.counts.n_priced += 1;
-        let seconds = estimate.step_s;
+        let space = self.problem.space;
+        if space.most_s.is_some_and(|most_s| estimate.step_s > most_s) {
+            let closest = &mut self.outcome.fastest_s;
+            *closest = closest.min(estimate.step_s);
+            return;
+        }
+        // Preferences only weigh: a bound of the seconds is one of the weighed seconds too.
+        let factors = space.preferences.iter().map(|one| one.factor(&mapping));
+        let seconds = estimate.step_s * factors.product::<f64>();
         let priced = Priced { mapping, estimate };
         let grid = grid_of(&priced.mapping);
         let known = self.by_grid.get(&grid);
@@ -375,6 +472,14 @@ impl Search<'_> {
 
 /// Other grids that are remembered.
 const N_RUNNERS_UP: usize = 16;
+
+/// The ZeRO stages of a grid: none without ranks to divide among.
+fn zero_stages(space: &Space, grid: Grid) -> Vec<u8> {
+    match grid.dp * grid.cp {
+        1 => vec![0],
+        _ => space.zero_stages.clone(),
+    }
+}
 
 /// The recomputation that is asked for, and nothing else.
 fn required(again: &std::collections::BTreeSet<Module>) -> Recompute {
@@ -425,7 +530,7 @@ pub(super) fn key_of(mapping: &Mapping) -> LayerKey {
 ///
 /// Interleaving runs microbatches in rounds of `pp` (Narayanan et al. 2021, §2.2.2), so their number
 /// must be a multiple of it.
-fn chunk_counts(schedule: &str, pp: usize, n_layers: usize, n_microbatches: usize) -> Vec<usize> {
+pub(super) fn chunk_counts(schedule: &str, pp: usize, n_layers: usize, n_microbatches: usize) -> Vec<usize> {
     let most = (n_layers / pp).min(MAX_CHUNKS);
     match schedule {
         "interleaved" | "looped-bfs" | "interleaved-zb" => {
@@ -450,8 +555,7 @@ fn n_completions(problem: &Problem<'_>, grid: Grid) -> u64 {
         let of = |schedule: &String| chunk_counts(schedule, grid.pp, n_layers, grid.pp).len();
         space.schedules.iter().map(of).sum::<usize>() * n_cuts
     };
-    let n_zero: usize = space
-        .zero_stages
+    let n_zero: usize = zero_stages(space, grid)
         .iter()
         .map(|stage| groups(problem, grid, *stage).len())
         .sum();

@@ -6,8 +6,9 @@
 use std::collections::BTreeSet;
 
 use meshweave_dsl::cluster::Cluster;
-use meshweave_dsl::mapping::{Context, GridAxis, Module, Precision};
+use meshweave_dsl::mapping::{Context, GridAxis, Mapping, Module, Precision};
 
+use crate::plan::HEADROOM;
 use crate::plan::estimate::{Job, Workload};
 
 /// What a degree may be.
@@ -24,6 +25,17 @@ impl Allowed {
     /// Exactly this.
     pub fn only(degree: usize) -> Self {
         Self::Among(vec![degree])
+    }
+
+    /// What both admit.
+    pub fn and(&self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Any, other) => other.clone(),
+            (own, Self::Any) => own.clone(),
+            (Self::Among(own), other) => {
+                Self::Among(own.iter().copied().filter(|d| other.admits(*d)).collect())
+            }
+        }
     }
 
     /// Whether it may be this.
@@ -100,12 +112,34 @@ pub struct Space {
     pub precisions: Vec<Precision>,
     /// Bytes that a plan may use of a device.
     pub budget_bytes: u64,
-    /// Whether every device takes part.
-    pub uses_all_devices: bool,
+    /// Seconds that a step may take.
+    pub most_s: Option<f64>,
+    pub preferences: Vec<Preference>,
 }
 
-/// Part of a device's memory that plans leave free where the user does not say otherwise.
-pub const HEADROOM: f64 = 0.05;
+/// A ranking of the ways of context parallelism, best first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preference {
+    pub ranking: Vec<Context>,
+    /// What each place down the ranking weighs, in percent of a step.
+    pub weight: f64,
+}
+
+impl Preference {
+    /// The factor by which a mapping counts as slower.
+    pub fn factor(&self, mapping: &Mapping) -> f64 {
+        if mapping.cp == 1 {
+            return 1.0;
+        }
+        let place = self
+            .ranking
+            .iter()
+            .position(|context| *context == mapping.context)
+            .unwrap_or(0);
+        1.0 + place as f64 * self.weight / 100.0
+    }
+}
+
 /// Chunks of a pipeline rank that are searched.
 pub const MAX_CHUNKS: usize = 16;
 /// Schedules that are searched where the user does not name any: those that Megatron-Core runs.
@@ -164,14 +198,11 @@ impl Space {
             } else {
                 vec![false]
             },
-            offload_activations: if is_training {
-                vec![0.0, 0.25, 0.5, 0.75, 1.0]
-            } else {
-                vec![0.0]
-            },
+            offload_activations: vec![0.0],
             precisions: vec![Precision::MIXED_BF16],
             budget_bytes: (cluster.device.memory_bytes as f64 * (1.0 - HEADROOM)) as u64,
-            uses_all_devices: true,
+            most_s: None,
+            preferences: Vec::new(),
         }
     }
 }

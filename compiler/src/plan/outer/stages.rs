@@ -34,7 +34,7 @@ pub(super) fn balanced(costs: &LayerCosts, n_stages: usize) -> Option<Vec<usize>
         vec![vec![None; n_layers + 1]; n_stages + 1];
     best[0][0] = Some((0.0, 0.0, 0));
     for stage in 0..n_stages {
-        for first in 0..=n_layers {
+        for first in (0..=n_layers).rev() {
             let Some((slowest, squares, _)) = best[stage][first] else {
                 continue;
             };

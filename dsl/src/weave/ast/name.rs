@@ -24,6 +24,12 @@ impl Name {
         parser::whole(text, parser::Parser::name)
     }
 
+    /// A literal of this program that is known to be one.
+    pub fn literal(text: &'static str) -> Self {
+        debug_assert!(Self::new(text).is_ok(), "{text}");
+        Self::trusted(text)
+    }
+
     /// For the parser only: `text` was just read as a name.
     pub(in crate::weave) fn trusted(text: &str) -> Self {
         Self(text.to_owned())
@@ -52,6 +58,12 @@ impl Pattern {
             return Ok(Self(text.to_owned()));
         }
         parser::whole(text, parser::Parser::pattern)
+    }
+
+    /// A literal of this program that is known to be one.
+    pub fn literal(text: &'static str) -> Self {
+        debug_assert!(Self::new(text).is_ok(), "{text}");
+        Self::trusted(text)
     }
 
     /// For the parser only: `text` was just read as a pattern.
