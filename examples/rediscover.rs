@@ -59,7 +59,7 @@ fn line(row: Row<'_>) -> Result<String, String> {
     let name = row.text_or_blank("model");
     let case = Case::read(row).map_err(|error| format!("{name}: {error}"))?;
     let measured = row.number("step_time_s");
-    let published = case.estimate();
+    let published = case.estimate(1.0);
     // The same model, batch, devices, software and number format; everything else is open.
     let precision = case.mappings.first().map(|mapping| mapping.precision);
     let mut space = Space::everything(&case.workload, &case.cluster);
@@ -74,7 +74,11 @@ fn line(row: Row<'_>) -> Result<String, String> {
         Ok((mapping, priced)) => (
             mapping.to_string(),
             format!("{:.2}", priced.step_s),
-            why(&case, (mapping, priced), (&found.best.mapping, &found.best.estimate)),
+            why(
+                &case,
+                (mapping, priced),
+                (&found.best.mapping, &found.best.estimate),
+            ),
         ),
         Err(reason) => (String::new(), format!("({reason})"), String::new()),
     };

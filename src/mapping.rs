@@ -36,12 +36,12 @@ impl Session {
     pub fn search_mapping(&self) -> Result<Mapped> {
         let mut request = self.mapping_request(&self.document)?;
         // The witnesses of an earlier plan, where they still are a mapping.
-        request.options.warm_start = self
-            .mapping_request(&self.document.freeze())
-            .ok()
-            .and_then(|frozen| {
-                outer::the_only(&frozen.workload, &frozen.cluster, &frozen.space()).ok()
-            });
+        request.options.warm_start =
+            self.mapping_request(&self.document.freeze())
+                .ok()
+                .and_then(|frozen| {
+                    outer::the_only(&frozen.workload, &frozen.cluster, &frozen.space()).ok()
+                });
         let found = outer::search(
             &request.workload,
             &request.cluster,
@@ -516,10 +516,10 @@ pub fn summary(mapped: &Mapped) -> String {
     }
     let total = mapped.estimate.step_s;
     let shares: Vec<String> = parts(&mapped.estimate)
-    .iter()
-    .filter(|(_, part)| *part > 0.0005 * total)
-    .map(|(name, part)| format!("{name} {:.1} %", 100.0 * part / total))
-    .collect();
+        .iter()
+        .filter(|(_, part)| *part > 0.0005 * total)
+        .map(|(name, part)| format!("{name} {:.1} %", 100.0 * part / total))
+        .collect();
     text += &format!("time       {} (predicted, exposed)\n", shares.join(", "));
     if let Some(found) = &mapped.found {
         text += &format!("solved     in {} (measured)\n", seconds(found.solve_s));
@@ -573,7 +573,11 @@ pub fn report(mapped: &Mapped) -> String {
             continue;
         }
         let cluster = &mapped.request.cluster;
-        let nodes: BTreeSet<usize> = groups.of(0).iter().map(|rank| cluster.node_of(*rank)).collect();
+        let nodes: BTreeSet<usize> = groups
+            .of(0)
+            .iter()
+            .map(|rank| cluster.node_of(*rank))
+            .collect();
         text += &format!(
             "  {name:<4} {:>6} ranks, {:>6} apart, on {} node{}\n",
             groups.size,

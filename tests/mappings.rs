@@ -8,7 +8,8 @@ use meshweave::dsl::diagnostics::{Color, SourceId};
 use meshweave::dsl::weave;
 use meshweave::session::Session;
 
-const GPT_18B: &str = "model m = gpt {\n  layers 40 embed 6144 heads 48 vocab 51200 positions 2048\n}\n";
+const GPT_18B: &str =
+    "model m = gpt {\n  layers 40 embed 6144 heads 48 vocab 51200 positions 2048\n}\n";
 const MIXTRAL: &str = "model m = llama {\n  layers 32 embed 4096 heads 32 kv_heads 8 ffn 14336 vocab 32000\n  experts 8 topk 2\n}\n";
 
 fn session(cluster: &str, model: &str, rest: &str) -> Session {
@@ -33,15 +34,18 @@ fn mask(text: &str) -> String {
         let has_point = word.contains('.') && word.chars().any(|c| c.is_ascii_digit());
         let is_choice = word.starts_with("mb")
             || ["tp", "pp", "dp", "cp", "ep", "zero"].iter().any(|axis| {
-                word.strip_prefix(axis)
-                    .is_some_and(|rest| rest.chars().all(|c| c.is_ascii_digit()) && !rest.is_empty())
+                word.strip_prefix(axis).is_some_and(|rest| {
+                    rest.chars().all(|c| c.is_ascii_digit()) && !rest.is_empty()
+                })
             });
         has_point || is_choice
     };
     let lines = text.lines().map(|line| {
         // The choices of a mapping vary in number, too.
         let line = line.split(" (predicted)").next().unwrap_or_default();
-        let words = line.split(' ').map(|word| if is_figure(word) { "#" } else { word });
+        let words = line
+            .split(' ')
+            .map(|word| if is_figure(word) { "#" } else { word });
         words.collect::<Vec<_>>().join(" ")
     });
     lines.collect::<Vec<_>>().join("\n")
@@ -69,7 +73,9 @@ fn a_printed_plan_reads_back_as_its_mapping() {
         let mapped = session.search_mapping().unwrap();
         let text = session.mapping_text(&mapped);
         let again = Session::from_text("plan.weave", &text, Path::new("."), None).unwrap();
-        let read = again.read_mapping().unwrap_or_else(|error| panic!("{text}\n{error}"));
+        let read = again
+            .read_mapping()
+            .unwrap_or_else(|error| panic!("{text}\n{error}"));
         assert_eq!(read.mapping, mapped.mapping, "{text}");
         assert_eq!(read.estimate, mapped.estimate);
         let found = mapped.found.as_ref().unwrap();
@@ -83,9 +89,15 @@ fn a_printed_plan_reads_back_as_its_mapping() {
 
 #[test]
 fn requests_that_cannot_be_met_say_why() {
-    let huge = "model m = gpt {\n  layers 128 embed 25600 heads 160 vocab 51200 positions 2048\n}\n";
+    let huge =
+        "model m = gpt {\n  layers 128 embed 25600 heads 160 vocab 51200 positions 2048\n}\n";
     let cases = [
-        ("a model larger than the cluster", "h100:8", huge, "train batch 64 seq 2048"),
+        (
+            "a model larger than the cluster",
+            "h100:8",
+            huge,
+            "train batch 64 seq 2048",
+        ),
         (
             "a batch that no data parallelism divides",
             "a100-80:16",
@@ -129,9 +141,7 @@ fn requests_that_cannot_be_met_say_why() {
     ];
     let text: Vec<String> = cases
         .iter()
-        .map(|(name, cluster, model, rest)| {
-            format!("{name}\n{}", complaint(cluster, model, rest))
-        })
+        .map(|(name, cluster, model, rest)| format!("{name}\n{}", complaint(cluster, model, rest)))
         .collect();
     insta::assert_snapshot!(text.join("\n----\n"));
 }

@@ -500,7 +500,9 @@ fn refuse_mapping_statements(document: &Document, diagnostics: &mut Vec<Diagnost
                     ("tpot", "a target of latency is"),
                     ("latency", "a target of latency is"),
                 ] {
-                    let Some(setting) = job.get(key) else { continue };
+                    let Some(setting) = job.get(key) else {
+                        continue;
+                    };
                     let is_f32 = setting.value().and_then(|value| value.as_str()) == Some("f32");
                     if !is_f32 {
                         refuse(setting.span, what, "remove it");

@@ -115,7 +115,11 @@ fn checks_of_mapping(session: &Session) -> Result<Vec<Check>> {
         checks.push(Check {
             name: "latency",
             holds: Some(price_s <= most_s),
-            detail: format!("{} (predicted) of {} allowed", seconds(price_s), seconds(most_s)),
+            detail: format!(
+                "{} (predicted) of {} allowed",
+                seconds(price_s),
+                seconds(most_s)
+            ),
         });
     }
     let own = mapped.digests();
@@ -131,7 +135,9 @@ fn checks_of_mapping(session: &Session) -> Result<Vec<Check>> {
             detail: match stated {
                 None => "the plan states no hash".into(),
                 Some(stated) if stated == own => format!("hash {own}"),
-                Some(stated) => format!("hash {own}, {stated} when it was planned: it was changed since"),
+                Some(stated) => {
+                    format!("hash {own}, {stated} when it was planned: it was changed since")
+                }
             },
         });
     }
@@ -158,11 +164,10 @@ fn checks_of_ops(session: &Session) -> Result<Vec<Check>> {
     let model = session.model()?;
     let directives = session.directives(&model)?;
     if directives.replay.is_none() {
-        return Err(Error::plain(
-            Class::Invalid,
-            "the document is no plan: it places no ops",
-        )
-        .help("`meshweave plan -o plan.weave` writes one"));
+        return Err(
+            Error::plain(Class::Invalid, "the document is no plan: it places no ops")
+                .help("`meshweave plan -o plan.weave` writes one"),
+        );
     }
     let solution = session.plan(&model)?;
     let certificate = &solution.certificate;

@@ -74,7 +74,11 @@ pub fn what_if(args: &WhatIfArgs, format: Format) -> Result<()> {
         }
         let model = session.model()?;
         let (own, with) = (session.plan(&model)?, other.plan(&model)?);
-        print!("now\n{}\nwith the change\n{}", plan_summary(&own), plan_summary(&with));
+        print!(
+            "now\n{}\nwith the change\n{}",
+            plan_summary(&session.request, &own),
+            plan_summary(&other.request, &with)
+        );
         return Ok(());
     }
     let (own, with) = (session.search_mapping()?, other.search_mapping()?);
@@ -83,7 +87,11 @@ pub fn what_if(args: &WhatIfArgs, format: Format) -> Result<()> {
     match format {
         Format::Text => {
             println!("now\n{}", summary(&own));
-            println!("with the change ({})\n{}", other.request.cluster, summary(&with));
+            println!(
+                "with the change ({})\n{}",
+                other.request.cluster,
+                summary(&with)
+            );
             println!(
                 "a step takes {} instead of {} (predicted): {speedup:.2} × as fast, {} instead of {} tokens/s",
                 seconds(with.estimate.step_s),

@@ -124,7 +124,10 @@ fn megatron(workload: &Workload, mapping: &Mapping) -> Result<String> {
             }
             add("--recompute-granularity full".into());
             add("--recompute-method block".into());
-            add(format!("--recompute-num-layers {}", count / pipeline.chunks));
+            add(format!(
+                "--recompute-num-layers {}",
+                count / pipeline.chunks
+            ));
         }
         Recompute::Modules(parts) => {
             let names: Vec<&str> = parts.iter().map(|part| megatron_name(*part)).collect();
@@ -192,7 +195,11 @@ fn layout(workload: &Workload, mapping: &Mapping) -> String {
 fn torchtitan(workload: &Workload, mapping: &Mapping) -> Result<String> {
     let target = Target::Torchtitan;
     refuse(mapping.zero.stage == 1, "ZeRO 1", target)?;
-    refuse(mapping.offload.optimizer, "offloading of the optimizer alone", target)?;
+    refuse(
+        mapping.offload.optimizer,
+        "offloading of the optimizer alone",
+        target,
+    )?;
     refuse(
         mapping.offload.activations > 0.0,
         "offloading of activations",
@@ -211,7 +218,12 @@ fn torchtitan(workload: &Workload, mapping: &Mapping) -> Result<String> {
     let mode = match &mapping.recompute {
         Recompute::None => "none",
         Recompute::Full => "full",
-        _ => return Err(unsupported("recomputation of parts or of some layers", target)),
+        _ => {
+            return Err(unsupported(
+                "recomputation of parts or of some layers",
+                target,
+            ));
+        }
     };
     let schedule = match mapping.pipeline.schedule.as_str() {
         "1f1b" => "1F1B",
@@ -225,7 +237,11 @@ fn torchtitan(workload: &Workload, mapping: &Mapping) -> Result<String> {
         0 => 1,
         _ => mapping.zero.group.unwrap_or(mapping.dp),
     };
-    let reshard = if mapping.zero.stage == 2 { "never" } else { "always" };
+    let reshard = if mapping.zero.stage == 2 {
+        "never"
+    } else {
+        "always"
+    };
     let mut text = format!(
         "[training]\nlocal_batch_size = {}\nglobal_batch_size = {}\nseq_len = {}\n\n[parallelism]\n\
          data_parallel_replicate_degree = {}\ndata_parallel_shard_degree = {shard}\n\
@@ -266,8 +282,16 @@ fn torchtitan(workload: &Workload, mapping: &Mapping) -> Result<String> {
 
 fn deepspeed(workload: &Workload, mapping: &Mapping) -> Result<String> {
     let target = Target::Deepspeed;
-    refuse(mapping.pp > 1, "a pipeline (the model's code sets it)", target)?;
-    refuse(mapping.ep > 1, "expert parallelism (the model's code sets it)", target)?;
+    refuse(
+        mapping.pp > 1,
+        "a pipeline (the model's code sets it)",
+        target,
+    )?;
+    refuse(
+        mapping.ep > 1,
+        "expert parallelism (the model's code sets it)",
+        target,
+    )?;
     refuse(
         mapping.cp > 1 && mapping.context != Context::Ulysses,
         "context parallelism other than Ulysses",

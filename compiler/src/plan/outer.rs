@@ -246,7 +246,10 @@ fn why_nothing(problem: &Problem<'_>, outcome: &search::Outcome) -> OuterError {
     if outcome.counts.n_nodes == 0 {
         let reasons = outcome.objections.most_frequent();
         return OuterError::Invalid {
-            message: format!("no degrees lay model `{}` out on {n_devices} devices", problem.workload.model.name),
+            message: format!(
+                "no degrees lay model `{}` out on {n_devices} devices",
+                problem.workload.model.name
+            ),
             reasons: reasons
                 .into_iter()
                 .take(3)
@@ -314,17 +317,28 @@ fn not_searched(problem: &Problem<'_>, outcome: &search::Outcome) -> Vec<String>
         ));
     }
     if space.tp == Allowed::Any {
-        list.push(format!("tp and etp over more than {} nodes", grids::MOST_NODES));
+        list.push(format!(
+            "tp and etp over more than {} nodes",
+            grids::MOST_NODES
+        ));
     }
     if problem.workload.job == Job::Train {
         if space.pp != Allowed::only(1) {
-            list.push(format!("schedules other than {}", space.schedules.join(", ")));
+            list.push(format!(
+                "schedules other than {}",
+                space.schedules.join(", ")
+            ));
             if space.cuts == Cuts::Any {
-                list.push("cuts other than the even one and that of the fastest slowest stage".into());
+                list.push(
+                    "cuts other than the even one and that of the fastest slowest stage".into(),
+                );
             }
         }
         if space.whole.len() > 1 {
-            list.push("recomputation that differs between ranks, or of parts and whole layers together".into());
+            list.push(
+                "recomputation that differs between ranks, or of parts and whole layers together"
+                    .into(),
+            );
         }
         if !space.zero_stages.contains(&2) && space.zero_stages.len() > 1 {
             list.push("ZeRO 2".into());

@@ -85,10 +85,9 @@ pub(super) fn planner_of(
     }
     for statement in document.statements() {
         let is_about_tensors = match &statement.node {
-            Statement::Pin(_)
-            | Statement::Place(_)
-            | Statement::Keep(_)
-            | Statement::Tactic(_) => true,
+            Statement::Pin(_) | Statement::Place(_) | Statement::Keep(_) | Statement::Tactic(_) => {
+                true
+            }
             Statement::Apply(apply) => !axes::is_known_tactic(apply),
             Statement::Forbid(forbid) => read::forbidden(forbid).is_none(),
             Statement::Prefer(prefer) => read::preferred(prefer).is_none(),
@@ -187,9 +186,7 @@ fn formats(
     };
     let mut found = Vec::new();
     for word in words {
-        let known = FORMATS
-            .iter()
-            .find(|(name, _)| word.as_str() == Some(name));
+        let known = FORMATS.iter().find(|(name, _)| word.as_str() == Some(name));
         match known {
             Some((_, precision)) => found.push(*precision),
             None => {

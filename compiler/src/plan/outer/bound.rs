@@ -13,10 +13,10 @@ use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero
 use super::Problem;
 use super::grids::{Grid, LayerKey};
 use super::saving::front;
-use super::space::{Cuts, ShardGroup, Whole};
 use super::search::chunk_counts;
-use crate::plan::estimate::stages::Stages;
+use super::space::{Cuts, ShardGroup, Whole};
 use crate::plan::estimate::layer::{LayerCost, Pricer};
+use crate::plan::estimate::stages::Stages;
 use crate::plan::estimate::{Job, Workload, memory};
 
 /// Seconds of a microbatch of a rank without a pipeline: by layer, and at both ends.
@@ -296,8 +296,11 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
                 },
                 ..mapping.clone()
             };
-            let needed = [0, grid.pp - 1]
-                .map(|rank| memory(problem.workload, &with, problem.cluster, rank).total().0);
+            let needed = [0, grid.pp - 1].map(|rank| {
+                memory(problem.workload, &with, problem.cluster, rank)
+                    .total()
+                    .0
+            });
             least = least.min(needed[0].max(needed[1]));
         }
     }

@@ -66,7 +66,9 @@ pub fn choices(mapping: &Mapping) -> Vec<(&'static str, String)> {
         Context::AllGather => "all_gather",
         Context::Ulysses => "ulysses",
     };
-    let group = zero.group.map_or_else(|| "all".to_owned(), |g| g.to_string());
+    let group = zero
+        .group
+        .map_or_else(|| "all".to_owned(), |g| g.to_string());
     vec![
         ("pp", pp.to_string()),
         ("dp", dp.to_string()),
@@ -88,7 +90,10 @@ pub fn choices(mapping: &Mapping) -> Vec<(&'static str, String)> {
             "offload activations",
             format!("{:.0} %", 100.0 * offload.activations),
         ),
-        ("precision", format!("{:?}", precision.compute).to_lowercase()),
+        (
+            "precision",
+            format!("{:?}", precision.compute).to_lowercase(),
+        ),
     ]
 }
 

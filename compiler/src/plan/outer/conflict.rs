@@ -7,7 +7,10 @@
 /// The restrictions that conflict, by the deletion filter (Chinneck 2008, *Feasibility and Infeasibility
 /// in Optimization*, ch. 6): each is dropped for good if the rest is still impossible without it.
 /// O(n) questions. Empty where dropping all of them does not help.
-pub fn conflict(n_restrictions: usize, is_possible: &mut dyn FnMut(&[usize]) -> bool) -> Vec<usize> {
+pub fn conflict(
+    n_restrictions: usize,
+    is_possible: &mut dyn FnMut(&[usize]) -> bool,
+) -> Vec<usize> {
     let all: Vec<usize> = (0..n_restrictions).collect();
     if n_restrictions == 0 || !is_possible(&all) {
         return Vec::new();

@@ -19,9 +19,7 @@ use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero
 use super::bound::{
     Layers, groups, least_bytes, least_seconds, least_seconds_of_cut, least_seconds_of_layers,
 };
-use super::grids::{
-    Family, Grid, LayerKey, Objections, admits_microbatches, families, layer_keys,
-};
+use super::grids::{Family, Grid, LayerKey, Objections, admits_microbatches, families, layer_keys};
 use super::saving::savings;
 use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
 use super::stages::balanced;
@@ -97,7 +95,10 @@ enum Step {
     Grid(Grid, LayerKey),
     Cut(Grid, LayerKey, Pipeline),
     /// A whole mapping with nothing saved, and whether it fits so.
-    Point { mapping: Box<Mapping>, fits: bool },
+    Point {
+        mapping: Box<Mapping>,
+        fits: bool,
+    },
 }
 
 struct Entry {
@@ -334,11 +335,7 @@ impl Search<'_> {
 
     fn note_unpriced(&mut self, error: &Unpriced) {
         self.outcome.counts.n_unpriced += 1;
-        *self
-            .outcome
-            .unpriced
-            .entry(error.to_string())
-            .or_insert(0) += 1;
+        *self.outcome.unpriced.entry(error.to_string()).or_insert(0) += 1;
     }
 
     /// Schedules, chunks and cuts of a node.
@@ -530,7 +527,12 @@ pub(super) fn key_of(mapping: &Mapping) -> LayerKey {
 ///
 /// Interleaving runs microbatches in rounds of `pp` (Narayanan et al. 2021, §2.2.2), so their number
 /// must be a multiple of it.
-pub(super) fn chunk_counts(schedule: &str, pp: usize, n_layers: usize, n_microbatches: usize) -> Vec<usize> {
+pub(super) fn chunk_counts(
+    schedule: &str,
+    pp: usize,
+    n_layers: usize,
+    n_microbatches: usize,
+) -> Vec<usize> {
     let most = (n_layers / pp).min(MAX_CHUNKS);
     match schedule {
         "interleaved" | "looped-bfs" | "interleaved-zb" => {

@@ -6,7 +6,9 @@ use meshweave_dsl::mapping::{Context, Module, Offload, Pipeline, Recompute, Zero
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::bound::{Layers, least_bytes, least_seconds, least_seconds_of_cut, least_seconds_of_layers};
+use super::bound::{
+    Layers, least_bytes, least_seconds, least_seconds_of_cut, least_seconds_of_layers,
+};
 use super::grids::{Grid, objection};
 use super::search::{chunk_counts, grid_of, key_of, worst_bytes};
 use super::*;
@@ -105,7 +107,11 @@ impl Instance {
             schedules: self.schedules.clone(),
             zero_stages: self.zero_stages.clone(),
             contexts: self.contexts.clone(),
-            offload_optimizer: if self.offloads { vec![false, true] } else { vec![false] },
+            offload_optimizer: if self.offloads {
+                vec![false, true]
+            } else {
+                vec![false]
+            },
             maybe_again: [Module::CoreAttention, Module::Mlp].into(),
             offload_activations: vec![0.0],
             ..Space::everything(workload, cluster)
@@ -123,13 +129,22 @@ fn all_mappings(problem: &Problem<'_>) -> Vec<Mapping> {
     let n = problem.cluster.n_devices();
     let mut found = Vec::new();
     let policies = policies(workload, space);
-    for (tp, cp, pp) in upto(n).flat_map(|tp| upto(n).flat_map(move |cp| upto(n).map(move |pp| (tp, cp, pp)))) {
+    for (tp, cp, pp) in
+        upto(n).flat_map(|tp| upto(n).flat_map(move |cp| upto(n).map(move |pp| (tp, cp, pp))))
+    {
         if !n.is_multiple_of(tp * cp * pp) {
             continue;
         }
         let dp = n / (tp * cp * pp);
         for (ep, etp) in upto(n).flat_map(|ep| upto(n).map(move |etp| (ep, etp))) {
-            let grid = Grid { tp, cp, dp, pp, ep, etp };
+            let grid = Grid {
+                tp,
+                cp,
+                dp,
+                pp,
+                ep,
+                etp,
+            };
             if objection(problem, grid).is_some() {
                 continue;
             }
@@ -220,7 +235,10 @@ fn pipelines(workload: &Workload, space: &Space, base: &Mapping) -> Vec<Pipeline
 
 fn zeros(space: &Space, base: &Mapping) -> Vec<Zero> {
     if base.dp * base.cp == 1 {
-        return vec![Zero { stage: 0, group: None }];
+        return vec![Zero {
+            stage: 0,
+            group: None,
+        }];
     }
     // One node: its group is all of `dp`, or too small to be one.
     let in_node = 8 / (base.tp * base.cp);
@@ -259,10 +277,18 @@ fn the_search_is_as_good_as_brute_force() {
         let (workload, cluster) = (instance.workload(), instance.cluster());
         let mut space = instance.space(&workload, &cluster);
         let all = {
-            let problem = Problem { workload: &workload, cluster: &cluster, space: &space };
+            let problem = Problem {
+                workload: &workload,
+                cluster: &cluster,
+                space: &space,
+            };
             all_mappings(&problem)
         };
-        let problem = Problem { workload: &workload, cluster: &cluster, space: &space };
+        let problem = Problem {
+            workload: &workload,
+            cluster: &cluster,
+            space: &space,
+        };
         let priced: Vec<(f64, u64, &Mapping)> = all
             .iter()
             .filter_map(|mapping| {
@@ -273,7 +299,9 @@ fn the_search_is_as_good_as_brute_force() {
         let least = priced.iter().map(|(_, bytes, _)| *bytes).min().unwrap_or(1);
         let most = priced.iter().map(|(_, bytes, _)| *bytes).max().unwrap_or(1);
         space.budget_bytes = least + ((most - least) as f64 * instance.tightness.powi(3)) as u64;
-        let fitting = priced.iter().filter(|(_, bytes, _)| *bytes <= space.budget_bytes);
+        let fitting = priced
+            .iter()
+            .filter(|(_, bytes, _)| *bytes <= space.budget_bytes);
         let best = fitting.min_by(|a, b| a.0.total_cmp(&b.0));
         let found = search(&workload, &cluster, &space, &Options::default());
         match (best, found) {
@@ -302,7 +330,11 @@ fn no_mapping_beats_its_bounds() {
     each_instance(60, |instance| {
         let (workload, cluster) = (instance.workload(), instance.cluster());
         let space = instance.space(&workload, &cluster);
-        let problem = Problem { workload: &workload, cluster: &cluster, space: &space };
+        let problem = Problem {
+            workload: &workload,
+            cluster: &cluster,
+            space: &space,
+        };
         let mut layers = Layers::default();
         for mapping in all_mappings(&problem) {
             let Ok(found) = estimate(&workload, &mapping, &cluster) else {
@@ -324,7 +356,10 @@ fn no_mapping_beats_its_bounds() {
             }
             let bytes = worst_bytes(&problem, &mapping);
             let least = least_bytes(&problem, grid, &key);
-            prop_assert!(least <= bytes, "{mapping:?} needs {bytes}, its bound is {least}");
+            prop_assert!(
+                least <= bytes,
+                "{mapping:?} needs {bytes}, its bound is {least}"
+            );
         }
         Ok(())
     });

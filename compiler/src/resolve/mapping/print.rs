@@ -8,8 +8,8 @@ use meshweave_dsl::mapping::{Context, Mapping, Module, Recompute};
 use meshweave_dsl::units::{Number, Quantity, Unit};
 use meshweave_dsl::weave::ast::{
     self, Apply, Arg, AxisRef, Block, Choice, Comment, Degree, Document, Index, IndexItem, Line,
-    MemoryItem, MeshDef, Name, Offload, OffloadTo, Pattern, Pipeline, PipelineItem, RecomputePolicy,
-    Segment, Selector, Spanned, Statement, Target, TensorClass, Trivia, UseMesh,
+    MemoryItem, MeshDef, Name, Offload, OffloadTo, Pattern, Pipeline, PipelineItem,
+    RecomputePolicy, Segment, Selector, Spanned, Statement, Target, TensorClass, Trivia, UseMesh,
 };
 
 use super::MappingRequest;
@@ -293,7 +293,8 @@ fn witness_pipeline(
     request: &MappingRequest,
     mapping: &Mapping,
 ) {
-    let is_pipeline = |line: &&mut Line<Statement>| matches!(line.item.node, Statement::Pipeline(_));
+    let is_pipeline =
+        |line: &&mut Line<Statement>| matches!(line.item.node, Statement::Pipeline(_));
     if document.body.lines.iter_mut().find(is_pipeline).is_none() {
         let mut line = Line::of(Statement::Pipeline(Pipeline {
             over: AxisRef {
@@ -346,7 +347,10 @@ fn witness_pipeline(
             .find(|own| std::mem::discriminant(*own) == kind);
         match (own, item) {
             (None, item) => pipeline.body.lines.push(Line::of(item)),
-            (Some(PipelineItem::Chunks(own)), PipelineItem::Chunks(Choice::Auto { witness, .. }))
+            (
+                Some(PipelineItem::Chunks(own)),
+                PipelineItem::Chunks(Choice::Auto { witness, .. }),
+            )
             | (
                 Some(PipelineItem::Microbatches(own)),
                 PipelineItem::Microbatches(Choice::Auto { witness, .. }),

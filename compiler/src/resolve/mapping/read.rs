@@ -59,13 +59,12 @@ impl Reader<'_> {
                 }
             }
             Statement::Schedule(_) => self.refuse(span, "schedules of one's own have no price yet"),
-            Statement::Pin(_)
-            | Statement::Place(_)
-            | Statement::Keep(_)
-            | Statement::Tactic(_) => self.refuse(
-                span,
-                "decisions about single tensors are for the search over ops",
-            ),
+            Statement::Pin(_) | Statement::Place(_) | Statement::Keep(_) | Statement::Tactic(_) => {
+                self.refuse(
+                    span,
+                    "decisions about single tensors are for the search over ops",
+                )
+            }
             Statement::Plan(_)
             | Statement::Model(_)
             | Statement::Cluster(_)
@@ -127,8 +126,7 @@ impl Reader<'_> {
     fn mesh(&mut self, mesh: &MeshDef) {
         let order = axes_of(mesh);
         if let Some(main) = &mesh.refolds {
-            let is_main =
-                |other: &MeshDef| other.name.node == main.node && other.refolds.is_none();
+            let is_main = |other: &MeshDef| other.name.node == main.node && other.refolds.is_none();
             if !meshes(self.document).any(is_main) {
                 self.unknown_mesh(main.span, main.as_str());
             }

@@ -234,7 +234,10 @@ impl Reader<'_> {
             let known = PARTS.map(|(path, _)| path);
             self.invalid(
                 on.span,
-                format!("`{}` is no part of a layer that can be computed again", on.node),
+                format!(
+                    "`{}` is no part of a layer that can be computed again",
+                    on.node
+                ),
                 &format!("write `layers[*]`, or a part: {}", known.join(", ")),
             );
             return None;
