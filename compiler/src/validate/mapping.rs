@@ -171,7 +171,10 @@ fn schedules(row: Row<'_>, words: &str, pp: usize, workload: &Workload) -> Vec<(
         None => {
             let n_layers = workload.model.n_layers;
             let legal = (1..=MAX_CHUNKS)
-                .filter(|chunks| n_layers.is_multiple_of(pp * chunks))
+                .filter(|chunks| {
+                    let stages = pp * chunks;
+                    n_layers.is_multiple_of(stages) || (n_layers + 2).is_multiple_of(stages)
+                })
                 .filter(|chunks| *chunks > 1 || !words.contains("interleaved"));
             let mut legal: Vec<_> = legal.map(one).collect();
             if legal.is_empty() {

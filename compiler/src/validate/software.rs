@@ -9,12 +9,20 @@ use meshweave_dsl::cluster::Arch;
 use super::table::{Row, number_after};
 use crate::plan::estimate::{AttentionKernel, Framework, Software};
 
+/// Year and month of FlashAttention 1's code becoming usual in training programs: half a year after
+/// its paper (arXiv 2205.14135).
+const FLASH: u32 = 22_12;
+
 /// The software of a row.
 pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
     let source = row.text_or_blank("source").to_ascii_lowercase();
     let notes = row.text_or_blank("notes").to_ascii_lowercase();
     let names = |words: &[&str]| words.iter().any(|word| source.contains(word));
     let says = |words: &[&str]| words.iter().any(|word| notes.contains(word));
+    let year_month = arxiv(&source)
+        .or_else(|| arxiv(row.text_or_blank("url_or_file")))
+        .or_else(|| arxiv(row.text_or_blank("url")))
+        .or_else(|| arxiv(&notes));
     let is_fsdp = row.number("zero_stage") == Some(3.0) || says(&["fsdp"]) || names(&["fsdp"]);
     let mut software = if names(&[
         "sc21",
@@ -23,10 +31,35 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         "bloom",
         "alpa",
         "turing",
+        "korthikanti",
     ]) || arch == Arch::Volta
+        || year_month.is_some_and(|year_month| year_month < FLASH)
     {
         Software::megatron_2021()
-    } else if is_fsdp || names(&["torchtitan", "llm-foundry", "mosaic"]) {
+    } else if names(&["bridge", "nemo", "llama-readme"]) {
+        // TransformerEngine's kernels, whatever divides the parameters.
+        Software {
+            overlap_tp: true,
+            fused_loss: true,
+            dispatch_once_a_node: true,
+            ..Software::default()
+        }
+    } else if names(&["torchtitan"]) {
+        // RMSNorm is one kernel; where the model is compiled, the other elementwise ops are too.
+        Software {
+            fused_norm: true,
+            fused_elementwise: says(&["compile"]) && !says(&["no compile", "not compiled"]),
+            ..Software::fsdp()
+        }
+    } else if names(&["deepseek"]) {
+        // DeepEP and DualPipe (arXiv 2412.19437, §3.2).
+        Software {
+            dispatch_once_a_node: true,
+            overlap_ep: true,
+            fused_loss: true,
+            ..Software::default()
+        }
+    } else if is_fsdp || names(&["llm-foundry", "mosaic"]) {
         Software::fsdp()
     } else if names(&["hagemann"]) {
         // Aleph Alpha's scaling: `core/nn/mlp.py` multiplies gate and up apart, `core/nn/linear/utils.py`
@@ -56,13 +89,6 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
             pipelined_launches: if names(&["nanotron"]) { 3.5 } else { 1.0 },
             ..Software::default()
         }
-    } else if names(&["bridge", "nemo", "llama-readme"]) {
-        Software {
-            overlap_tp: true,
-            fused_loss: true,
-            dispatch_once_a_node: true,
-            ..Software::default()
-        }
     } else {
         Software::default()
     };
@@ -70,6 +96,7 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         software.attention = AttentionKernel::FusedSoftmax;
         software.overlap_dp = false;
         software.gathers_a_layer = 12.0;
+        software.gather_part = 0.25;
     }
     if names(&["mosaic", "llm-foundry"]) {
         // MPT's attention is FlashAttention 1 in Triton, for its ALiBi.
@@ -117,4 +144,29 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         Framework::MEGATRON
     };
     software
+}
+
+/// Year and month of the first arXiv number in a text: `2311.05610` is 2311.
+fn arxiv(text: &str) -> Option<u32> {
+    let is_digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
+    let places = text.match_indices('.').map(|(idx, _)| idx);
+    let mut numbers = places.filter_map(|idx| {
+        let before = text.get(idx.checked_sub(4)?..idx)?;
+        let after = text.get(idx + 1..idx + 6)?;
+        let is_number = is_digits(before) && is_digits(after);
+        before.parse().ok().filter(|_| is_number)
+    });
+    numbers.find(|number| (701..=9912).contains(number) && (1..=12).contains(&(number % 100)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn papers_have_dates() {
+        assert_eq!(arxiv("hagemann-2311.05610"), Some(2311));
+        assert_eq!(arxiv("https://arxiv.org/abs/2205.05198"), Some(2205));
+        assert_eq!(arxiv("v1.0.8, 42.57%, 2113.05610"), None);
+    }
 }

@@ -99,8 +99,10 @@ const PROTOCOLS: [Protocol; 3] = [
 const TREE_PART: f64 = 0.92;
 /// Microseconds of posting one message of an all_to_all.
 const MESSAGE_US: f64 = 0.6;
-/// Part of a ring's bandwidth that an all_to_all reaches, whose messages collide.
+/// Part of a network's bandwidth that an all_to_all reaches, whose messages collide, and of the links of
+/// a node, where they do not, and no rank waits for its neighbor.
 const EXCHANGE_PART: f64 = 0.80;
+const NODE_EXCHANGE_PART: f64 = 0.75;
 
 /// Part of a network's nominal bandwidth that large messages reach, by its kind.
 fn network_part(name: &str) -> f64 {
@@ -204,9 +206,10 @@ fn device_seconds(traffic: Traffic, n_bytes: f64, group: GroupShape, cluster: &C
         Traffic::AllToAll => {
             // Every rank sends (k − p)/k of its bytes over its own link to the network.
             let outside = n_bytes * (k - p) / k / network_bw;
+            let node_bw = cluster.within_node.bytes_per_s * NODE_EXCHANGE_PART;
             let inside = n_bytes * (p - 1.0) / k / node_bw;
             let base_us = PROTOCOLS[2].ring_us[0] + if is_spread { 14.0 * network_x } else { 3.4 };
-            1e-6 * (base_us + k * MESSAGE_US) + outside.max(inside) / EXCHANGE_PART
+            1e-6 * (base_us + k * MESSAGE_US) + inside.max(outside / EXCHANGE_PART)
         }
         Traffic::Permute | Traffic::Broadcast => send_seconds(n_bytes, is_spread, cluster),
     }

@@ -599,7 +599,7 @@ impl<'a> Pricer<'a> {
         let sum = if self.software.fused_elementwise {
             3.0
         } else {
-            7.0
+            12.0
         };
         let elements = (sum + dropout * (1.0 + RANDOM_PASSES)) * residual
             + rotation * rotated
@@ -665,8 +665,8 @@ impl<'a> Pricer<'a> {
             forward: router_s,
             backward_input: 1.5 * router_s,
             backward_weight: 0.0,
-            forward_kernels: 60.0,
-            backward_kernels: 90.0,
+            forward_kernels: 25.0,
+            backward_kernels: 35.0,
         });
         // Permutation into the order of experts and back, each read once and written top_k times, or
         // the other way round; once more in the order of local experts after the exchange.
@@ -679,8 +679,8 @@ impl<'a> Pricer<'a> {
             forward: permuted,
             backward_input: permuted,
             backward_weight: 0.0,
-            forward_kernels: 80.0,
-            backward_kernels: 110.0,
+            forward_kernels: 40.0,
+            backward_kernels: 55.0,
         });
         let width = moe.ffn as f64 / self.mapping.etp as f64;
         let ups = if self.workload.model.ffn.gated {

@@ -131,7 +131,7 @@ fn fsdp_s(
     let shape = GroupShape::of_axis(AxisGroups { size, ..group }, cluster);
     let n_layers = held.n_layers.max(1.0);
     let n_pieces = workload.software.gathers_a_layer;
-    let one = weights / n_layers / n_pieces;
+    let one = weights / n_layers / n_pieces / workload.software.gather_part;
     let gather = n_pieces * traffic_seconds(Traffic::AllGather, 2.0 * one, shape, cluster);
     let gradient_bytes = f64::from(mapping.precision.gradient_bytes);
     let scatter =

@@ -66,6 +66,8 @@ pub struct Software {
     /// Collectives that gather the weights of a layer under ZeRO-3: 1 of a flat parameter, or one a
     /// tensor.
     pub gathers_a_layer: f64,
+    /// Part of the bandwidth that they reach: less than 1 where tensors are copied in and out of lists.
+    pub gather_part: f64,
     /// Seconds of the host a piece where ZeRO-1 divides every tensor over all ranks one by one, instead
     /// of one flat buffer.
     pub piece_s: f64,
@@ -95,6 +97,7 @@ impl Default for Software {
             dispatch_once_a_node: false,
             blocking_p2p: false,
             gathers_a_layer: 1.0,
+            gather_part: 1.0,
             piece_s: 0.0,
             launch_s: EAGER_LAUNCH_S,
             pipelined_launches: 1.0,
