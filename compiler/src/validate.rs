@@ -14,6 +14,8 @@ mod model;
 pub mod score;
 mod software;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -130,7 +132,7 @@ impl Case {
 
 /// Part of the memory that a predicted peak may take before a choice that a row leaves open is given up:
 /// the run did fit, and the prediction errs.
-const ROOM: f64 = 1.3;
+const ROOM: f64 = 1.15;
 
 /// Scores a table.
 ///

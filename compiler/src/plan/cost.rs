@@ -20,7 +20,7 @@ use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::name::Axis;
 use meshweave_dsl::op::OpKind;
 
-pub use compute::{contract_seconds, fragment_seconds};
+pub use compute::{AttentionPass, attention_seconds, contract_seconds, fragment_seconds};
 pub use links::{GroupShape, Traffic, traffic_seconds};
 
 use crate::reshard::Step;
@@ -35,13 +35,46 @@ pub fn op_seconds(
     let n_flops = kind.n_flops(inputs, results);
     let n_bytes = kind.n_bytes_moved(inputs, results);
     if kind.is_matmul() {
-        let dtype = inputs.first().map_or(DType::F32, |ty| ty.dtype);
-        return contract_seconds(n_flops, n_bytes, dtype, cluster);
+        return matmul_op_seconds(kind, inputs, results, cluster);
     }
     if n_flops == 0.0 && n_bytes == 0.0 {
         return 0.0;
     }
     fragment_seconds(n_flops, n_bytes, cluster)
+}
+
+/// Seconds of a contraction or of attention on local types.
+pub fn matmul_op_seconds(
+    kind: &OpKind,
+    inputs: &[&TensorType],
+    results: &[&TensorType],
+    cluster: &Cluster,
+) -> f64 {
+    let n_flops = kind.n_flops(inputs, results);
+    let n_bytes = kind.n_bytes_moved(inputs, results);
+    let dtype = inputs.first().map_or(DType::F32, |ty| ty.dtype);
+    let elements = |ty: Option<&&TensorType>| ty.map_or(1.0, |ty| ty.n_elements() as f64);
+    match kind {
+        OpKind::Attention(dims) | OpKind::AttentionGrad(dims) => {
+            let size = |dim| {
+                inputs
+                    .get(1)
+                    .and_then(|keys| keys.size_of(dim))
+                    .unwrap_or(1)
+            };
+            let sizes = [size(&dims.kv_seq) as f64, size(&dims.head) as f64];
+            let pass = match kind {
+                OpKind::AttentionGrad(_) => AttentionPass::Backward,
+                _ => AttentionPass::Forward,
+            };
+            attention_seconds(pass, sizes, n_flops, n_bytes, dtype, cluster)
+        }
+        _ => {
+            let [a, b] = [inputs.first(), inputs.get(1)].map(elements);
+            let sizes = [a, b, elements(results.first())];
+            contract_seconds(sizes, n_flops, n_bytes, dtype, cluster)
+        }
+    }
 }
 
 /// The worst group of every axis of a mesh: the one on the most nodes.

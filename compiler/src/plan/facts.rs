@@ -12,7 +12,7 @@ use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::OpKind;
 
-use super::cost::{contract_seconds, fragment_seconds};
+use super::cost::{fragment_seconds, matmul_op_seconds};
 
 /// What the graph says, independent of the grid.
 pub struct Facts {
@@ -107,8 +107,7 @@ impl Facts {
         let n_flops = kind.n_flops(&inputs, &results);
         let mut n_bytes = kind.n_bytes_moved(&inputs, &results);
         if kind.is_matmul() {
-            let dtype = inputs.first().map_or(DType::F32, |ty| ty.dtype);
-            return contract_seconds(n_flops, n_bytes, dtype, cluster);
+            return matmul_op_seconds(&kind, &inputs, &results, cluster);
         }
         if n_flops == 0.0 && n_bytes == 0.0 {
             return 0.0;

@@ -4,7 +4,7 @@
 //! Invariant: seconds grow with operations and bytes; an architecture without efficiencies of its own
 //! (`host`) is a plain roofline.
 
-use meshweave_dsl::cluster::{Cluster, Device};
+use meshweave_dsl::cluster::{Arch, Cluster, Device};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::mapping::Compute;
 
@@ -36,6 +36,19 @@ impl MatmulShape {
             n,
             k,
             groups: 1.0,
+        }
+    }
+
+    /// The shape of a contraction by its operations and the elements of its operands and its result:
+    /// g·m·k, g·k·n and g·m·n.
+    pub fn of([a, b, result]: [f64; 3], n_flops: f64) -> Self {
+        let k = n_flops / (2.0 * result.max(1.0));
+        let groups = (a * b / (result.max(1.0) * (k * k).max(1.0))).max(1.0);
+        Self {
+            m: a / (groups * k.max(1.0)),
+            n: b / (groups * k.max(1.0)),
+            k,
+            groups,
         }
     }
 
@@ -88,11 +101,61 @@ pub fn stream_seconds(n_bytes: f64, device: &Device) -> f64 {
     n_bytes / (device.memory_bytes_per_s * device.vector_efficiency)
 }
 
-/// Seconds of a contraction or attention of so many operations and bytes.
-pub fn contract_seconds(n_flops: f64, n_bytes: f64, dtype: DType, cluster: &Cluster) -> f64 {
+/// Seconds of a contraction of so many operations and bytes, with its launch; `elements` are those of
+/// both operands and of the result.
+pub fn contract_seconds(
+    elements: [f64; 3],
+    n_flops: f64,
+    n_bytes: f64,
+    dtype: DType,
+    cluster: &Cluster,
+) -> f64 {
     let device = &cluster.device;
-    let arithmetic = n_flops / (device.matmul_peak(dtype) * device.matmul_efficiency);
-    device.launch_s + arithmetic.max(stream_seconds(n_bytes, device))
+    let quantization =
+        MatmulShape::of(elements, n_flops).quantization(&Efficiency::of(device.arch));
+    let speed = device.matmul_peak(dtype) * device.matmul_efficiency * quantization;
+    device.launch_s + (n_flops / speed).max(stream_seconds(n_bytes, device))
+}
+
+/// Seconds of attention with the device's fastest kernel, with its launch; heads are `width` wide, and
+/// `keys` are seen at most.
+pub fn attention_seconds(
+    pass: AttentionPass,
+    [keys, width]: [f64; 2],
+    n_flops: f64,
+    n_bytes: f64,
+    dtype: DType,
+    cluster: &Cluster,
+) -> f64 {
+    let device = &cluster.device;
+    let parts = Efficiency::of(device.arch).attention;
+    let part = parts[pass as usize] * attention_part(keys, width);
+    let exact = device.arch == Arch::Host;
+    let speed = device.matmul_peak(dtype)
+        * if exact {
+            device.matmul_efficiency
+        } else {
+            part
+        };
+    device.launch_s + (n_flops / speed).max(stream_seconds(n_bytes, device))
+}
+
+/// A pass of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionPass {
+    Forward,
+    Backward,
+}
+
+/// What is left of an attention kernel's speed: short rows leave its pipeline cold, and heads other than
+/// 128 wide waste tiles.
+pub fn attention_part(keys: f64, width: f64) -> f64 {
+    let fit = match width {
+        128.0 => 1.0,
+        width if width < 128.0 => 0.70 + 0.30 * (width / 128.0).powi(2),
+        _ => 0.85,
+    };
+    fit * keys / (keys + 512.0)
 }
 
 /// Seconds of a fused fragment that runs on the vector units and moves its arguments once.

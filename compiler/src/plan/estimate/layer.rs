@@ -12,7 +12,7 @@ use meshweave_dsl::mapping::{Compute, Context, GridAxis, Mapping, Module, Recomp
 
 use super::workload::{AttentionKernel, Job, Software, Workload};
 use crate::model::{MoeConfig, NormKind};
-use crate::plan::cost::compute::{MatmulShape, matmul_seconds, stream_seconds};
+use crate::plan::cost::compute::{MatmulShape, attention_part, matmul_seconds, stream_seconds};
 use crate::plan::cost::efficiency::Efficiency;
 use crate::plan::cost::links::{GroupShape, Traffic, traffic_seconds};
 
@@ -495,17 +495,11 @@ impl<'a> Pricer<'a> {
         let flops = |keys: f64| 2.0 * t * keys * heads * (attention.head + value) as f64;
         let flash = |parts: [f64; 2]| {
             let keys = self.workload.mean_keys(window);
-            // Short rows leave the pipeline of the kernel cold; heads other than 128 wide waste tiles.
             let span = window.map_or(seq, |window| seq.min(2.0 * window as f64));
-            let warm = span / (span + 512.0);
-            let fit = match attention.head {
-                128 => 1.0,
-                head if head < 128 => 0.70 + 0.30 * (head as f64 / 128.0).powi(2),
-                _ => 0.85,
-            };
+            let part = attention_part(span, attention.head as f64);
             Block {
-                forward: flops(keys) / (peak * parts[0] * warm * fit),
-                backward_input: 2.5 * flops(keys) / (peak * parts[1] * warm * fit),
+                forward: flops(keys) / (peak * parts[0] * part),
+                backward_input: 2.5 * flops(keys) / (peak * parts[1] * part),
                 backward_weight: 0.0,
                 forward_kernels: 1.0,
                 backward_kernels: 3.0,
