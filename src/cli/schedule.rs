@@ -7,11 +7,10 @@ use clap::{Args, Subcommand};
 use meshweave_compiler::schedule::{
     self as schedules, Builtin, Costs, Lowering, PipelineError, Placement, SearchOptions, Shape,
     Simulation, Stages, Terminal, Verdict, build, check, check_lowered, check_memory,
-    check_versions, from_keys, lower, lower_naively, search, simulate, table,
+    check_versions, lower, lower_naively, search, simulate, table,
 };
 use meshweave_dsl::diagnostics::{Class, SourceId};
 use meshweave_dsl::schedule::{Channels, Schedule};
-use meshweave_dsl::weave::ast::{ScheduleBody, Statement};
 use serde_json::json;
 
 use super::{Format, write_atomically};
@@ -104,6 +103,9 @@ struct CheckArgs {
 struct TableArgs {
     /// Only these schedules.
     names: Vec<String>,
+    /// Forward, input gradient and weight gradient of one rank's microbatch, as F:I:W.
+    #[arg(long, default_value = "1:1:1", value_name = "F:I:W")]
+    costs: String,
 }
 
 #[derive(Debug, Args)]
@@ -179,14 +181,8 @@ fn list(format: Format) {
 impl CostArgs {
     /// Costs of so many stages, evenly divided or as listed.
     fn of(&self, n_ranks: usize, n_stages: usize) -> Result<Costs> {
-        let parts: Vec<&str> = self.costs.split(':').collect();
-        let [f, i, w] = parts.as_slice() else {
-            return Err(invalid(format!(
-                "`--costs {}` is not F:I:W; write three numbers such as 1:1.4:0.8",
-                self.costs
-            )));
-        };
-        let mut costs = Costs::even(n_ranks, n_stages, seconds(f)?, seconds(i)?, seconds(w)?);
+        let [f, i, w] = three(&self.costs)?;
+        let mut costs = Costs::even(n_ranks, n_stages, f, i, w);
         if let Some(shares) = &self.stages {
             let shares: Vec<f64> = shares.split(',').map(seconds).collect::<Result<_>>()?;
             if !n_stages.is_multiple_of(shares.len()) {
@@ -210,6 +206,17 @@ impl CostArgs {
         }
         costs.barrier = self.barrier;
         Ok(costs)
+    }
+}
+
+/// F:I:W.
+fn three(text: &str) -> Result<[f64; 3]> {
+    let parts: Vec<&str> = text.split(':').collect();
+    match parts.as_slice() {
+        [f, i, w] => Ok([seconds(f)?, seconds(i)?, seconds(w)?]),
+        _ => Err(invalid(format!(
+            "`--costs {text}` is not F:I:W; write three numbers such as 1:1.4:0.8"
+        ))),
     }
 }
 
@@ -281,33 +288,14 @@ fn from_document(path: &std::path::Path, shape: &Shape) -> Result<Schedule> {
         sources.add(path.display().to_string(), text);
         return Err(Error::new(parsed.diagnostics, sources));
     }
-    let definition = parsed
-        .document
-        .statements()
-        .find_map(|statement| match &statement.node {
-            Statement::Schedule(definition) => Some(definition.clone()),
-            _ => None,
-        });
-    let Some(definition) = definition else {
+    let Some(definition) = schedules::definitions(&parsed.document).next() else {
         return Err(invalid(format!(
             "{} defines no schedule; write `schedule mine = key F:(mb,0) B:(mb+P-r,-1)`",
             path.display()
         )));
     };
-    let name = &definition.name.node;
-    match &definition.body {
-        ScheduleBody::Key(keys) => {
-            from_keys(name.as_str(), keys, shape, &Placement::Loop).map_err(pipeline_error)
-        }
-        ScheduleBody::Rows(rows) => {
-            Schedule::from_block(name, rows).map_err(|error| pipeline_error(error.into()))
-        }
-        ScheduleBody::Csv(file) => {
-            let folder = path.parent().unwrap_or(std::path::Path::new("."));
-            Schedule::from_csv(name.as_str(), &read(&folder.join(&file.node))?)
-                .map_err(|error| pipeline_error(error.into()))
-        }
-    }
+    let folder = path.parent().unwrap_or(std::path::Path::new("."));
+    schedules::from_definition(definition, shape, folder).map_err(pipeline_error)
 }
 
 fn show(args: &ShowArgs, format: Format) -> Result<()> {
@@ -444,7 +432,7 @@ fn print_table(args: &TableArgs, format: Format) -> Result<()> {
             .map(|name| named(name))
             .collect::<Result<_>>()?
     };
-    let rows = table::table(&builtins).map_err(pipeline_error)?;
+    let rows = table::table(&builtins, three(&args.costs)?).map_err(pipeline_error)?;
     match format {
         Format::Text => {
             print!("{}", table::text(&rows));

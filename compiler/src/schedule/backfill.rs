@@ -72,7 +72,7 @@ fn pass(
     let memories = replay(schedule, costs);
     let mut filled = schedule.clone();
     let mut has_moved = false;
-    for rank in 0..schedule.n_ranks {
+    for (rank, memory) in memories.iter().enumerate() {
         // Pairs are left alone: their order is their point.
         if !schedule.pairs[rank].is_empty() {
             continue;
@@ -85,7 +85,7 @@ fn pass(
             rank,
             moved_to: vec![None; schedule.rows[rank].len()],
             added: vec![0.0; schedule.rows[rank].len() + 1],
-            before_bytes: &memories[rank].before_bytes,
+            before_bytes: &memory.before_bytes,
         };
         has_moved |= row.fill();
         filled.rows[rank] = row.order();

@@ -160,17 +160,25 @@ impl<'a> Graph<'a> {
     ) -> Result<(), PipelineError> {
         let lowered = self.lowered;
         let index = Index::new(&lowered.schedule);
-        let mut cell_of: HashMap<Action, usize> = HashMap::new();
+        // By id of the action.
+        let mut cell_of: Vec<Option<usize>> = vec![None; index.n_actions()];
         for (cell, command) in lowered.rows.iter().flatten().enumerate() {
-            if let Some(action) = command.action() {
-                cell_of.insert(message_of(action), cell);
+            if let Some(id) = command.action().and_then(|action| index.id(action)) {
+                cell_of[id] = Some(cell);
             }
         }
+        // By id of the producer: where its result is received.
+        let mut receive_of: Vec<Option<usize>> = vec![None; index.n_actions()];
         for (message, (send, receive)) in messages {
-            let Some(producer) = cell_of.get(message) else {
+            let producer = match message.kind {
+                ActionKind::I => index.backward(*message),
+                _ => index.id(*message),
+            };
+            let Some((id, cell)) = producer.and_then(|id| Some((id, cell_of[id]?))) else {
                 return Err(self.lonely(*send, "compute action"));
             };
-            self.edge(*producer, *send);
+            receive_of[id] = Some(*receive);
+            self.edge(cell, *send);
             if matches!(lowered.channels, Channels::Buffered(_)) {
                 self.edge(*send, *receive);
             }
@@ -191,13 +199,15 @@ impl<'a> Graph<'a> {
                 let mut needed_cells = Vec::new();
                 let mut missing = None;
                 index.each_dependency(action, |needed| {
-                    let needed = index.action(needed);
-                    if index.receiver(needed) != Some(rank) || needed.stage == action.stage {
-                        needed_cells.extend(cell_of.get(&message_of(needed)).copied());
-                    } else if let Some((_, receive)) = messages.get(&message_of(needed)) {
-                        needed_cells.push(*receive);
+                    let is_here =
+                        (index.row_start[rank]..index.row_start[rank + 1]).contains(&needed);
+                    match if is_here {
+                        cell_of[needed]
                     } else {
-                        missing = Some(needed);
+                        receive_of[needed]
+                    } {
+                        Some(cell) => needed_cells.push(cell),
+                        None => missing = Some(index.action(needed)),
                     }
                 });
                 if let Some(missing) = missing {
@@ -375,15 +385,7 @@ fn model_text(channels: Channels) -> String {
     }
 }
 
-/// A message: the result of this action, an input gradient always as `I`.
-fn message_of(action: Action) -> Action {
-    match action.kind {
-        ActionKind::B => action.with_kind(ActionKind::I),
-        _ => action,
-    }
-}
-
-/// What a send carries.
+/// What a send carries: the result of an action, an input gradient always as `I`.
 fn sent_by(lowered: &Lowered, command: Command) -> Option<Action> {
     lowered.peer(command)?;
     result(command, command.stage)

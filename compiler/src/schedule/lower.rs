@@ -121,8 +121,8 @@ pub(super) fn running_order(index: &Index) -> Result<Vec<usize>, PipelineError> 
     let mut step = 0u32;
     while order.len() < n_actions {
         let before = order.len();
-        for rank in 0..schedule.n_ranks {
-            let Some(action) = schedule.rows[rank].get(next[rank]) else {
+        for (rank, next) in next.iter_mut().enumerate() {
+            let Some(action) = schedule.rows[rank].get(*next) else {
                 continue;
             };
             let mut is_ready = true;
@@ -130,9 +130,9 @@ pub(super) fn running_order(index: &Index) -> Result<Vec<usize>, PipelineError> 
                 is_ready &= step_done[needed] < step;
             });
             if is_ready {
-                let id = index.row_start[rank] + next[rank];
+                let id = index.row_start[rank] + *next;
                 step_done[id] = step;
-                next[rank] += 1;
+                *next += 1;
                 order.push(id);
             }
         }

@@ -53,11 +53,15 @@ pub fn microbatches(n_ranks: usize) -> [usize; 6] {
     [p / 2, p, p + p / 2, 2 * p, 4 * p, 8 * p]
 }
 
-/// The table of these schedules, over all [`RANKS`], [`microbatches`] and [`CHUNKS`].
+/// F, I and W of equal length.
+pub const EQUAL: [f64; 3] = [1.0, 1.0, 1.0];
+
+/// The table of these schedules at F : I : W, over all [`RANKS`], [`microbatches`] and [`CHUNKS`].
+/// At equal costs Chimera has F = B instead, as its source takes it.
 ///
 /// # Errors
 /// [`PipelineError::Internal`] when a built schedule does not pass the checks.
-pub fn table(builtins: &[Builtin]) -> Result<Vec<TableRow>, PipelineError> {
+pub fn table(builtins: &[Builtin], costs: [f64; 3]) -> Result<Vec<TableRow>, PipelineError> {
     let mut rows = Vec::new();
     for builtin in builtins {
         for n_ranks in RANKS {
@@ -69,7 +73,7 @@ pub fn table(builtins: &[Builtin]) -> Result<Vec<TableRow>, PipelineError> {
                     // Sliced schedules divide sequences where others divide ranks.
                     let shape = Shape::new(n_ranks, n_microbatches);
                     let shape = builtin.fit(shape.chunks(n_chunks).slices(n_chunks));
-                    rows.push(row(*builtin, shape)?);
+                    rows.push(row(*builtin, shape, costs)?);
                 }
             }
         }
@@ -77,11 +81,10 @@ pub fn table(builtins: &[Builtin]) -> Result<Vec<TableRow>, PipelineError> {
     Ok(rows)
 }
 
-/// One row: F, I and W equal, except for Chimera, whose source takes F = B.
-fn row(builtin: Builtin, shape: Shape) -> Result<TableRow, PipelineError> {
+fn row(builtin: Builtin, shape: Shape, costs: [f64; 3]) -> Result<TableRow, PipelineError> {
     let costs = match builtin {
-        Builtin::Chimera => [1.0, 0.5, 0.5],
-        _ => [1.0, 1.0, 1.0],
+        Builtin::Chimera if costs == EQUAL => [1.0, 0.5, 0.5],
+        _ => costs,
     };
     let mut row = TableRow {
         schedule: builtin,
@@ -93,7 +96,9 @@ fn row(builtin: Builtin, shape: Shape) -> Result<TableRow, PipelineError> {
         simulated_peak: None,
         verdict: Verdict::Broken,
     };
-    let schedule = match build(builtin, &shape, None) {
+    let [f, i, w] = costs;
+    let even = Costs::even(shape.n_ranks, shape.n_ranks * shape.n_chunks, f, i, w);
+    let schedule = match build(builtin, &shape, Some(&even)) {
         Ok(schedule) => schedule,
         Err(PipelineError::Invalid(message)) => {
             row.verdict = Verdict::Undefined(message);
@@ -101,11 +106,7 @@ fn row(builtin: Builtin, shape: Shape) -> Result<TableRow, PipelineError> {
         }
         Err(error) => return Err(error),
     };
-    let [f, i, w] = costs;
-    let simulation = simulate(
-        &schedule,
-        &Costs::even(shape.n_ranks, schedule.n_stages, f, i, w),
-    )?;
+    let simulation = simulate(&schedule, &even)?;
     row.simulated_bubble = Some(simulation.bubble_s);
     row.simulated_peak = Some(simulation.peak());
     let Some(form) = closed_form(builtin.name(), &shape, &RankCosts::new(f, i, w)) else {
@@ -118,25 +119,35 @@ fn row(builtin: Builtin, shape: Shape) -> Result<TableRow, PipelineError> {
     row.verdict = match (is_equal, form.bubble_is) {
         (true, _) => Verdict::Equal,
         (false, Exactness::Exact) => Verdict::Broken,
-        (false, Exactness::Approximate) => Verdict::Differs(reason(builtin).into()),
+        (false, Exactness::Approximate) => Verdict::Differs(reason(builtin, &shape, costs).into()),
     };
     Ok(row)
 }
 
 /// Why a formula does not hold where it is approximate.
-fn reason(builtin: Builtin) -> &'static str {
+fn reason(builtin: Builtin, shape: &Shape, costs: [f64; 3]) -> &'static str {
+    let (p, m) = (shape.n_ranks, shape.n_microbatches);
     match builtin {
-        Builtin::ZbH2 => "fewer than 2P-1 microbatches cannot fill twice the warm-up",
-        Builtin::ZbV => "fewer than P microbatches leave gaps that no weight gradient can fill",
-        Builtin::VHalf => {
+        Builtin::ZbH2 if m + 1 < 2 * p => {
+            "fewer than 2P-1 microbatches cannot fill twice the warm-up"
+        }
+        Builtin::ZbH2 => "the formula takes I at most as long as W; longer ones come late",
+        Builtin::ZbV if m < p => {
+            "fewer than P microbatches leave gaps that no weight gradient can fill"
+        }
+        Builtin::VHalf if costs == EQUAL => {
             "the source's rate P/2M is asymptotic; gaps at both ends are backfilled here"
         }
-        Builtin::VMin => {
+        Builtin::VMin if costs == EQUAL => {
             "the source's rate 2P/3M is asymptotic; gaps at both ends are backfilled here"
         }
-        Builtin::Chimera => {
+        Builtin::ZbV | Builtin::VHalf | Builtin::VMin => {
+            "the formula takes F = I = W; slots of unequal length do not close up"
+        }
+        Builtin::Chimera if !m.is_multiple_of(p) => {
             "a unit of both directions takes P microbatches; the last one is not full"
         }
+        Builtin::Chimera => "the formula takes F = B; units of other costs do not close up",
         Builtin::DualPipe | Builtin::DualPipeV => "the formula takes F = I",
         _ => "the formula takes W at most as long as I",
     }
