@@ -400,11 +400,7 @@ fn memory_follows_the_schedule() {
 fn what_cannot_be_executed_is_refused() {
     let case = Case::new(2, 8, false);
     for (builtin, n_slices, why) in [
-        (
-            Builtin::PipeDream,
-            1,
-            "updates weights between microbatches",
-        ),
+        (Builtin::PipeDream, 1, "adamw, which counts steps"),
         (Builtin::Seq1f1b, 2, "divides sequences into 2 slices"),
     ] {
         let schedule = build(builtin, &Shape::new(2, 4).slices(n_slices), None).unwrap();
