@@ -34,3 +34,6 @@ pub enum PlacementError {
     #[error("{0}")]
     Internal(String),
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,7 @@
 
 use meshweave_dsl::placement::Placement;
 use meshweave_dsl::trace::RoutingTrace;
-use meshweave_dsl::trace::statistics::{load, transitions};
+use meshweave_dsl::trace::statistics::{Transitions, load, transitions};
 use serde::Serialize;
 
 use super::PlacementError;
@@ -160,22 +160,72 @@ pub struct Migration {
     pub bytes: Option<u64>,
 }
 
-/// Places the experts of a trace.
+/// What is known of a router.
+#[derive(Clone, Debug)]
+pub struct Evidence {
+    pub chain: Chain,
+    /// By layer and expert.
+    pub load: Vec<Vec<f64>>,
+    /// Experts a token takes in a layer.
+    pub choices: f64,
+    pub n_tokens: usize,
+}
+
+impl Evidence {
+    /// What a trace tells.
+    pub fn of_trace(trace: &RoutingTrace) -> Self {
+        Self {
+            chain: Chain::new(&transitions(trace)),
+            load: load(trace),
+            choices: trace.shape().top_k as f64,
+            n_tokens: trace.n_tokens(),
+        }
+    }
+
+    /// Loads alone, of routers that `choices` experts are taken from: nothing is known about
+    /// transitions, which all count as none.
+    pub fn of_load(load: Vec<Vec<f64>>, choices: f64) -> Self {
+        let experts = load.first().map_or(0, Vec::len);
+        let tokens: f64 = load.first().into_iter().flatten().sum();
+        Self {
+            chain: Chain::new(&Transitions {
+                experts,
+                pairs: vec![vec![0.0; experts * experts]; load.len().saturating_sub(1)],
+            }),
+            load,
+            choices,
+            n_tokens: (tokens / choices) as usize,
+        }
+    }
+}
+
+/// Places the experts of a trace; `request.held_out` of it scores the placement.
 ///
 /// # Errors
-/// Sizes that do not divide, too few slots, a trace without tokens, or a present placement of
-/// another model.
-pub fn place(trace: &RoutingTrace, request: &Request) -> Result<Placed, PlacementError> {
+/// See [`place`].
+pub fn place_trace(trace: &RoutingTrace, request: &Request) -> Result<Placed, PlacementError> {
     let (train, held) = trace
         .split(request.held_out)
         .map_err(|error| PlacementError::Invalid(error.to_string()))?;
-    let size = check(&train, request)?;
-    let chain = Chain::new(&transitions(&train));
-    let loads = load(&train);
+    let held = (held.n_tokens() > 0).then(|| Evidence::of_trace(&held));
+    place(&Evidence::of_trace(&train), held.as_ref(), request)
+}
+
+/// Places experts by what is known, and scores the placement on what was held out.
+///
+/// # Errors
+/// Sizes that do not divide, too few slots, no tokens, or a present placement of another model.
+pub fn place(
+    known: &Evidence,
+    held_out: Option<&Evidence>,
+    request: &Request,
+) -> Result<Placed, PlacementError> {
+    let size = check(known, request)?;
+    let chain = &known.chain;
     let demand = Demand {
-        chain: &chain,
-        load: &loads,
-        choices: trace.shape().top_k as f64,
+        chain,
+        load: &known.load,
+        choices: known.choices,
     };
     let slots = Slots {
         devices: request.devices,
@@ -183,7 +233,7 @@ pub fn place(trace: &RoutingTrace, request: &Request) -> Result<Placed, Placemen
     };
     let is_division = size * request.devices == chain.experts;
     let (placement, method) = match request.objective {
-        Objective::Affinity if is_division => by_affinity(&chain, request)?,
+        Objective::Affinity if is_division => by_affinity(chain, request)?,
         Objective::Load => (by_load(&demand, slots, request)?, Method::Packing),
         _ => by_both(&demand, slots, request, is_division)?,
     };
@@ -191,13 +241,13 @@ pub fn place(trace: &RoutingTrace, request: &Request) -> Result<Placed, Placemen
         Some(present) => nearest(&placement, present)?,
         None => placement,
     };
-    let certificate = is_division.then(|| proof(&chain, request.devices, method, request));
-    let of_device = bound(&chain, request, certificate.as_ref(), request.devices, size);
+    let certificate = is_division.then(|| proof(chain, request.devices, method, request));
+    let of_device = bound(chain, request, certificate.as_ref(), request.devices, size);
     let n_nodes = request.devices / request.per_node;
     let of_node = if n_nodes == 1 {
         1.0
     } else {
-        let certificate = is_division.then(|| certify(&chain, n_nodes, request.search.threads));
+        let certificate = is_division.then(|| certify(chain, n_nodes, request.search.threads));
         bound(
             &chain,
             request,
@@ -206,7 +256,7 @@ pub fn place(trace: &RoutingTrace, request: &Request) -> Result<Placed, Placemen
             size * request.per_node,
         )
     };
-    let scored = Scored::of(&placement, &chain, &held, request)?;
+    let scored = Scored::of(&placement, chain, held_out, request)?;
     let of_device = if matches!(method, Method::DynamicProgramming) {
         scored.kept.device
     } else {
@@ -228,8 +278,8 @@ pub fn place(trace: &RoutingTrace, request: &Request) -> Result<Placed, Placemen
         placement,
         report: Report {
             tokens: Tokens {
-                placed_by: train.n_tokens(),
-                held_out: held.n_tokens(),
+                placed_by: known.n_tokens,
+                held_out: held_out.map_or(0, |held| held.n_tokens),
             },
             ..report
         },
@@ -238,11 +288,11 @@ pub fn place(trace: &RoutingTrace, request: &Request) -> Result<Placed, Placemen
 }
 
 /// Checks that the sizes fit; returns the slots of a device.
-fn check(trace: &RoutingTrace, request: &Request) -> Result<usize, PlacementError> {
-    let shape = trace.shape();
-    let (experts, devices) = (shape.experts, request.devices);
+fn check(known: &Evidence, request: &Request) -> Result<usize, PlacementError> {
+    let (experts, devices) = (known.chain.experts, request.devices);
+    let layers = known.load.len();
     let invalid = |text: String| Err(PlacementError::Invalid(text));
-    if trace.n_tokens() == 0 {
+    if known.n_tokens == 0 || experts == 0 {
         return invalid(
             "the trace has no tokens to place by; record some, or hold out less".into(),
         );
@@ -253,7 +303,7 @@ fn check(trace: &RoutingTrace, request: &Request) -> Result<usize, PlacementErro
             request.per_node
         ));
     }
-    for (layer, load) in load(trace).iter().enumerate() {
+    for (layer, load) in known.load.iter().enumerate() {
         if load.iter().all(|load| *load == 0.0) {
             return invalid(format!(
                 "no token chose an expert in layer {layer}; is it a layer without experts? Leave it \
@@ -294,11 +344,11 @@ fn check(trace: &RoutingTrace, request: &Request) -> Result<usize, PlacementErro
     };
     if let Some(present) = &request.present {
         let found = (present.n_layers(), present.n_experts(), present.n_devices());
-        if found != (shape.layers, experts, devices) {
+        if found != (layers, experts, devices) {
             return invalid(format!(
                 "the present placement has {} layers, {} experts and {} devices; the trace has {} \
                  and {experts}, and {devices} devices are asked for",
-                found.0, found.1, found.2, shape.layers
+                found.0, found.1, found.2, layers
             ));
         }
     }
@@ -544,12 +594,14 @@ impl Scored {
     fn of(
         placement: &Placement,
         chain: &Chain,
-        held: &RoutingTrace,
+        held: Option<&Evidence>,
         request: &Request,
     ) -> Result<Self, PlacementError> {
-        let held_out = (held.n_tokens() > 0).then(|| {
-            let chain = Chain::new(&transitions(held));
-            (kept(&chain, placement), balance_of(&load(held), placement))
+        let held_out = held.map(|held| {
+            (
+                kept(&held.chain, placement),
+                balance_of(&held.load, placement),
+            )
         });
         let linear = if chain.experts.is_multiple_of(request.devices) {
             let division = chain.linear(request.devices);
