@@ -10,6 +10,7 @@ mod diff;
 mod explain;
 mod export;
 mod fmt;
+mod place;
 mod plan;
 mod profile;
 pub(crate) mod render;
@@ -18,6 +19,7 @@ mod schedule;
 mod show;
 mod verify;
 mod what_if;
+mod trace;
 mod validate;
 
 use std::io::Write;
@@ -91,6 +93,10 @@ pub enum Command {
     Diff(diff::DiffArgs),
     /// Plan with more or less memory, network, compute or devices.
     WhatIf(what_if::WhatIfArgs),
+    /// Place the experts of a routing trace on devices, with what it keeps local and a bound.
+    Place(place::PlaceArgs),
+    /// Make, describe or import routing traces.
+    Trace(trace::TraceArgs),
     /// Write the plan as a configuration of another engine.
     Export(export::ExportArgs),
     /// Measure this machine and print it as a cluster.
@@ -149,6 +155,8 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Verify(args) => verify::verify(args, cli.format),
         Command::Diff(args) => diff::diff(args, cli.format),
         Command::WhatIf(args) => what_if::what_if(args, cli.format),
+        Command::Place(args) => place::place(args, cli.format),
+        Command::Trace(args) => trace::trace(args, cli.format),
         Command::Export(args) => export::export(args, cli.format),
         Command::Profile(args) => profile::profile(args, cli.format),
         Command::Validate(args) => validate::validate(args, cli.format),

@@ -447,7 +447,7 @@ fn model_error(error: ModelError) -> Error {
     Error::plain(class, error)
 }
 
-fn import_error(error: ImportError) -> Error {
+pub(crate) fn import_error(error: ImportError) -> Error {
     let class = match &error {
         ImportError::Invalid(_) => Class::Invalid,
         ImportError::Unsupported(_) => Class::Unsupported,
@@ -463,7 +463,7 @@ fn has_errors(diagnostics: &[Diagnostic]) -> bool {
 }
 
 /// A preset such as `h100:16`, or the cluster block of a `.weave` file.
-fn named_cluster(name: &str) -> Result<Cluster> {
+pub(crate) fn named_cluster(name: &str) -> Result<Cluster> {
     if !name.ends_with(".weave") {
         return Cluster::preset(name).map_err(|error| Error::plain(Class::Invalid, error));
     }

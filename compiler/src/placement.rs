@@ -12,6 +12,7 @@ pub mod chain;
 pub mod coupled;
 pub mod eigen;
 pub mod exact;
+pub mod ilp;
 pub mod joint;
 pub mod matching;
 pub mod migrate;
