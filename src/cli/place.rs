@@ -166,7 +166,7 @@ fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {
     // Activations travel in bf16; an expert is three projections (gate, up, down).
     let token_bytes = moe.map_or(1.0, |(model, _)| 2.0 * model.embed as f64);
     let weights = moe.map_or(0, |(model, moe)| 3 * model.embed * moe.ffn);
-    let peak = cluster.matmul_peak(DType::Bf16) * cluster.device.matmul_efficiency;
+    let peak = cluster.device.matmul_peak(DType::Bf16) * cluster.device.matmul_efficiency;
     let present = args.present.as_deref().map(read_placement).transpose()?;
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let (rounds, exact_steps, coupled_steps) = match args.effort {
