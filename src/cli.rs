@@ -17,10 +17,10 @@ pub(crate) mod render;
 mod run;
 mod schedule;
 mod show;
-mod verify;
-mod what_if;
 mod trace;
 mod validate;
+mod verify;
+mod what_if;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
