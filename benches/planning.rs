@@ -1,7 +1,8 @@
 //! Op-level plans of training graphs: seconds, CPU seconds, and how good the plans are known to be.
 //!
-//! `cargo bench --bench planning` (or `-- 8x8`, any part of a row's name). The process runs one thread:
-//! CPU seconds compare across machines and loads. "Untied" lets every layer choose for itself.
+//! `cargo bench --bench planning --no-default-features` (or `-- 8x8`, any part of a row's name). The
+//! search runs on one thread: CPU seconds compare across machines and loads. "Untied" lets every layer
+//! choose for itself. Steps are predicted, bounds are bounds.
 
 use std::time::Instant;
 
@@ -9,7 +10,8 @@ use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::import::read_config;
 use meshweave_compiler::model::{Goal, build_decoder};
 use meshweave_compiler::plan::directives::Directives;
-use meshweave_compiler::plan::{SearchOptions, search};
+use meshweave_compiler::plan::verify::verify_plan;
+use meshweave_compiler::plan::{SearchOptions, Tie, search};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::layout::Mesh;
@@ -23,33 +25,96 @@ fn main() -> Result<(), Failure> {
         .skip(1)
         .filter(|arg| !arg.starts_with('-'))
         .collect();
-    println!("plan                              wall s    CPU-s   step ms     gap     mesh");
-    for (name, n_layers, cluster, degrees) in [
-        ("llama-3-8b 8x8", 32, "h100:64", Some(vec![8, 8])),
-        ("llama-3-8b 2x4x2", 32, "h100:16", Some(vec![2, 4, 2])),
-        ("llama-3-8b 4x4x4", 32, "h100:64", Some(vec![4, 4, 4])),
-        ("llama-3-8b on 128", 32, "h100:128", None),
+    println!(
+        "plan                            wall s    CPU-s     step ms      bound ms       gap  mesh"
+    );
+    for (name, batch, cluster, degrees, tie) in [
+        (
+            "llama-3-8b 8x8 tied",
+            64,
+            "h100:64",
+            Some(vec![8, 8]),
+            Tie::Layers,
+        ),
+        (
+            "llama-3-8b 8x8 untied",
+            64,
+            "h100:64",
+            Some(vec![8, 8]),
+            Tie::None,
+        ),
+        (
+            "llama-3-8b 2x4x2 tied",
+            16,
+            "h100:16",
+            Some(vec![2, 4, 2]),
+            Tie::Layers,
+        ),
+        (
+            "llama-3-8b 2x4x2 untied",
+            16,
+            "h100:16",
+            Some(vec![2, 4, 2]),
+            Tie::None,
+        ),
+        (
+            "llama-3-8b 4x4x4 tied",
+            64,
+            "h100:64",
+            Some(vec![4, 4, 4]),
+            Tie::Layers,
+        ),
+        (
+            "llama-3-8b 4x4x4 untied",
+            64,
+            "h100:64",
+            Some(vec![4, 4, 4]),
+            Tie::None,
+        ),
+        (
+            "llama-3-8b all meshes of 128",
+            128,
+            "h100:128",
+            None,
+            Tie::Layers,
+        ),
     ] {
         if !wanted.is_empty() && !wanted.iter().any(|part| name.contains(part.as_str())) {
             continue;
         }
         let cluster = Cluster::preset(cluster)?;
-        let graph = llama(n_layers, 64, 4096)?;
+        let graph = llama(batch, 4096)?;
         let directives = Directives {
             meshes: degrees.into_iter().map(mesh).collect(),
             ..Directives::default()
         };
-        let options = SearchOptions::default();
+        let options = SearchOptions {
+            tie,
+            ..SearchOptions::default()
+        };
         let (cpu, start) = (cpu_seconds()?, Instant::now());
         let solution = search(&graph, &cluster, &directives, &options)?;
         let (cpu, wall) = (cpu_seconds()? - cpu, start.elapsed().as_secs_f64());
         let certificate = &solution.certificate;
         println!(
-            "{name:32} {wall:7.2}  {cpu:7.2}  {:8.2}  {:6.3} %  {}",
+            "{name:30} {wall:7.2}  {cpu:7.2}  {:10.3}  {:10.3}  {:7.4} %  {}",
             1e3 * certificate.predicted_s,
+            1e3 * certificate.lower_bound_s,
             100.0 * certificate.gap,
             solution.plan.mesh
         );
+        // The proof, added up again without the search.
+        let (cpu, start) = (cpu_seconds()?, Instant::now());
+        let verified = verify_plan(&graph, &cluster, &directives, &solution.plan)?;
+        if let Some(bound_s) = verified.bound_s {
+            println!(
+                "  verified                     {:7.2}  {:7.2}  {:10.3}  {:10.3}",
+                start.elapsed().as_secs_f64(),
+                cpu_seconds()? - cpu,
+                1e3 * verified.predicted_s,
+                1e3 * bound_s
+            );
+        }
     }
     Ok(())
 }
@@ -58,16 +123,20 @@ fn mesh(degrees: Vec<usize>) -> Mesh {
     Mesh::new(["a", "b", "c", "d"].into_iter().zip(degrees))
 }
 
-fn llama(n_layers: usize, batch: usize, seq: usize) -> Result<Graph, Failure> {
-    let mut config = read_config("llama-3-8b", LLAMA_3_8B)?.config;
-    config.n_layers = n_layers;
+/// The training graph of all 32 layers.
+fn llama(batch: usize, seq: usize) -> Result<Graph, Failure> {
+    let config = read_config("llama-3-8b", LLAMA_3_8B)?.config;
     let forward = build_decoder(&config, batch, seq, Goal::Training)?;
     Ok(differentiate(&forward, &Optimizer::GOLDEN_ADAMW)?)
 }
 
 /// CPU seconds of this process, all threads.
 fn cpu_seconds() -> Result<f64, Failure> {
-    let text = std::fs::read_to_string("/proc/self/schedstat")?;
-    let nanoseconds: f64 = text.split(' ').next().unwrap_or("0").parse()?;
-    Ok(nanoseconds / 1e9)
+    let mut total = 0.0;
+    for task in std::fs::read_dir("/proc/self/task")? {
+        let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        let nanoseconds = text.split_whitespace().next();
+        total += nanoseconds.map_or(Ok(0.0), str::parse::<f64>)? / 1e9;
+    }
+    Ok(total)
 }

@@ -116,6 +116,8 @@ pub struct Solution {
 
 /// Part of a device's memory that plans leave free: allocators, libraries and what prices miss.
 pub const HEADROOM: f64 = 0.1;
+/// Gaps above it are explained.
+const WIDE_GAP: f64 = 0.02;
 /// Potentials up to which a certificate stores the proof of its bound.
 const MAX_STORED: usize = 200_000;
 
@@ -291,6 +293,17 @@ fn plan(graph: &Graph, request: &PlanRequest) -> Result<Plan, SearchError> {
         certificate.gap = gap(certificate.lower_bound_s, certificate.predicted_s);
         certificate.searched.insert(0, searched(&results));
         certificate.not_searched = not_searched(request, &results);
+        if certificate.gap > WIDE_GAP {
+            certificate.not_searched.push(format!(
+                "what lies between bound and plan ({:.1} %): {}",
+                100.0 * certificate.gap,
+                match request.tie {
+                    Tie::Layers if best.byte_prices != [0.0; 2] =>
+                        "memory binds, and tied layers change it in coarse steps; untie them",
+                    _ => "enumeration was cut short",
+                }
+            ));
+        }
         certificate.meshes = results;
     }
     Ok(match request.meshes {
@@ -333,7 +346,7 @@ fn untie(
     {
         *best = Some(match best.take() {
             Some(untied) => tied.within(&untied),
-            None => tied,
+            None => tied.unbounded(),
         });
     }
 }
@@ -347,6 +360,15 @@ struct Planned {
 }
 
 impl Planned {
+    /// This plan in a larger space of which nothing is known.
+    fn unbounded(mut self) -> Self {
+        self.result.lower_bound_s = 0.0;
+        if let Some(own) = &mut self.plan.certificate {
+            own.proof = None;
+        }
+        self
+    }
+
     /// This plan with the bound of a larger space that it lies in.
     fn within(mut self, wider: &Self) -> Self {
         self.result.lower_bound_s = wider.result.lower_bound_s.min(self.seconds);

@@ -12,13 +12,15 @@
 mod follow;
 mod nets;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
 
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Graph, Op, TensorId, TensorType};
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{Factor, OpKind};
-use meshweave_dsl::plan::{Placement, Plan, op_factors};
+use meshweave_dsl::plan::{Placement, Plan, Tie, op_factors};
 
 use super::classes::{Classes, label};
 use super::directives::Subject;
@@ -125,6 +127,8 @@ pub fn build_instance(
         grid,
         rules,
         facts: Facts::new(graph),
+        alike_of: alike(graph, classes, rules),
+        units: RefCell::default(),
         group_of: vec![0; classes.ops.len()],
         instance: Instance {
             groups: Vec::new(),
@@ -139,12 +143,27 @@ pub fn build_instance(
     Ok(builder.instance)
 }
 
+/// The tied class of every class.
+fn alike(graph: &Graph, classes: &Classes, rules: &Rules) -> Vec<usize> {
+    match classes.tie {
+        Tie::Layers => (0..classes.ops.len()).collect(),
+        Tie::None => {
+            let tied = Classes::new(graph, rules, Tie::Layers);
+            let firsts = classes.ops.iter().map(|ops| ops[0]);
+            firsts.map(|op_id| tied.of_op[op_id.index()]).collect()
+        }
+    }
+}
+
 struct Builder<'a> {
     graph: &'a Graph,
     classes: &'a Classes,
     grid: &'a Grid,
     rules: &'a Rules,
     facts: Facts,
+    /// For every class, the number of the classes that differ from it in the layer alone.
+    alike_of: Vec<usize>,
+    units: RefCell<HashMap<(usize, u64), HashMap<Placement, Option<Rc<Unit>>>>>,
     group_of: Vec<usize>,
     instance: Instance,
 }
@@ -306,36 +325,20 @@ impl Builder<'_> {
     /// One class under a placement; `None` where a layout is illegal.
     fn member(&self, class: usize, factors: &[Factor], placement: &Placement) -> Option<Member> {
         let op = self.first_op(class);
-        let mesh = &self.grid.mesh;
-        let layouts = placement.layouts(factors, op.inputs.len(), op.results.len(), mesh);
-        let all = op.inputs.iter().zip(&layouts.inputs);
-        let all = all.chain(op.results.iter().zip(&layouts.results));
-        let mut codes = Vec::with_capacity(op.inputs.len() + op.results.len());
-        let mut locals = Vec::with_capacity(codes.capacity());
-        for (id, layout) in all {
-            let ty = self.graph.ty(*id);
-            let code = self.grid.code(layout, ty)?;
-            if !self.grid.is_legal(code, ty) {
-                return None;
-            }
-            codes.push(code);
-            locals.push(self.grid.local(code, ty));
-        }
+        let unit = self.unit(class, factors, placement)?;
         let n_times = self.classes.ops[class].len() as f64;
-        let working = locals.iter().map(|local| local.n_bytes() as f64);
         let mut member = Member {
-            working_bytes: working.sum(),
+            working_bytes: unit.working_bytes,
             placement: placement.clone(),
-            seconds: self.facts.seconds(op, &locals, &self.grid.cluster) * n_times,
+            seconds: unit.seconds * n_times,
             saved_bytes: 0.0,
             gradient_bytes: 0.0,
-            dislike_s: self.dislike_s(class, placement, &codes),
-            codes,
+            dislike_s: self.dislike_s(class, placement, &unit.codes),
+            codes: unit.codes.clone(),
         };
         for op_id in &self.classes.ops[class] {
             let results = &self.graph.op(*op_id).results;
-            for (id, local) in results.iter().zip(&locals[op.inputs.len()..]) {
-                let n_bytes = local.n_bytes() as f64;
+            for (id, n_bytes) in results.iter().zip(&unit.n_bytes[op.inputs.len()..]) {
                 if self.facts.is_saved[id.index()] {
                     member.saved_bytes += n_bytes;
                 }
@@ -346,6 +349,57 @@ impl Builder<'_> {
         }
         Some(member)
     }
+
+    /// One op of a class under a placement. Equal layers ask for the same ones: they are remembered.
+    fn unit(&self, class: usize, factors: &[Factor], placement: &Placement) -> Option<Rc<Unit>> {
+        let op = self.first_op(class);
+        let all = op.inputs.iter().chain(&op.results);
+        let fused = all.clone().map(|id| self.facts.is_fused[id.index()]);
+        let fused = fused.fold(0_u64, |bits, is_fused| bits << 1 | u64::from(is_fused));
+        let key = (self.alike_of[class], fused);
+        if let Some(known) = self.units.borrow().get(&key)
+            && let Some(unit) = known.get(placement)
+        {
+            return unit.clone();
+        }
+        let mesh = &self.grid.mesh;
+        let layouts = placement.layouts(factors, op.inputs.len(), op.results.len(), mesh);
+        let layouts = layouts.inputs.iter().chain(&layouts.results);
+        let mut unit = Unit::default();
+        let mut locals = Vec::with_capacity(op.inputs.len() + op.results.len());
+        let mut is_legal = true;
+        for (id, layout) in all.zip(layouts) {
+            let ty = self.graph.ty(*id);
+            let code = self.grid.code(layout, ty);
+            let Some(code) = code.filter(|code| self.grid.is_legal(*code, ty)) else {
+                is_legal = false;
+                break;
+            };
+            let local = self.grid.local(code, ty);
+            unit.codes.push(code);
+            unit.n_bytes.push(local.n_bytes() as f64);
+            locals.push(local);
+        }
+        let unit = is_legal.then(|| {
+            unit.seconds = self.facts.seconds(op, &locals, &self.grid.cluster);
+            unit.working_bytes = unit.n_bytes.iter().sum();
+            Rc::new(unit)
+        });
+        let mut units = self.units.borrow_mut();
+        let known = units.entry(key).or_default();
+        known.insert(placement.clone(), unit.clone());
+        unit
+    }
+}
+
+/// One op under one placement.
+#[derive(Clone, Debug, Default)]
+struct Unit {
+    seconds: f64,
+    /// Layouts and bytes of operands and results.
+    codes: Vec<Code>,
+    n_bytes: Vec<f64>,
+    working_bytes: f64,
 }
 
 /// A class under one placement.

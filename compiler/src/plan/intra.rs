@@ -149,6 +149,9 @@ fn n_strategies(network: &Network) -> usize {
     nodes.map(|node| node.strategies.len()).sum()
 }
 
+/// Gaps that are not worth another search with other bytes set aside.
+const WORTH_LESS: f64 = 5e-3;
+
 /// Where memory is tight and ops of the best assignment work on more than they must, tries again
 /// without the strategies that work on so much, with the room that this leaves.
 fn leave_less_to_ops(whole: &Network, limits: ClimbLimits, climbed: &mut Climbed) {
@@ -156,7 +159,9 @@ fn leave_less_to_ops(whole: &Network, limits: ClimbLimits, climbed: &mut Climbed
         let best = climbed.best.as_ref();
         best.map_or(f64::INFINITY, |best| best.cost.seconds)
     };
-    if climbed.bound_s >= upper_s(climbed).min(limits.cutoff_s) * (1.0 - limits.gap) {
+    let is_tight = climbed.best.is_none() || climbed.proof.dual.byte_prices != [0.0; 2];
+    let gap = limits.gap.max(WORTH_LESS);
+    if !is_tight || climbed.bound_s >= upper_s(climbed).min(limits.cutoff_s) * (1.0 - gap) {
         return;
     }
     let spared_bytes = limits.budget_bytes - climbed.room_bytes;
@@ -190,7 +195,7 @@ fn leave_less_to_ops(whole: &Network, limits: ClimbLimits, climbed: &mut Climbed
         };
         let start = Start {
             byte_prices: climbed.proof.dual.byte_prices,
-            known: None,
+            known: climbed.best.as_ref().map(|best| best.numbers.clone()),
         };
         let found = climb(network, tighter, &start);
         let is_less = |a: &Met, b: &Met| a.cost.peak_bytes() < b.cost.peak_bytes();

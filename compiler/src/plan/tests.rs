@@ -585,6 +585,138 @@ fn layers_that_choose_for_themselves_are_no_slower() {
 }
 
 #[test]
+fn no_plan_is_faster_than_the_bound() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let rules = Rules::default();
+    for (mesh, tie) in [
+        (Mesh::new([("a", 2), ("b", 4)]), Tie::Layers),
+        (Mesh::new([("a", 4), ("b", 2)]), Tie::None),
+    ] {
+        let cluster = local(mesh.n_ranks());
+        let classes = Classes::new(&graph, &rules, tie);
+        let grid = Grid::new(mesh, &cluster);
+        let mut metric = Metric::new(&grid);
+        let instance = build_instance(&graph, &classes, &grid, &rules, &mut metric).unwrap();
+        let solved = solve(&instance, LIMITS, &Start::default(), &mut metric).unwrap();
+        let mut n_priced = 0;
+        let mut state = 1_u64;
+        for _ in 0..100 {
+            // Near the best and far from it: a few groups, or all of them, choose at random.
+            let n_changed = if state % 2 == 0 {
+                3
+            } else {
+                instance.groups.len()
+            };
+            let mut assignment = solved.assignment.clone();
+            for step in 0..n_changed {
+                let mut draw = |n: usize| {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1);
+                    (state >> 33) as usize % n
+                };
+                let group = if n_changed == 3 {
+                    draw(instance.groups.len())
+                } else {
+                    step
+                };
+                assignment[group] = draw(instance.groups[group].strategies.len());
+            }
+            let plan = instance.plan(&assignment, &graph, &classes, &grid, "random");
+            // Some layouts cannot be brought to each other.
+            let Ok(price) = price_plan(&graph, &plan, &cluster) else {
+                continue;
+            };
+            n_priced += 1;
+            assert!(price.seconds() >= solved.lower_bound_s * (1.0 - 1e-9));
+        }
+        assert!(n_priced > 20, "{n_priced}");
+    }
+}
+
+#[test]
+fn odd_clusters_have_sensible_plans() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let alone = found(&graph, &local(1), &Directives::default()).unwrap();
+    assert_eq!(alone.certificate.parts.reshard_s, 0.0);
+    assert!(alone.certificate.gap < 1e-6);
+
+    // A prime number of devices, more than most dims have elements; and a network a thousand times
+    // slower than it should be, for which what is best on a fast one is no better.
+    let fast = Cluster::preset("h100:16").unwrap();
+    let mut slow = fast.clone();
+    slow.between_nodes.bytes_per_s /= 1000.0;
+    for cluster in [local(97), slow.clone()] {
+        let solution = found(&graph, &cluster, &Directives::default()).unwrap();
+        assert!(
+            solution.certificate.gap < 0.02,
+            "{}",
+            solution.certificate.gap
+        );
+        assert!(verify_plan(&graph, &cluster, &Directives::default(), &solution.plan).is_ok());
+    }
+    let on_fast = found(&graph, &fast, &Directives::default()).unwrap();
+    let on_slow = found(&graph, &slow, &Directives::default()).unwrap();
+    let moved = price_plan(&graph, &on_fast.plan, &slow).unwrap();
+    assert!(on_slow.certificate.predicted_s <= moved.seconds() * (1.0 + 1e-3));
+    assert!(on_slow.certificate.predicted_s >= on_fast.certificate.predicted_s);
+}
+
+#[test]
+fn conflicts_are_minimal_and_relaxations_have_figures() {
+    let graph = training(&GoldenSize::named("tiny").unwrap());
+    let mut directives = on(Mesh::new([("a", 4)]));
+    let subject = |name: &str| Subject::Tensor(graph.find(name).unwrap());
+    let over = |dim: &str| Demand::Over {
+        axis: "a".into(),
+        dims: vec![dim.into()],
+    };
+    // Of three statements about one weight and one about another, two exclude each other.
+    let statements = [
+        (subject("layers[0].mlp.wg"), over("ffn"), "first"),
+        (subject("layers[1].mlp.wg"), over("ffn"), "elsewhere"),
+        (
+            subject("layers[0].mlp.wg"),
+            Demand::NotOver { axis: "a".into() },
+            "second",
+        ),
+    ];
+    directives.rules = statements
+        .into_iter()
+        .zip(0_usize..)
+        .map(|((subject, demand, text), place)| Rule {
+            span: Span {
+                start: place,
+                ..Span::default()
+            },
+            ..rule(subject, demand, text)
+        })
+        .collect();
+    let error = found(&graph, &local(4), &directives).unwrap_err();
+    let SearchError::Conflict { rules, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(rules, &[0, 2]);
+
+    // A statement that keeps a weight whole, in less memory than that needs.
+    directives.rules = vec![rule(
+        subject("embed.wte"),
+        Demand::NotOver { axis: "a".into() },
+        "pin embed.wte : [vocab, embed]",
+    )];
+    let free = found(&graph, &local(4), &directives).unwrap();
+    let kept_bytes = free.certificate.memory.peak_bytes();
+    let mut parts = (1..20).map(|part| kept_bytes * (1.0 - 0.05 * f64::from(part)));
+    let message = parts.find_map(|budget_bytes| {
+        directives.budget_bytes = Some(budget_bytes as u64);
+        found(&graph, &local(4), &directives).err()
+    });
+    let message = message.unwrap().to_string();
+    assert!(message.contains("raise the budget"), "{message}");
+    assert!(message.contains("use about"), "{message}");
+}
+
+#[test]
 fn experts_are_divided() {
     let size = GoldenSize::named("tiny").unwrap();
     let config = DecoderConfig::golden(&size, Some(2.0));

@@ -116,13 +116,10 @@ impl Builder<'_> {
         Some((group_idx, *port))
     }
 
-    fn port(&self, port: Port) -> Option<(usize, usize)> {
+    fn port(&self, port: Port, keepers: &BTreeMap<Port, usize>) -> Option<(usize, usize)> {
         let group_idx = match port {
             Port::Input(class, _) | Port::Result(class, _) => *self.group_of.get(class)?,
-            Port::Source(_) | Port::Output(_) => {
-                let mut groups = self.instance.groups.iter();
-                groups.position(|group| group.ports.contains_key(&port))?
-            }
+            Port::Source(_) | Port::Output(_) => *keepers.get(&port)?,
         };
         let group = self.instance.groups.get(group_idx)?;
         Some((group_idx, *group.ports.get(&port)?))
@@ -201,13 +198,19 @@ impl Builder<'_> {
                 members: Vec::new(),
             });
         }
+        let mut keepers: BTreeMap<Port, usize> = BTreeMap::new();
+        for (group_idx, group) in self.instance.groups.iter().enumerate() {
+            let ports = group.ports.keys();
+            let kept = ports.filter(|port| matches!(port, Port::Source(_) | Port::Output(_)));
+            keepers.extend(kept.map(|port| (*port, group_idx)));
+        }
         for ((maker, readers), (id, weight)) in nets {
-            let Some(from) = self.port(maker) else {
+            let Some(from) = self.port(maker, &keepers) else {
                 continue;
             };
             let ty = self.graph.ty(id);
             let (mut inner, mut to) = (Vec::new(), Vec::new());
-            for port in readers.iter().filter_map(|port| self.port(*port)) {
+            for port in readers.iter().filter_map(|port| self.port(*port, &keepers)) {
                 if port.0 == from.0 {
                     inner.push(port.1);
                 } else if !to.contains(&port) {
