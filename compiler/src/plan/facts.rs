@@ -7,7 +7,6 @@
 use std::collections::BTreeSet;
 
 use meshweave_dsl::cluster::Cluster;
-use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::OpKind;
