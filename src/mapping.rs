@@ -64,7 +64,7 @@ impl Session {
     pub fn read_mapping(&self) -> Result<Mapped> {
         let request = self.mapping_request(&self.document.freeze())?;
         let mapping = outer::the_only(&request.workload, &request.cluster, &request.space())
-            .map_err(|error| self.outer_error(&request, error))?;
+            .map_err(|error| Error::plain(Class::Invalid, error))?;
         let estimate = estimate(&request.workload, &mapping, &request.cluster)
             .map_err(|error| Error::plain(Class::Unsupported, error))?;
         Ok(Mapped {

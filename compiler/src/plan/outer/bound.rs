@@ -13,7 +13,7 @@ use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero
 use super::Problem;
 use super::grids::{Grid, LayerKey};
 use super::saving::front;
-use super::search::chunk_counts;
+use super::search::{chunk_counts, zero_stages};
 use super::space::{Cuts, ShardGroup, Whole};
 use crate::plan::estimate::layer::{LayerCost, Pricer};
 use crate::plan::estimate::stages::Stages;
@@ -51,7 +51,7 @@ impl LayerCosts {
 #[derive(Default)]
 pub(super) struct Layers {
     known: BTreeMap<LayerKey, LayerCosts>,
-    module_sets: BTreeMap<LayerKey, Vec<BTreeSet<Module>>>,
+    module_sets: BTreeMap<LayerKey, Vec<(f64, BTreeSet<Module>)>>,
 }
 
 impl Layers {
@@ -62,8 +62,13 @@ impl Layers {
             .or_insert_with(|| probe(problem, &key))
     }
 
-    /// The worthwhile sets of parts to compute again.
-    pub fn module_sets(&mut self, problem: &Problem<'_>, key: &LayerKey) -> &[BTreeSet<Module>] {
+    /// The worthwhile sets of parts to compute again, with the seconds that each takes more over all
+    /// layers of a microbatch.
+    pub fn module_sets(
+        &mut self,
+        problem: &Problem<'_>,
+        key: &LayerKey,
+    ) -> &[(f64, BTreeSet<Module>)] {
         self.module_sets.entry(*key).or_insert_with(|| {
             let space = problem.space;
             let worth: Vec<(Module, f64, f64)> = space
@@ -257,15 +262,6 @@ pub(super) fn least_seconds_of_cut(
 pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> u64 {
     let space = problem.space;
     let mut mapping = grid.mapping(key);
-    mapping.zero = most_divided(problem, grid);
-    mapping.offload = Offload {
-        optimizer: space.offload_optimizer.contains(&true),
-        activations: space
-            .offload_activations
-            .iter()
-            .copied()
-            .fold(0.0, f64::max),
-    };
     mapping.pipeline.chunks = (1..=super::space::MAX_CHUNKS)
         .find(|chunks| space.chunks.admits(*chunks))
         .unwrap_or(1);
@@ -286,9 +282,11 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
         policies.push(Recompute::Modules(&space.again | &space.maybe_again));
     }
     let mut least = u64::MAX;
-    for schedule in kinds_of_memory(grid.pp, &space.schedules) {
+    for (schedule, zero, offload) in savings(problem, grid) {
         for recompute in &policies {
             let with = Mapping {
+                zero,
+                offload,
                 recompute: recompute.clone(),
                 pipeline: Pipeline {
                     schedule: schedule.clone(),
@@ -329,17 +327,32 @@ fn kinds_of_memory(pp: usize, schedules: &[String]) -> Vec<String> {
 /// Layers by which the stages of a cut may differ from even ones.
 pub(super) const SLACK: usize = 2;
 
-/// The ZeRO stage and group that leave the least on a rank.
-pub(super) fn most_divided(problem: &Problem<'_>, grid: Grid) -> Zero {
-    let stage = problem.space.zero_stages.iter().copied().max().unwrap_or(0);
-    let groups = groups(problem, grid, stage);
-    let largest = groups
-        .into_iter()
-        .max_by_key(|group| group.unwrap_or(grid.dp));
-    Zero {
-        stage,
-        group: largest.flatten(),
+/// What may hold least: dividing and offloading more take buffers of their own, which small models
+/// feel more than what they save.
+fn savings(problem: &Problem<'_>, grid: Grid) -> Vec<(String, Zero, Offload)> {
+    let space = problem.space;
+    let activations = space
+        .offload_activations
+        .iter()
+        .copied()
+        .fold(0.0, f64::max);
+    let mut found = Vec::new();
+    for schedule in kinds_of_memory(grid.pp, &space.schedules) {
+        for stage in zero_stages(space, grid) {
+            let largest = groups(problem, grid, stage)
+                .into_iter()
+                .max_by_key(|group| group.unwrap_or(grid.dp));
+            let group = largest.flatten();
+            for &optimizer in &space.offload_optimizer {
+                let offload = Offload {
+                    optimizer,
+                    activations,
+                };
+                found.push((schedule.clone(), Zero { stage, group }, offload));
+            }
+        }
     }
+    found
 }
 
 /// The shard groups of a grid, distinct.

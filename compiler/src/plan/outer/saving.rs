@@ -14,18 +14,27 @@ use super::grids::LayerKey;
 use super::search::worst_bytes;
 use super::space::Whole;
 
-/// What may be computed again in this mapping, least first; its own recomputation included.
+/// What may be computed again in this mapping, least first; its own recomputation included. Parts that
+/// take more than the seconds to spare are left out.
 pub(super) fn savings(
     problem: &Problem<'_>,
     layers: &mut Layers,
     key: &LayerKey,
     base: &Mapping,
+    spare_s: f64,
 ) -> Vec<Recompute> {
     let space = problem.space;
     let mut found = Vec::new();
     if space.whole.contains(&Whole::None) {
         let sets = layers.module_sets(problem, key);
-        found.extend(sets.iter().map(|set| match set.is_empty() {
+        // What the required parts take is in the price of the point already.
+        let least_s = sets.first().map_or(0.0, |(seconds, _)| *seconds);
+        // The slowest rank computes its fair share again, in every microbatch.
+        let share = base.n_microbatches(problem.workload.batch) as f64 / base.pp as f64;
+        let affordable = sets
+            .iter()
+            .filter(|(seconds, _)| share * (seconds - least_s) < spare_s);
+        found.extend(affordable.map(|(_, set)| match set.is_empty() {
             true => Recompute::None,
             false => Recompute::Modules(set.clone()),
         }));
@@ -75,7 +84,7 @@ fn fewest_layers(problem: &Problem<'_>, base: &Mapping) -> Option<usize> {
 pub(super) fn front(
     again: &BTreeSet<Module>,
     worth: &[(Module, f64, f64)],
-) -> Vec<BTreeSet<Module>> {
+) -> Vec<(f64, BTreeSet<Module>)> {
     let optional: Vec<&(Module, f64, f64)> = worth
         .iter()
         .filter(|(module, _, bytes)| !again.contains(module) && *bytes > 0.0)
@@ -105,6 +114,6 @@ pub(super) fn front(
             most_saved = most_saved.max(*bytes);
             is_worthwhile
         })
-        .map(|(_, _, set)| set)
+        .map(|(seconds, _, set)| (seconds, set))
         .collect()
 }

@@ -264,7 +264,10 @@ impl Search<'_> {
                 Step::Layers(family_idx, key) => self.lay_out(family_idx, &key, bound_s),
                 Step::Grid(grid, key) => self.cut(grid, &key, bound_s),
                 Step::Cut(grid, key, pipeline) => self.divide(grid, &key, &pipeline, bound_s),
-                Step::Point { mapping, fits } => self.complete(*mapping, fits),
+                Step::Point { mapping, fits } => {
+                    let spare_s = self.best_s - bound_s;
+                    self.complete(*mapping, fits, spare_s);
+                }
             }
         }
     }
@@ -376,7 +379,9 @@ impl Search<'_> {
     }
 
     /// The best completion of a point: with nothing saved where that fits, else whatever fits first.
-    fn complete(&mut self, point: Mapping, fits: bool) {
+    ///
+    /// `spare_s`: seconds by which the point's own price is below the best.
+    fn complete(&mut self, point: Mapping, fits: bool, spare_s: f64) {
         let space = self.problem.space;
         // What is asked for may be more than nothing.
         let may_save_nothing = space.whole.contains(&Whole::None)
@@ -397,7 +402,7 @@ impl Search<'_> {
                     offload,
                     ..point.clone()
                 };
-                for recompute in savings(self.problem, self.layers, &key, &base) {
+                for recompute in savings(self.problem, self.layers, &key, &base, spare_s) {
                     let mapping = Mapping {
                         recompute,
                         ..base.clone()
@@ -471,7 +476,7 @@ impl Search<'_> {
 const N_RUNNERS_UP: usize = 16;
 
 /// The ZeRO stages of a grid: none without ranks to divide among.
-fn zero_stages(space: &Space, grid: Grid) -> Vec<u8> {
+pub(super) fn zero_stages(space: &Space, grid: Grid) -> Vec<u8> {
     match grid.dp * grid.cp {
         1 => vec![0],
         _ => space.zero_stages.clone(),

@@ -80,7 +80,7 @@ mod tests {
         let costs = LayerCosts {
             layers: vec![1.0; 16],
             first: 0.0,
-            last: 2.0,
+            last: 1.5,
         };
         assert_eq!(balanced(&costs, 4), Some(vec![5, 4, 4, 3]));
         let level = LayerCosts { last: 0.0, ..costs };

@@ -10,11 +10,12 @@ use meshweave_dsl::weave::ast::{
     self, Apply, Arg, AxisRef, Block, Choice, Comment, Degree, Document, Index, IndexItem, Line,
     MemoryItem, MeshDef, Name, Offload, OffloadTo, Pattern, Pipeline, PipelineItem,
     RecomputePolicy, Segment, Selector, Spanned, Statement, Target, TensorClass, Trivia, UseMesh,
+    Value,
 };
 
-use super::MappingRequest;
 use super::axes::{EXPERTS, MAIN, grid_axis};
 use super::saving::PARTS;
+use super::{FORMATS, MappingRequest};
 use meshweave_dsl::mapping::GridAxis;
 
 /// `document` with what `mapping` decides; `remarks` stand above its first new or solved line.
@@ -25,6 +26,7 @@ pub fn print_mapping(
     remarks: &[String],
 ) -> Document {
     let mut printed = document.clone();
+    witness_format(&mut printed, mapping);
     let main = witness_meshes(&mut printed, request, mapping);
     witness_tactics(&mut printed, &main, mapping);
     witness_pipeline(&mut printed, &main, request, mapping);
@@ -39,6 +41,25 @@ fn name(text: &'static str) -> Name {
 
 fn witnessed<T>(value: T) -> Choice<T> {
     Choice::auto().witnessed(value)
+}
+
+/// Fills `dtype`, where it is a hole.
+fn witness_format(document: &mut Document, mapping: &Mapping) {
+    let known = FORMATS
+        .iter()
+        .find(|(_, precision)| *precision == mapping.precision);
+    let Some((word, _)) = known else { return };
+    for line in &mut document.body.lines {
+        let (Statement::Train(job) | Statement::Infer(job)) = &mut line.item.node else {
+            continue;
+        };
+        let settings = job.settings.iter_mut();
+        for setting in settings.filter(|setting| setting.node.key == "dtype") {
+            for value in &mut setting.node.values {
+                value.node = value.node.clone().witnessed(Value::Word(name(word)));
+            }
+        }
+    }
 }
 
 /// The degree of an axis.
