@@ -65,7 +65,7 @@ fn line(row: Row<'_>) -> Result<String, String> {
     let mut space = Space::everything(&case.workload, &case.cluster);
     space.precisions = precision.into_iter().collect();
     let options = Options {
-        gap: 0.001,
+        gap: 0.01,
         ..Options::default()
     };
     let found = search(&case.workload, &case.cluster, &space, &options)
