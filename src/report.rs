@@ -175,9 +175,12 @@ pub fn predicted_timeline(program: &Program) -> Timeline {
     }
 }
 
+/// The messages of a channel: how many it holds, when they were sent, when received.
+type Passed = (usize, Vec<f64>, Vec<f64>);
+
 /// When messages were sent and received, by channel.
 struct Messages {
-    channels: BTreeMap<(usize, usize), (usize, Vec<f64>, Vec<f64>)>,
+    channels: BTreeMap<(usize, usize), Passed>,
 }
 
 impl Messages {

@@ -44,6 +44,8 @@ pub struct Lowered {
 }
 
 /// One step of a rank: an item of its graph, or a message.
+// Most steps are items; a box would be one more allocation an instruction.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug)]
 pub enum Step {
     Item(Item),

@@ -80,10 +80,8 @@ pub fn solve(
             objective.add_mul(f64::from(*share), y);
             degrees[from].add_mul(1.0, y);
             degrees[experts + to].add_mul(1.0, y);
-            for group in 0..groups {
-                let (here, there) = (x[pair][from][group], x[pair + 1][to][group]);
-                rows.push(constraint!(y + here - there <= 1.0));
-            }
+            let ends = x[pair][from].iter().zip(&x[pair + 1][to]);
+            rows.extend(ends.map(|(here, there)| constraint!(y + *here - *there <= 1.0)));
         }
         if formulation == Formulation::Flow {
             rows.extend(

@@ -249,7 +249,7 @@ pub fn place(
     } else {
         let certificate = is_division.then(|| certify(chain, n_nodes, request.search.threads));
         bound(
-            &chain,
+            chain,
             request,
             certificate.as_ref(),
             n_nodes,

@@ -155,6 +155,9 @@ fn alike(graph: &Graph, classes: &Classes, rules: &Rules) -> Vec<usize> {
     }
 }
 
+/// What was priced before; `None` where a placement is illegal.
+type UnitsByPlacement = HashMap<Placement, Option<Rc<Unit>>>;
+
 struct Builder<'a> {
     graph: &'a Graph,
     classes: &'a Classes,
@@ -163,7 +166,7 @@ struct Builder<'a> {
     facts: Facts,
     /// For every class, the number of the classes that differ from it in the layer alone.
     alike_of: Vec<usize>,
-    units: RefCell<HashMap<(usize, u64), HashMap<Placement, Option<Rc<Unit>>>>>,
+    units: RefCell<HashMap<(usize, u64), UnitsByPlacement>>,
     group_of: Vec<usize>,
     instance: Instance,
 }

@@ -602,7 +602,7 @@ fn no_plan_is_faster_than_the_bound() {
         let mut state = 1_u64;
         for _ in 0..100 {
             // Near the best and far from it: a few groups, or all of them, choose at random.
-            let n_changed = if state % 2 == 0 {
+            let n_changed = if state.is_multiple_of(2) {
                 3
             } else {
                 instance.groups.len()

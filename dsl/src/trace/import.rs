@@ -95,13 +95,16 @@ fn decoder() -> String {
     "decoder".into()
 }
 
+/// The choices of all tokens, of every layer.
+type ChoicesByLayer = BTreeMap<u64, Vec<Vec<i64>>>;
+
 /// Megatron-Core's records, one JSON value a line. Layers of multi-token prediction are left out.
 ///
 /// In training a layer has a record a microbatch: the n-th record of a layer in a step and rank
 /// belongs to the n-th microbatch.
 fn megatron(text: &mut dyn BufRead, known: &Known) -> Result<Imported, TraceError> {
-    // By (rank, step), by layer: the choices of all tokens.
-    let mut steps: BTreeMap<(u64, u64), BTreeMap<u64, Vec<Vec<i64>>>> = BTreeMap::new();
+    // By (rank, step).
+    let mut steps: BTreeMap<(u64, u64), ChoicesByLayer> = BTreeMap::new();
     for (number, line) in text.lines().enumerate() {
         let line = line.map_err(unread)?;
         if line.trim().is_empty() {

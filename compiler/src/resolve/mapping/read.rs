@@ -272,11 +272,10 @@ impl Reader<'_> {
         }
         match apply.args.get(2).map(numbers) {
             None => {}
+            Some(Some(groups)) if groups.is_empty() => {}
             Some(Some(groups)) if !groups.contains(&0) => {
-                if !groups.is_empty() {
-                    let groups = groups.into_iter().map(ShardGroup::Ranks).collect();
-                    self.add(span, Rule::ShardGroups(groups));
-                }
+                let groups = groups.into_iter().map(ShardGroup::Ranks).collect();
+                self.add(span, Rule::ShardGroups(groups));
             }
             Some(_) => self.invalid(
                 span,
