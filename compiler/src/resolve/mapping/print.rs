@@ -527,7 +527,8 @@ fn witness_memory(document: &mut Document, mapping: &Mapping) {
         })
     };
     let mut lines = Vec::new();
-    if !is_whole_said && (whole != RecomputePolicy::None || again.is_empty()) {
+    // Said even where parts are computed again: it decides about all others.
+    if !is_whole_said {
         lines.push(recompute(Selector::everything(), whole));
     }
     for (path, module) in PARTS {
