@@ -10,6 +10,7 @@ use meshweave::compiler::plan::estimate::{Estimate, estimate};
 use meshweave::compiler::plan::outer::{Options, Space, compare::differences, search};
 use meshweave::compiler::validate::{Case, Row, Table};
 use meshweave::dsl::mapping::Mapping;
+use meshweave::mapping::parts;
 
 /// Between these lines of the page the table stands.
 const BEGIN: &str = "<!-- rediscovered: begin -->";
@@ -98,21 +99,6 @@ fn why(case: &Case, published: (&Mapping, &Estimate), ours: (&Mapping, &Estimate
     if different.is_empty() {
         return "the same".into();
     }
-    let parts = |estimate: &Estimate| {
-        let parts = &estimate.parts;
-        [
-            ("compute", parts.compute),
-            ("recompute", parts.recompute),
-            ("tp", parts.tp),
-            ("cp", parts.cp),
-            ("ep", parts.ep),
-            ("p2p", parts.p2p),
-            ("bubble", parts.bubble),
-            ("dp", parts.dp),
-            ("optimizer", parts.optimizer),
-            ("offload", parts.offload),
-        ]
-    };
     let mut saved: Vec<(&str, f64)> = parts(published.1)
         .into_iter()
         .zip(parts(ours.1))

@@ -100,7 +100,12 @@ fn witness_mesh(document: &mut Document, mesh: &Mesh) {
         refolds: None,
     }));
     line.lead.push(Trivia::Blank);
-    // Behind the statements that say what is run.
+    let at = behind_head(document);
+    document.body.lines.insert(at, line);
+}
+
+/// The place behind the statements that say what is run.
+pub(in crate::resolve) fn behind_head(document: &Document) -> usize {
     let is_head = |line: &Line<Statement>| {
         matches!(
             line.item.node,
@@ -114,7 +119,7 @@ fn witness_mesh(document: &mut Document, mesh: &Mesh) {
         )
     };
     let at = document.body.lines.iter().rposition(is_head);
-    document.body.lines.insert(at.map_or(0, |at| at + 1), line);
+    at.map_or(0, |at| at + 1)
 }
 
 fn witness(degree: &mut Degree, value: u64) {

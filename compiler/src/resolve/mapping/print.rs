@@ -16,6 +16,7 @@ use meshweave_dsl::weave::ast::{
 use super::axes::{EXPERTS, MAIN, grid_axis};
 use super::saving::PARTS;
 use super::{FORMATS, MappingRequest};
+use crate::resolve::replay::behind_head;
 use meshweave_dsl::mapping::GridAxis;
 
 /// `document` with what `mapping` decides; `remarks` stand above its first new or solved line.
@@ -74,24 +75,6 @@ fn degree(mapping: &Mapping, axis: GridAxis) -> u64 {
         GridAxis::Edp => mapping.edp(),
     };
     degree as u64
-}
-
-/// The place behind the statements that say what is run.
-fn behind_head(document: &Document) -> usize {
-    let is_head = |line: &Line<Statement>| {
-        matches!(
-            line.item.node,
-            Statement::Plan(_)
-                | Statement::Model(_)
-                | Statement::Cluster(_)
-                | Statement::Data(_)
-                | Statement::Init(_)
-                | Statement::Train(_)
-                | Statement::Infer(_)
-        )
-    };
-    let at = document.body.lines.iter().rposition(is_head);
-    at.map_or(0, |at| at + 1)
 }
 
 /// Behind the last statement that `is_kin`, or behind the head.
