@@ -1,8 +1,5 @@
 //! The analyses of graphs, on models as they are planned.
 
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate};

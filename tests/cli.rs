@@ -1,6 +1,4 @@
 //! The command line as a user meets it: a verified run, and messages for wrong inputs.
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::process::{Command, Output};

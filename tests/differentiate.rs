@@ -3,8 +3,6 @@
 //! Of each parameter some elements are moved by ±h (h = 1e-5) and the central difference is compared
 //! with the gradient. Errors are relative to the largest gradient of the parameter.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate};

@@ -1,11 +1,6 @@
 //! Compiled programs against the oracle, on the meshes that people use: losses and every gradient.
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-#![cfg(feature = "mlir")]
 
-#[path = "support/plans.rs"]
-mod plans;
-
+use crate::support::plans;
 use meshweave::compile::{CompileOptions, compile};
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};

@@ -1,9 +1,6 @@
 //! Plans in the words of other systems, and what these cannot say.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
-#[path = "support/plans.rs"]
-mod plans;
-
+use crate::support::plans;
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::export::{Target, export};
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};

@@ -1,7 +1,5 @@
 //! Fused fragments against the serial interpreter: a graph's items are executed one by one with
 //! generated kernels, everything else by the interpreter, and every result is compared.
-#![cfg(feature = "mlir")]
-#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;

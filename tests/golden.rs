@@ -2,9 +2,6 @@
 //! differentiation build, gives the losses, gradients and trained weights of the fixtures, which
 //! JAX computed in f64 (`tests/fixtures/golden/make_fixtures.py`).
 
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used, clippy::panic)]
-
 use std::collections::BTreeMap;
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate};

@@ -1,8 +1,6 @@
 //! Checkpoints of Hugging Face's own classes: the imported models give the logits that the library
 //! gave for the same tokens and weights (`tests/fixtures/hf/make_fixtures.py`).
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

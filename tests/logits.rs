@@ -1,7 +1,4 @@
 //! Hugging Face checkpoints through compiled programs: the library's logits, on one device and on four.
-#![cfg(feature = "mlir")]
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 

@@ -1,6 +1,4 @@
 //! Plans that are mappings, from documents: found, printed, read back, refused.
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 

@@ -1,14 +1,8 @@
 //! Partitioning against the interpreter: whatever the plan, the ranks together compute the model.
 //!
 //! In f64, so that the tolerance (1e-9) is far below any error of placement or resharding.
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "support/golden.rs"]
-mod golden_case;
-#[path = "support/plans.rs"]
-mod plans;
-
+use crate::support::plans;
 use std::collections::BTreeMap;
 
 use meshweave_compiler::partition::{Keep, partition};
@@ -19,7 +13,7 @@ use meshweave_dsl::plan::Plan;
 use meshweave_runtime::reference::{Value, evaluate, evaluate_ranks};
 use proptest::prelude::*;
 
-use golden_case::{first_step, golden};
+use crate::support::golden::{first_step, golden};
 
 const TOLERANCE: f64 = 1e-9;
 

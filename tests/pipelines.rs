@@ -1,12 +1,7 @@
 //! Pipeline schedules in execution against the oracle: losses, every gradient and the moments after
 //! a step are those of the serial model on the whole batch.
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-#![cfg(feature = "mlir")]
 
-#[path = "support/plans.rs"]
-mod plans;
-
+use crate::support::plans;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 

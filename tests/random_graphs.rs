@@ -1,14 +1,7 @@
 //! Random graphs under random plans: partitioned, verified, printed, and computed by all ranks
 //! together, they are the graph that they came from.
 
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/graphs.rs"]
-mod graphs;
-#[path = "support/plans.rs"]
-mod plans;
-
+use crate::support::{graphs, plans};
 use std::collections::BTreeMap;
 
 use meshweave_compiler::partition::{Keep, Partition, partition};

@@ -1,6 +1,4 @@
 //! `meshweave schedule` as a user meets it.
-// Helpers of tests may fail as tests do.
-#![allow(clippy::unwrap_used)]
 
 use std::process::{Command, Output};
 

@@ -1,9 +1,6 @@
 //! The report of a real plan: a golden model, partitioned and lowered.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
-#[path = "support/plans.rs"]
-mod plans;
-
+use crate::support::plans;
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::lower::lower;
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};

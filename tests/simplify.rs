@@ -3,13 +3,8 @@
 //!
 //! All that a rule finds is evaluated, not only what extraction chooses, in f64 with a tolerance far
 //! below the error of a wrong rule: only the order of sums and products may differ.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
-#[path = "support/golden.rs"]
-mod golden_case;
-#[path = "support/plans.rs"]
-mod plans;
-
+use crate::support::plans;
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_compiler::codegen::fuse::fuse;
@@ -24,7 +19,7 @@ use meshweave_dsl::op::{BinaryFn, Group, OpKind, UnaryFn};
 use meshweave_runtime::reference::{Value, evaluate_ranks};
 use proptest::prelude::*;
 
-use golden_case::golden;
+use crate::support::golden::{first_step, golden};
 
 const TOLERANCE: f64 = 1e-12;
 
@@ -823,7 +818,7 @@ fn graphs_of_other_ranks_must_be_alike() {
 
 /// Values of all sources at the first step, by name.
 fn named_first_step(graph: &Graph) -> BTreeMap<String, Value> {
-    golden_case::first_step(graph)
+    first_step(graph)
         .into_iter()
         .map(|(id, value)| (graph.tensor(id).name.clone(), value))
         .collect()

@@ -1,7 +1,5 @@
 //! The golden model at a size that the f64 interpreter takes in milliseconds, and its first step.
 
-#![allow(dead_code)] // each test file uses its part
-
 use std::collections::BTreeMap;
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate};

@@ -1,7 +1,5 @@
 //! Random plans: any legal placement of every op, so that every reshard gets exercised.
 
-#![allow(dead_code)] // each test file uses its part
-
 use std::collections::BTreeMap;
 
 use meshweave_dsl::graph::{Graph, Role};

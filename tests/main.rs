@@ -1,0 +1,26 @@
+//! The tests of the whole, in one binary: each further one would link LLVM once more.
+
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod analysis;
+mod cli;
+mod differentiate;
+#[cfg(feature = "mlir")]
+mod equivalence;
+mod export;
+#[cfg(feature = "mlir")]
+mod fragments;
+mod golden;
+mod hf;
+#[cfg(feature = "mlir")]
+mod logits;
+mod mappings;
+mod partition;
+#[cfg(feature = "mlir")]
+mod pipelines;
+mod random_graphs;
+mod schedule;
+mod show;
+mod simplify;
+mod support;

@@ -1,0 +1,5 @@
+//! What several tests share.
+
+pub mod golden;
+pub mod graphs;
+pub mod plans;
