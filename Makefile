@@ -11,6 +11,7 @@ demo: setup ## plan, compile and train a small decoder on 8 virtual devices
 	target/debug/meshweave run examples/demo.weave --report out/demo/report.html
 
 test: setup ## format, lints and all tests
+	@sh scripts/ptxas.sh target/tools
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo check --no-default-features

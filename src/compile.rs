@@ -220,6 +220,13 @@ fn generate(
             .iter()
             .map(|(stage, text)| (stage.to_string(), text.clone())),
     );
+    for target in mlir::GpuTarget::ALL {
+        let stage = ptx_stage(target);
+        if options.emit.contains(&stage) {
+            let ptx = mlir::compile_ptx(kernels, target, &[]).map_err(mlir_error)?;
+            emitted.push((stage, ptx.text));
+        }
+    }
     let folder = tempfile::tempdir().map_err(|error| {
         Error::plain(
             Class::Exhausted,
@@ -234,6 +241,12 @@ fn generate(
             format!("cannot read the linked kernels: {error}"),
         )
     })
+}
+
+/// Name of the stage with the kernels for a GPU.
+#[cfg(feature = "mlir")]
+fn ptx_stage(target: meshweave_compiler::mlir::GpuTarget) -> String {
+    format!("ptx:{}", target.chip())
 }
 
 #[cfg(feature = "mlir")]
@@ -265,7 +278,8 @@ pub fn stage_names() -> Vec<String> {
     let names = names.chain(
         meshweave_compiler::mlir::Stage::all()
             .into_iter()
-            .map(|stage| stage.to_string()),
+            .map(|stage| stage.to_string())
+            .chain(meshweave_compiler::mlir::GpuTarget::ALL.map(ptx_stage)),
     );
     names.collect()
 }

@@ -4,9 +4,11 @@
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 
+use crate::support::ptx::{self, Order};
 use meshweave_compiler::codegen::fuse::{Fragment, Item, fuse};
 use meshweave_compiler::codegen::kernel::Kernel;
-use meshweave_compiler::mlir::{self, CompileOptions, HostTarget};
+use meshweave_compiler::codegen::launch::Launch;
+use meshweave_compiler::mlir::{self, CompileOptions, GpuTarget, HostTarget};
 use meshweave_dsl::dtype::{DType, Scalar};
 use meshweave_dsl::graph::{Graph, OpId, Role, TensorId, TensorType};
 use meshweave_dsl::layout::ReduceKind;
@@ -55,6 +57,8 @@ fn check(graph: &Graph, inputs: &BTreeMap<TensorId, Value>, tolerance: f64) -> V
     }
     let object =
         mlir::compile(&kernels, &HostTarget::detect(), &CompileOptions::default()).unwrap();
+    let ptx = mlir::compile_ptx(&kernels, GpuTarget::Sm90, &[]).unwrap();
+    let module = ptx::Module::parse(&ptx.text);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("kernels.so");
     mlir::link(&object, &path).unwrap();
@@ -75,7 +79,9 @@ fn check(graph: &Graph, inputs: &BTreeMap<TensorId, Value>, tolerance: f64) -> V
                 // SAFETY: the symbol has this signature.
                 let function: libloading::Symbol<KernelFn> =
                     unsafe { library.get(object.symbols[idx].as_bytes()) }.unwrap();
-                run(graph, fragment, *function, &mut memory);
+                let (entry, launch) = &ptx.entries[idx];
+                let device = (&module, entry.as_str(), *launch);
+                run(graph, fragment, *function, device, tolerance, &mut memory);
                 for result in &fragment.results {
                     let actual = memory[result.index()].as_ref().unwrap();
                     let actual = from_bytes(graph.ty(*result), actual);
@@ -160,14 +166,22 @@ fn evaluate_one(
 
 /// Runs a fragment with the first allowed result of each input written in place, in two halves of
 /// its rows where it allows that, so that both promises are put to the test.
-fn run(graph: &Graph, fragment: &Fragment, function: KernelFn, memory: &mut [Option<Vec<u32>>]) {
+fn run(
+    graph: &Graph,
+    fragment: &Fragment,
+    function: KernelFn,
+    (module, entry, launch): (&ptx::Module, &str, Launch),
+    tolerance: f64,
+    memory: &mut [Option<Vec<u32>>],
+) {
     let mut shared: BTreeMap<TensorId, TensorId> = BTreeMap::new();
     for (result, input) in &fragment.in_place {
         if !shared.contains_key(result) && !shared.values().any(|other| other == input) {
             shared.insert(*result, *input);
         }
     }
-    let mut buffers: BTreeMap<TensorId, Vec<u32>> = BTreeMap::new();
+    let mut owners: Vec<TensorId> = Vec::new();
+    let mut buffers: Vec<Vec<u32>> = Vec::new();
     for arg in &fragment.args {
         let bytes = if fragment.results.contains(arg) {
             if shared.contains_key(arg) {
@@ -177,15 +191,23 @@ fn run(graph: &Graph, fragment: &Fragment, function: KernelFn, memory: &mut [Opt
         } else {
             memory[arg.index()].clone().unwrap()
         };
-        buffers.insert(*arg, bytes);
+        owners.push(*arg);
+        buffers.push(bytes);
     }
-    let mut pointers: Vec<*mut c_void> = fragment
-        .args
+    let buffer_of = |tensor: &TensorId| {
+        let owner = shared.get(tensor).unwrap_or(tensor);
+        owners.iter().position(|other| other == owner).unwrap()
+    };
+    let args: Vec<usize> = fragment.args.iter().map(buffer_of).collect();
+    let on_device = [Order::Ascending, Order::Descending].map(|order| {
+        let mut buffers = buffers.clone();
+        module.run(entry, launch, &args, &mut buffers, order);
+        buffers
+    });
+
+    let mut pointers: Vec<*mut c_void> = args
         .iter()
-        .map(|arg| {
-            let owner = shared.get(arg).unwrap_or(arg);
-            buffers.get_mut(owner).unwrap().as_mut_ptr().cast()
-        })
+        .map(|&idx| buffers[idx].as_mut_ptr().cast())
         .collect();
     let program = fragment.kernel.program();
     let n_rows = program.n_rows() as i64;
@@ -200,9 +222,23 @@ fn run(graph: &Graph, fragment: &Fragment, function: KernelFn, memory: &mut [Opt
             unsafe { function(pointers.as_mut_ptr(), begin, end) };
         }
     }
+    assert_eq!(
+        on_device[0], on_device[1],
+        "a race in {entry}\n{}",
+        fragment.kernel
+    );
     for result in &fragment.results {
-        let owner = shared.get(result).unwrap_or(result);
-        memory[result.index()] = Some(buffers[owner].clone());
+        let host = &buffers[buffer_of(result)];
+        let ty = graph.ty(*result);
+        let device = from_bytes(ty, &on_device[0][buffer_of(result)]);
+        let worst = error(&device, &from_bytes(ty, host));
+        assert!(
+            worst <= tolerance,
+            "`{}` on a GPU is off by {worst:e} from the host's\n{}",
+            graph.tensor(*result).name,
+            fragment.kernel
+        );
+        memory[result.index()] = Some(host.clone());
     }
 }
 

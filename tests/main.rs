@@ -19,6 +19,8 @@ mod mappings;
 mod partition;
 #[cfg(feature = "mlir")]
 mod pipelines;
+#[cfg(feature = "mlir")]
+mod ptx;
 mod random_graphs;
 mod schedule;
 mod show;

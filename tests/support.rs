@@ -3,3 +3,5 @@
 pub mod golden;
 pub mod graphs;
 pub mod plans;
+#[cfg(feature = "mlir")]
+pub mod ptx;

@@ -8,6 +8,7 @@
 pub mod kernel;
 pub mod kernel_builder;
 pub mod lanes;
+pub mod launch;
 pub mod recipes;
 pub mod attention;
 mod space;

@@ -1,4 +1,4 @@
-//! Row programs to host objects through MLIR and LLVM: the only module that touches either.
+//! Row programs to host objects or PTX through MLIR and LLVM: the only module that touches either.
 //!
 //! Enters: [`Kernel`]s. Leaves: object files with one function per distinct program, and on
 //! request the text of each stage. The way: [`emit`] builds MLIR, [`passes`] lowers it to the
@@ -19,9 +19,10 @@ use std::collections::HashMap;
 
 pub use link::link;
 pub use passes::{PASSES, PassEntry};
-pub use target::HostTarget;
+pub use target::{GpuTarget, HostTarget};
 
 use crate::codegen::kernel::{Kernel, RowProgram};
+use crate::codegen::launch::Launch;
 
 /// What can go wrong between a kernel and its object.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -122,26 +123,7 @@ pub fn compile(
     target: &HostTarget,
     options: &CompileOptions,
 ) -> Result<HostObject, Error> {
-    let mut symbol_of: HashMap<&RowProgram, &str> = HashMap::new();
-    let mut used: HashMap<&str, &RowProgram> = HashMap::new();
-    let mut distinct: Vec<&Kernel> = Vec::new();
-    let mut symbols = Vec::with_capacity(kernels.len());
-    for kernel in kernels {
-        let symbol = match symbol_of.get(kernel.program()) {
-            Some(symbol) => symbol,
-            None => {
-                if used.insert(kernel.name(), kernel.program()).is_some() {
-                    return Err(Error::Internal {
-                        message: format!("two different kernels are named {}", kernel.name()),
-                    });
-                }
-                symbol_of.insert(kernel.program(), kernel.name());
-                distinct.push(kernel);
-                kernel.name()
-            }
-        };
-        symbols.push(symbol.to_string());
-    }
+    let (distinct, symbols) = distinct(kernels)?;
     if distinct.is_empty() {
         return Ok(HostObject::default());
     }
@@ -190,4 +172,59 @@ pub fn compile(
             .unwrap_or(usize::MAX)
     });
     Ok(result)
+}
+
+/// Kernels for a GPU.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ptx {
+    /// One module of PTX; the driver, or `ptxas`, assembles it.
+    pub text: String,
+    /// For each kernel given, in order, its entry and how to launch it; equal programs share one.
+    pub entries: Vec<(String, Launch)>,
+    /// Text of the stages asked for, in their order.
+    pub stages: Vec<(Stage, String)>,
+}
+
+/// Compiles `kernels` for `target`: `name(arg pointers…)` over all rows at once.
+///
+/// # Errors
+/// `Unsupported` for programs not handled, `Internal` if MLIR or LLVM refuses.
+pub fn compile_ptx(kernels: &[Kernel], target: GpuTarget, stages: &[Stage]) -> Result<Ptx, Error> {
+    let (distinct, symbols) = distinct(kernels)?;
+    let entries = symbols
+        .into_iter()
+        .zip(kernels)
+        .map(|(symbol, kernel)| (symbol, Launch::of(kernel.program())))
+        .collect();
+    let (text, stages) = llvm::compile_ptx_module(&distinct, target, stages)?;
+    Ok(Ptx {
+        text,
+        entries,
+        stages,
+    })
+}
+
+/// The distinct programs, and the symbol of every kernel's.
+fn distinct(kernels: &[Kernel]) -> Result<(Vec<&Kernel>, Vec<String>), Error> {
+    let mut symbol_of: HashMap<&RowProgram, &str> = HashMap::new();
+    let mut used: HashMap<&str, &RowProgram> = HashMap::new();
+    let mut distinct: Vec<&Kernel> = Vec::new();
+    let mut symbols = Vec::with_capacity(kernels.len());
+    for kernel in kernels {
+        let symbol = match symbol_of.get(kernel.program()) {
+            Some(symbol) => symbol,
+            None => {
+                if used.insert(kernel.name(), kernel.program()).is_some() {
+                    return Err(Error::Internal {
+                        message: format!("two different kernels are named {}", kernel.name()),
+                    });
+                }
+                symbol_of.insert(kernel.program(), kernel.name());
+                distinct.push(kernel);
+                kernel.name()
+            }
+        };
+        symbols.push(symbol.to_string());
+    }
+    Ok((distinct, symbols))
 }

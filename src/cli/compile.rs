@@ -20,7 +20,8 @@ pub struct CompileArgs {
     /// The artifact folder.
     #[arg(long, short)]
     out: Option<PathBuf>,
-    /// Print a stage instead: graph, plan, local, mlir, mlir-after:<pass>, llvm or asm.
+    /// Print a stage instead: graph, plan, local, mlir, mlir-after:<pass>, llvm, asm or
+    /// ptx:<target>.
     #[arg(long, value_name = "STAGE")]
     emit: Option<String>,
     /// Keep the gradients as outputs.

@@ -12,8 +12,8 @@
 
 use super::kernel::{Inst, RowProgram, Span, Val};
 
-/// Most bytes of scratch rows that a kernel may hold on its stack; beyond, values are recomputed.
-const SCRATCH_LIMIT_BYTES: usize = 64 * 1024;
+/// Most bytes of scratch rows that a kernel of the host may hold on its stack; beyond, values are recomputed.
+pub const SCRATCH_LIMIT_BYTES: usize = 64 * 1024;
 
 /// One walk over the lanes and what precedes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -47,8 +47,8 @@ pub struct LanePlan {
     pub n_scratch: usize,
 }
 
-/// Plans the passes. Complexity: passes × instructions.
-pub fn plan_lanes(program: &RowProgram) -> LanePlan {
+/// Plans the passes with at most `scratch_bytes` of scratch rows. Complexity: passes × instructions.
+pub fn plan_lanes(program: &RowProgram, scratch_bytes: usize) -> LanePlan {
     let n_insts = program.body().len();
     let levels = levels(program);
     let invariant = invariant(program);
@@ -126,7 +126,7 @@ pub fn plan_lanes(program: &RowProgram) -> LanePlan {
     }
 
     // Lane values by demand, pass after pass.
-    let max_scratch = SCRATCH_LIMIT_BYTES / (4 * program.lanes().max(1));
+    let max_scratch = scratch_bytes / (4 * program.lanes().max(1));
     let mut made_in: Vec<Option<usize>> = vec![None; n_insts];
     let mut slot_of: Vec<Option<usize>> = vec![None; n_insts];
     for pass in 0..n_passes {

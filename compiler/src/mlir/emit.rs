@@ -6,6 +6,7 @@
 //! across the unrolled vectors, so that neither aliasing nor latency serializes them.
 
 mod lanes;
+mod threads;
 mod values;
 
 use melior::Context;
@@ -13,12 +14,14 @@ use melior::ir::attribute::{StringAttribute, TypeAttribute};
 use melior::ir::block::BlockLike;
 use melior::ir::operation::OperationBuilder;
 use melior::ir::r#type::FunctionType;
-use melior::ir::{Block, Identifier, Module, Region, RegionLike, Type, ValueLike};
+use melior::ir::{Attribute, Block, Identifier, Module, Region, RegionLike, Type, ValueLike};
 
 use super::Error;
 use super::ops::{Cmp, Form, Ops, V};
 use crate::codegen::kernel::{Access, Elem, Inst, RowProgram, Val};
-use crate::codegen::lanes::{LanePlan, plan_lanes};
+use crate::codegen::lanes::{LanePlan, SCRATCH_LIMIT_BYTES, plan_lanes};
+use crate::codegen::launch::{Launch, WARP};
+use threads::Threads;
 
 /// What the emitted code may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +32,7 @@ pub struct EmitOptions {
     pub has_fma: bool,
 }
 
-/// Appends the function `name` to `module`.
+/// Appends the host function `name(args, begin, end)` to `module`.
 ///
 /// # Errors
 /// `Internal` if an operation does not build, which is a bug of the emitter.
@@ -40,12 +43,96 @@ pub fn emit_kernel<'c>(
     program: &RowProgram,
     options: EmitOptions,
 ) -> Result<(), Error> {
-    let region = Region::new();
-    let location = melior::ir::Location::unknown(context);
     let ptr = melior::dialect::llvm::r#type::pointer(context, 0);
     let i64_ty: Type<'c> = melior::ir::r#type::IntegerType::new(context, 64).into();
-    let inputs = [ptr, i64_ty, i64_ty];
-    let block = region.append_block(Block::new(&inputs.map(|ty| (ty, location))));
+    let plan = plan_lanes(program, SCRATCH_LIMIT_BYTES);
+    emit_function(
+        context,
+        module,
+        name,
+        &[ptr, i64_ty, i64_ty],
+        (program, plan, options),
+        |function, parameters| function.emit(parameters[0], parameters[1], parameters[2]),
+    )
+}
+
+/// Appends the GPU kernel `name(arg pointers…)` to `module`, and the memory that its blocks share.
+///
+/// # Errors
+/// `Internal` if an operation does not build, which is a bug of the emitter.
+pub fn emit_device_kernel<'c>(
+    context: &'c Context,
+    module: &Module<'c>,
+    name: &str,
+    program: &RowProgram,
+) -> Result<(), Error> {
+    let launch = Launch::of(program);
+    let shared = format!("{name}_shared");
+    if launch.team > WARP {
+        module
+            .body()
+            .append_operation(shared_memory(context, &shared, WARP)?);
+    }
+    let ptr = melior::dialect::llvm::r#type::pointer(context, 0);
+    let options = EmitOptions {
+        width: 1,
+        has_fma: true,
+    };
+    // A value that the next pass needs is computed again: a scratch row would be memory of a thread.
+    let plan = plan_lanes(program, 0);
+    emit_function(
+        context,
+        module,
+        name,
+        &vec![ptr; program.args().len()],
+        (program, plan, options),
+        |function, parameters| {
+            function.args = parameters.to_vec();
+            function.emit_threads(launch, &shared)
+        },
+    )
+}
+
+/// Memory of a block for `n` floats.
+fn shared_memory<'c>(
+    context: &'c Context,
+    name: &str,
+    n: usize,
+) -> Result<melior::ir::Operation<'c>, Error> {
+    let parse = |text: &str| {
+        Attribute::parse(context, text).ok_or_else(|| Error::Internal {
+            message: format!("attribute {text} does not parse"),
+        })
+    };
+    let attributes = [
+        ("sym_name", StringAttribute::new(context, name).into()),
+        ("global_type", parse(&format!("!llvm.array<{n} x f32>"))?),
+        ("linkage", parse("#llvm.linkage<internal>")?),
+        ("addr_space", parse("3 : i32")?),
+    ]
+    .map(|(name, attribute)| (Identifier::new(context, name), attribute));
+    OperationBuilder::new("llvm.mlir.global", melior::ir::Location::unknown(context))
+        .add_attributes(&attributes)
+        .add_regions([Region::new()])
+        .build()
+        .map_err(|error| Error::Internal {
+            message: format!("llvm.mlir.global: {error}"),
+        })
+}
+
+/// Appends a `func.func` whose body `emit` writes from the parameters.
+fn emit_function<'c, 'p>(
+    context: &'c Context,
+    module: &Module<'c>,
+    name: &str,
+    inputs: &[Type<'c>],
+    (program, plan, options): (&'p RowProgram, LanePlan, EmitOptions),
+    emit: impl FnOnce(&mut Function<'p, 'c>, &[V<'c>]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let region = Region::new();
+    let location = melior::ir::Location::unknown(context);
+    let parameter_types: Vec<_> = inputs.iter().map(|&ty| (ty, location)).collect();
+    let block = region.append_block(Block::new(&parameter_types));
     let mut parameters = Vec::with_capacity(inputs.len());
     for idx in 0..inputs.len() {
         let argument = block.argument(idx).map_err(|error| Error::Internal {
@@ -60,14 +147,15 @@ pub fn emit_kernel<'c>(
         let mut function = Function {
             ops,
             program,
-            plan: plan_lanes(program),
+            plan,
             width: options.width,
+            threads: None,
             args: Vec::new(),
             scratch: Vec::new(),
             row_values: vec![None; program.body().len()],
             row_position: Vec::new(),
         };
-        function.emit(parameters[0], parameters[1], parameters[2])?;
+        emit(&mut function, &parameters)?;
     }
     let function = OperationBuilder::new("func.func", location)
         .add_attributes(&[
@@ -77,7 +165,7 @@ pub fn emit_kernel<'c>(
             ),
             (
                 Identifier::new(context, "function_type"),
-                TypeAttribute::new(FunctionType::new(context, &inputs, &[]).into()).into(),
+                TypeAttribute::new(FunctionType::new(context, inputs, &[]).into()).into(),
             ),
         ])
         .add_regions([region])
@@ -94,6 +182,8 @@ struct Function<'p, 'c> {
     program: &'p RowProgram,
     plan: LanePlan,
     width: usize,
+    /// Set in code for a GPU, where threads and not vectors walk over the lanes.
+    threads: Option<Threads<'c>>,
     args: Vec<V<'c>>,
     scratch: Vec<V<'c>>,
     /// Row values made so far.
@@ -148,15 +238,22 @@ impl<'c> Function<'_, 'c> {
             for &val in &pass.row_values {
                 self.row_value(val)?;
             }
-            self.emit_pass(&pass)?;
+            if self.threads.is_some() {
+                self.emit_pass_by_threads(&pass)?;
+            } else {
+                self.emit_pass(&pass)?;
+            }
         }
         for val in self.plan.final_row_values.clone() {
             self.row_value(val)?;
         }
-        for val in self.plan.row_effects.clone() {
-            self.row_effect(val)?;
+        let effects = self.plan.row_effects.clone();
+        let emit = |this: &mut Self| effects.iter().try_for_each(|&val| this.row_effect(val));
+        if self.threads.is_none() || effects.is_empty() {
+            return emit(self);
         }
-        Ok(())
+        self.sync()?;
+        self.first_thread(emit)
     }
 
     /// Position along each row dim from the flattened row.

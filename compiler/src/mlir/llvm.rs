@@ -10,8 +10,9 @@ use std::rc::Rc;
 use std::sync::Once;
 
 use llvm_sys::core::{
-    LLVMContextCreate, LLVMContextDispose, LLVMDisposeMemoryBuffer, LLVMDisposeMessage,
-    LLVMDisposeModule, LLVMGetBufferSize, LLVMGetBufferStart, LLVMPrintModuleToString,
+    LLVMAddTargetDependentFunctionAttr, LLVMContextCreate, LLVMContextDispose,
+    LLVMDisposeMemoryBuffer, LLVMDisposeMessage, LLVMDisposeModule, LLVMGetBufferSize,
+    LLVMGetBufferStart, LLVMGetNamedFunction, LLVMPrintModuleToString, LLVMSetFunctionCallConv,
     LLVMSetTarget,
 };
 use llvm_sys::error::{LLVMDisposeErrorMessage, LLVMGetErrorMessage};
@@ -31,18 +32,18 @@ use melior::ir::operation::OperationLike;
 use melior::ir::{Location, Module};
 use melior::utility::{register_all_dialects, register_all_llvm_translations};
 
-use super::emit::{EmitOptions, emit_kernel};
+use super::emit::{EmitOptions, emit_device_kernel, emit_kernel};
 use super::passes::run_passes;
-use super::target::HostTarget;
+use super::target::{GpuTarget, HostTarget};
 use super::{Error, Stage};
 use crate::codegen::kernel::Kernel;
+use crate::codegen::launch::Launch;
 
 /// LLVM's passes. Kernels arrive vectorized, unrolled and with their loops in shape, so the
 /// vectorizers, unrollers and inliners of the default pipeline (half of the compile time) would
 /// find nothing: addresses are simplified, what is computed twice is computed once, and what does
 /// not change leaves the loops.
-const LLVM_PASSES: &str =
-    "function(simplifycfg,early-cse<memssa>,instcombine,loop-mssa(licm),early-cse)";
+const LLVM_PASSES: &str = "function(simplifycfg,early-cse<memssa>,instcombine<no-verify-fixpoint>,loop-mssa(licm),early-cse)";
 
 /// Result for one module.
 pub struct CompiledModule {
@@ -61,6 +62,57 @@ pub fn compile_module(
     target: &HostTarget,
     wanted: &[Stage],
 ) -> Result<CompiledModule, Error> {
+    let options = EmitOptions {
+        width: target.width(),
+        has_fma: target.has_fma,
+    };
+    in_context(kernels, |context| {
+        let module = Module::new(Location::unknown(context));
+        for kernel in kernels {
+            emit_kernel(context, &module, kernel.name(), kernel.program(), options)?;
+        }
+        let machine = Machine::new(&target.triple, &target.cpu, &target.features)?;
+        let (llvm, mut stages) = lower(context, module, &machine, wanted, |_| Ok(()))?;
+        if wanted.contains(&Stage::Asm) {
+            let asm = machine.emit(&llvm, LLVMCodeGenFileType::LLVMAssemblyFile)?;
+            stages.push((Stage::Asm, String::from_utf8_lossy(&asm).into_owned()));
+        }
+        let object = machine.emit(&llvm, LLVMCodeGenFileType::LLVMObjectFile)?;
+        Ok(CompiledModule { object, stages })
+    })
+}
+
+/// Compiles `kernels` to PTX.
+///
+/// # Errors
+/// See [`super::compile_ptx`].
+pub fn compile_ptx_module(
+    kernels: &[&Kernel],
+    target: GpuTarget,
+    wanted: &[Stage],
+) -> Result<(String, Vec<(Stage, String)>), Error> {
+    in_context(kernels, |context| {
+        let module = Module::new(Location::unknown(context));
+        for kernel in kernels {
+            emit_device_kernel(context, &module, kernel.name(), kernel.program())?;
+        }
+        let machine = Machine::new(GpuTarget::TRIPLE, target.chip(), target.ptx_version())?;
+        let (llvm, stages) = lower(context, module, &machine, wanted, |llvm| {
+            for kernel in kernels {
+                llvm.make_entry(kernel.name(), Launch::of(kernel.program()).threads())?;
+            }
+            Ok(())
+        })?;
+        let ptx = machine.emit(&llvm, LLVMCodeGenFileType::LLVMAssemblyFile)?;
+        Ok((String::from_utf8_lossy(&ptx).into_owned(), stages))
+    })
+}
+
+/// Runs `body` in a context of its own, and adds what MLIR says to internal errors.
+fn in_context<T>(
+    kernels: &[&Kernel],
+    body: impl FnOnce(&Context) -> Result<T, Error>,
+) -> Result<T, Error> {
     let registry = DialectRegistry::new();
     register_all_dialects(&registry);
     let context = Context::new_with_registry(&registry, false);
@@ -72,7 +124,7 @@ pub fn compile_module(
         sink.borrow_mut().push(diagnostic.to_string());
         true
     });
-    compile_in(&context, kernels, target, wanted).map_err(|error| match error {
+    body(&context).map_err(|error| match error {
         Error::Internal { message } => {
             let said = diagnostics.borrow().join("; ");
             let names: Vec<&str> = kernels.iter().map(|kernel| kernel.name()).collect();
@@ -84,21 +136,15 @@ pub fn compile_module(
     })
 }
 
-fn compile_in(
+/// From emitted MLIR to optimized LLVM IR, with the texts asked for.
+fn lower(
     context: &Context,
-    kernels: &[&Kernel],
-    target: &HostTarget,
+    mut module: Module,
+    machine: &Machine,
     wanted: &[Stage],
-) -> Result<CompiledModule, Error> {
+    prepare: impl FnOnce(&LlvmModule) -> Result<(), Error>,
+) -> Result<(LlvmModule, Vec<(Stage, String)>), Error> {
     let mut stages = Vec::new();
-    let mut module = Module::new(Location::unknown(context));
-    let options = EmitOptions {
-        width: target.width(),
-        has_fma: target.has_fma,
-    };
-    for kernel in kernels {
-        emit_kernel(context, &module, kernel.name(), kernel.program(), options)?;
-    }
     if wanted.contains(&Stage::Mlir) {
         stages.push((Stage::Mlir, module.as_operation().to_string()));
     }
@@ -112,19 +158,13 @@ fn compile_in(
             stages.push((stage, module.as_operation().to_string()));
         }
     })?;
-
     let llvm = LlvmModule::translate(&module)?;
-    let machine = Machine::new(target)?;
+    prepare(&llvm)?;
     machine.optimize(&llvm)?;
     if wanted.contains(&Stage::Llvm) {
         stages.push((Stage::Llvm, llvm.print()));
     }
-    if wanted.contains(&Stage::Asm) {
-        let asm = machine.emit(&llvm, LLVMCodeGenFileType::LLVMAssemblyFile)?;
-        stages.push((Stage::Asm, String::from_utf8_lossy(&asm).into_owned()));
-    }
-    let object = machine.emit(&llvm, LLVMCodeGenFileType::LLVMObjectFile)?;
-    Ok(CompiledModule { object, stages })
+    Ok((llvm, stages))
 }
 
 /// An LLVM module with the context it lives in.
@@ -157,6 +197,31 @@ impl LlvmModule {
         Ok(this)
     }
 
+    /// Makes the function `name` an entry of PTX, with at most `n_threads` threads in a block.
+    fn make_entry(&self, name: &str, n_threads: usize) -> Result<(), Error> {
+        /// LLVM's number of the calling convention `ptx_kernel`.
+        const PTX_KERNEL: u32 = 71;
+        let c = |text: String| {
+            CString::new(text).map_err(|error| Error::Internal {
+                message: error.to_string(),
+            })
+        };
+        let (name_c, key) = (c(name.to_string())?, c("nvvm.maxntid".to_string())?);
+        let value = c(n_threads.to_string())?;
+        // SAFETY: the module is live, and the strings outlive the calls, which copy them.
+        unsafe {
+            let function = LLVMGetNamedFunction(self.module, name_c.as_ptr());
+            if function.is_null() {
+                return Err(Error::Internal {
+                    message: format!("the module has no function {name}"),
+                });
+            }
+            LLVMSetFunctionCallConv(function, PTX_KERNEL);
+            LLVMAddTargetDependentFunctionAttr(function, key.as_ptr(), value.as_ptr());
+        }
+        Ok(())
+    }
+
     fn print(&self) -> String {
         // SAFETY: the module is live; the string is owned by us and freed by `take_message`.
         unsafe { take_message(LLVMPrintModuleToString(self.module)) }
@@ -182,26 +247,27 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(target: &HostTarget) -> Result<Self, Error> {
+    /// Of LLVM's names of a triple, a processor and its features.
+    fn new(triple: &str, cpu: &str, features: &str) -> Result<Self, Error> {
         initialize_targets()?;
         let c = |text: &str| {
             CString::new(text).map_err(|_| Error::Internal {
                 message: format!("a zero byte in {text:?}"),
             })
         };
-        let (triple, cpu, features) = (c(&target.triple)?, c(&target.cpu)?, c(&target.features)?);
+        let (triple_c, cpu, features) = (c(triple)?, c(cpu)?, c(features)?);
         let mut llvm_target = ptr::null_mut();
         let mut message = ptr::null_mut();
         // SAFETY: all pointers are valid; the message is only set, and then freed, on failure.
         unsafe {
-            if LLVMGetTargetFromTriple(triple.as_ptr(), &mut llvm_target, &mut message) != 0 {
+            if LLVMGetTargetFromTriple(triple_c.as_ptr(), &mut llvm_target, &mut message) != 0 {
                 return Err(Error::Unsupported {
-                    message: format!("target {}: {}", target.triple, take_message(message)),
+                    message: format!("target {triple}: {}", take_message(message)),
                 });
             }
             let raw = LLVMCreateTargetMachine(
                 llvm_target,
-                triple.as_ptr(),
+                triple_c.as_ptr(),
                 cpu.as_ptr(),
                 features.as_ptr(),
                 LLVMCodeGenOptLevel::LLVMCodeGenLevelDefault,
@@ -210,10 +276,13 @@ impl Machine {
             );
             if raw.is_null() {
                 return Err(Error::Unsupported {
-                    message: format!("LLVM has no code generator for {}", target.triple),
+                    message: format!("LLVM has no code generator for {triple}"),
                 });
             }
-            Ok(Self { raw, triple })
+            Ok(Self {
+                raw,
+                triple: triple_c,
+            })
         }
     }
 
@@ -276,7 +345,19 @@ impl Drop for Machine {
 }
 
 fn initialize_targets() -> Result<(), Error> {
+    use llvm_sys::target::{
+        LLVMInitializeNVPTXAsmPrinter, LLVMInitializeNVPTXTarget, LLVMInitializeNVPTXTargetInfo,
+        LLVMInitializeNVPTXTargetMC,
+    };
     static ONCE: Once = Once::new();
+    static GPU: Once = Once::new();
+    // SAFETY: registration functions without preconditions, run once.
+    GPU.call_once(|| unsafe {
+        LLVMInitializeNVPTXTargetInfo();
+        LLVMInitializeNVPTXTarget();
+        LLVMInitializeNVPTXTargetMC();
+        LLVMInitializeNVPTXAsmPrinter();
+    });
     #[cfg(target_arch = "x86_64")]
     {
         use llvm_sys::target::{

@@ -40,6 +40,9 @@ pub enum Cmp {
     Ge,
 }
 
+/// The address space of memory that a block's threads share.
+const SHARED: u32 = 3;
+
 /// Appends operations to a block.
 pub struct Ops<'c> {
     context: &'c Context,
@@ -377,7 +380,11 @@ impl<'c> Ops<'c> {
         // The number marks an index that is an operand.
         let dynamic = self.attribute("array<i32: -2147483648>")?;
         let elem = melior::ir::attribute::TypeAttribute::new(elem).into();
-        let ty = self.ptr_ty(form);
+        // One pointer stays in the address space of its base.
+        let ty = match form {
+            Form::Scalar => base.r#type(),
+            Form::Vector(_) => self.ptr_ty(form),
+        };
         self.op1(
             "llvm.getelementptr",
             &[base, index],
@@ -502,6 +509,38 @@ impl<'c> Ops<'c> {
         Attribute::parse(self.context, text).ok_or_else(|| Error::Internal {
             message: format!("attribute {text} does not parse"),
         })
+    }
+
+    // Threads of a GPU.
+
+    /// A special register (`tid.x`, `ctaid.x`, …) as `i64`.
+    pub fn register(&mut self, name: &str) -> Result<V<'c>, Error> {
+        let i32_ty = self.ty(Elem::I32, Form::Scalar);
+        let value = self.op1(&format!("nvvm.read.ptx.sreg.{name}"), &[], &[], i32_ty)?;
+        let i64_ty = self.i64_ty(Form::Scalar);
+        self.op1("arith.extui", &[value], &[], i64_ty)
+    }
+
+    /// The block's memory of that name, a pointer into address space 3.
+    pub fn shared(&mut self, name: &str) -> Result<V<'c>, Error> {
+        let symbol = self.attribute(&format!("@{name}"))?;
+        let ty = llvm::r#type::pointer(self.context, SHARED);
+        self.op1("llvm.mlir.addressof", &[], &[("global_name", symbol)], ty)
+    }
+
+    /// The value of the thread whose number in the warp differs in the bit `distance`.
+    pub fn shuffle(&mut self, v: V<'c>, distance: usize) -> Result<V<'c>, Error> {
+        let all = self.int(Form::Scalar, -1)?;
+        let distance = self.int(Form::Scalar, distance as i32)?;
+        let clamp = self.int(Form::Scalar, 0x1f)?;
+        let kind = self.attribute("#nvvm<shfl_kind bfly>")?;
+        let ty = v.r#type();
+        self.op1(
+            "nvvm.shfl.sync",
+            &[all, v, distance, clamp],
+            &[("kind", kind)],
+            ty,
+        )
     }
 
     // Control.

@@ -1,6 +1,6 @@
-//! The machine that host code is generated for.
+//! The machines that code is generated for.
 //!
-//! Enters: nothing, or names. Leaves: a [`HostTarget`].
+//! Enters: nothing, or names. Leaves: a [`HostTarget`] or a [`GpuTarget`].
 //! Invariant: the vector width is one that the target's registers have.
 
 use std::ffi::{CStr, c_char};
@@ -61,6 +61,47 @@ impl HostTarget {
     /// 32-bit lanes of a vector register.
     pub fn width(&self) -> usize {
         self.vector_bits / 32
+    }
+}
+
+/// An NVIDIA GPU by its compute capability.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum GpuTarget {
+    /// A100.
+    Sm80,
+    /// H100, H200.
+    Sm90,
+    /// B200.
+    Sm100,
+}
+
+impl GpuTarget {
+    /// LLVM's triple of PTX for CUDA.
+    pub const TRIPLE: &'static str = "nvptx64-nvidia-cuda";
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Sm80, Self::Sm90, Self::Sm100];
+
+    /// The target of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|target| target.chip() == name)
+    }
+
+    /// As NVIDIA writes it: `sm_90`.
+    pub fn chip(self) -> &'static str {
+        match self {
+            Self::Sm80 => "sm_80",
+            Self::Sm90 => "sm_90",
+            Self::Sm100 => "sm_100",
+        }
+    }
+
+    /// The first version of PTX that knows the device, so that old drivers load the code too.
+    pub fn ptx_version(self) -> &'static str {
+        match self {
+            Self::Sm80 => "+ptx70",
+            Self::Sm90 => "+ptx78",
+            Self::Sm100 => "+ptx86",
+        }
     }
 }
 

@@ -154,7 +154,7 @@ impl<'c> Function<'_, 'c> {
         Ok(())
     }
 
-    fn reduce_kind(&self, val: Val) -> Result<ReduceKind, Error> {
+    pub(super) fn reduce_kind(&self, val: Val) -> Result<ReduceKind, Error> {
         match self.program.inst(val) {
             Inst::Reduce(kind, _) => Ok(*kind),
             _ => Err(Error::Internal {
@@ -196,7 +196,7 @@ impl<'c> Function<'_, 'c> {
     }
 
     /// An `I32` row value as `i64`.
-    fn widen(&mut self, val: Val) -> Result<V<'c>, Error> {
+    pub(super) fn widen(&mut self, val: Val) -> Result<V<'c>, Error> {
         let value = self.row(val)?;
         let ty = self.ops.i64_ty(Form::Scalar);
         self.ops.op1("arith.extsi", &[value], &[], ty)

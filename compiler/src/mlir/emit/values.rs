@@ -86,6 +86,9 @@ impl<'c> Function<'_, 'c> {
         let base = self
             .ops
             .element_ptr(self.args[access.arg.index()], offset, Elem::F32)?;
+        if self.threads.is_some() {
+            return self.fill_by_threads(access, kind, base);
+        }
         if access.span() == Span::Row {
             let identity = self.identity(kind, Form::Scalar)?;
             return self.ops.store(base, identity, Elem::F32);

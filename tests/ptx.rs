@@ -1,0 +1,72 @@
+//! Kernels for GPUs, as far as they go without one: PTX of a whole training step, assembled.
+//! That they compute the right values is checked by an interpreter, fragment by fragment, in
+//! `fragments`.
+
+use meshweave_compiler::codegen::fuse::{Item, fuse};
+use meshweave_compiler::codegen::kernel::{
+    BinaryOp, Elem, Kernel, KernelBuilder, Mutability, ReduceKind, UnaryOp,
+};
+use meshweave_compiler::differentiate::{Optimizer, differentiate};
+use meshweave_compiler::mlir::{self, GpuTarget};
+use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
+
+use crate::support::ptx::assemble;
+
+/// The kernels of a training step of the golden model.
+fn kernels(capacity_factor: Option<f64>) -> Vec<Kernel> {
+    let size = GoldenSize::named("small").unwrap();
+    let config = DecoderConfig::golden(&size, capacity_factor);
+    let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
+    let graph = differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
+    let mut kernels: Vec<Kernel> = Vec::new();
+    for item in fuse(&graph).unwrap() {
+        if let Item::Fragment(fragment) = item
+            && !kernels
+                .iter()
+                .any(|other| other.program() == fragment.kernel.program())
+        {
+            let name = format!("k{}_{}", kernels.len(), fragment.kernel.name());
+            kernels.push(fragment.kernel.renamed(name));
+        }
+    }
+    kernels
+}
+
+#[test]
+fn a_training_step_assembles_without_spills() {
+    for target in [GpuTarget::Sm80, GpuTarget::Sm90] {
+        for capacity_factor in [None, Some(2.0)] {
+            let kernels = kernels(capacity_factor);
+            let ptx = mlir::compile_ptx(&kernels, target, &[]).unwrap();
+            let Some(all) = assemble(&ptx.text, target.chip()) else {
+                return;
+            };
+            assert_eq!(all.len(), kernels.len());
+            for resources in &all {
+                assert_eq!(resources.spilled, 0, "{resources:?}");
+                // 512 threads of 128 registers fill a multiprocessor.
+                assert!(resources.registers <= 128, "{resources:?}");
+            }
+        }
+    }
+}
+
+/// A softmax over a row that a block shares: a warp's butterfly, the block's memory, barriers.
+#[test]
+fn softmax_of_a_block() {
+    let mut b = KernelBuilder::new("softmax", &[64], 1024);
+    let x = b.arg(Elem::F32, Mutability::Read);
+    let y = b.arg(Elem::F32, Mutability::Write);
+    let access = b.dense(x);
+    let v = b.load(access);
+    let max = b.reduce(ReduceKind::Max, v);
+    let shifted = b.binary(BinaryOp::Sub, v, max);
+    let exp = b.unary(UnaryOp::Exp, shifted);
+    let sum = b.reduce(ReduceKind::Sum, exp);
+    let result = b.binary(BinaryOp::Div, exp, sum);
+    let access = b.dense(y);
+    b.store(access, result);
+    let kernel = b.finish().unwrap();
+    let ptx = mlir::compile_ptx(&[kernel], GpuTarget::Sm90, &[]).unwrap();
+    insta::assert_snapshot!("softmax_of_a_block", ptx.text);
+}
