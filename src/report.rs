@@ -124,7 +124,10 @@ pub fn predicted_timeline(program: &Program) -> Timeline {
                     let group = op.group().map(|group| group.ranks.clone());
                     if let Some(ranks) = group.filter(|ranks| ranks.len() > 1) {
                         let waiting = arrived.entry(ranks.clone()).or_default();
-                        waiting.push(rank);
+                        // A message may have woken a rank that waits here already.
+                        if !waiting.contains(&rank) {
+                            waiting.push(rank);
+                        }
                         if waiting.len() < ranks.len() {
                             break;
                         }

@@ -39,7 +39,7 @@ fn wrong_documents_are_refused_with_a_way_out() {
         ),
         format!("{HEAD}train batch 8 seq 64 optimizer adamw\nmesh main = dp:3\n"),
         format!(
-            "{HEAD}train batch 8 seq 64 optimizer adamw\nmesh main = pp:2 > dp:rest\npipeline main.pp {{\n  microbatches auto\n}}\n"
+            "{HEAD}train batch 8 seq 64 optimizer adamw\nmesh main = pp:2 > dp:rest\npipeline main.pp {{\n  microbatches auto{{3}}\n}}\n"
         ),
         "plan \"x\" model m cluster \"local:8\"\nmodel m = golden {\n  size tiny\n".to_string(),
     ];
