@@ -12,6 +12,7 @@ pub use meshweave_runtime as runtime;
 
 pub mod error;
 pub mod compile;
+pub mod choose;
 pub mod session;
 pub mod mapping;
 pub mod report;

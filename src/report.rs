@@ -5,13 +5,17 @@
 
 use std::collections::BTreeMap;
 
+use meshweave_compiler::pipeline::lower_bound_s;
 use meshweave_compiler::plan::Solution;
-use meshweave_compiler::show::{Figure, FigureSource, FigureValue, ReportInput};
+use meshweave_compiler::show::{ActionGrid, Figure, FigureSource, FigureValue, ReportInput};
 use meshweave_dsl::graph::Graph;
+use meshweave_dsl::pipeline::PipelinePlan;
 use meshweave_dsl::program::{Action, Program};
 use meshweave_dsl::timeline::{Basis, Category, Event, Timeline};
 
 use crate::cli::render::{bytes, plan_summary, seconds};
+use crate::compile::pipeline_error;
+use crate::error::Result;
 use crate::session::{Model, Session};
 
 /// The stages of a session that a report shows.
@@ -23,12 +27,15 @@ pub struct Shown<'a> {
 }
 
 /// Joins what is known into the input of the report.
+///
+/// # Errors
+/// A schedule that cannot be simulated.
 pub fn report_input(
     shown: &Shown,
     local: Option<Graph>,
     measured: Option<Timeline>,
     losses: Vec<f64>,
-) -> ReportInput {
+) -> Result<ReportInput> {
     let Shown {
         session,
         model,
@@ -44,63 +51,99 @@ pub fn report_input(
         .max()
         .unwrap_or(0);
     let value = |text: String, source| FigureValue { text, source };
-    ReportInput {
-        title: session.request.name.clone(),
-        subtitle: format!(
-            "{} on {}, mesh {}, {batch} sequences of {seq} tokens a step",
-            model.graph.name, session.request.cluster, solution.plan.mesh
-        ),
-        figures: vec![
-            Figure {
-                label: "Parameters".into(),
-                values: vec![value(
-                    format!("{:.2} M", model.graph.n_params() as f64 / 1e6),
-                    FigureSource::Exact,
-                )],
-                note: String::new(),
-            },
-            Figure {
+    let mut figures = vec![Figure {
+        label: "Parameters".into(),
+        values: vec![value(
+            format!("{:.2} M", model.graph.n_params() as f64 / 1e6),
+            FigureSource::Exact,
+        )],
+        note: String::new(),
+    }];
+    let allocated = value(bytes(arena_bytes as f64), FigureSource::Exact);
+    let pipeline = session.pipeline(model, &solution.plan);
+    let lower_bound_s = match &pipeline {
+        // The certificate is that of one microbatch.
+        Some(pipeline) => lower_bound_s(&model.graph, pipeline, &session.request.cluster)
+            .map_err(pipeline_error)?,
+        None => {
+            let forecast = bytes(certificate.memory.peak_bytes());
+            figures.push(Figure {
                 label: "Memory a device".into(),
-                values: vec![
-                    value(bytes(arena_bytes as f64), FigureSource::Exact),
-                    value(
-                        bytes(certificate.memory.peak_bytes()),
-                        FigureSource::Predicted,
-                    ),
-                ],
+                values: vec![allocated, value(forecast, FigureSource::Predicted)],
                 note:
                     "planned to the byte and allocated as planned; below it, the planner's forecast"
                         .into(),
-            },
-        ],
+            });
+            certificate.lower_bound_s
+        }
+    };
+    let predicted = predicted_timeline(program);
+    let grids = [Some(&predicted), measured.as_ref()];
+    let grids = grids.into_iter().flatten();
+    let grids: Vec<ActionGrid> = grids
+        .filter_map(|timeline| ActionGrid::of_timeline(program, timeline))
+        .collect();
+    Ok(ReportInput {
+        title: session.request.name.clone(),
+        subtitle: format!(
+            "{} on {}, mesh {}, {batch} sequences of {seq} tokens a step{}",
+            model.graph.name,
+            session.request.cluster,
+            pipeline
+                .as_ref()
+                .map_or(&solution.plan.mesh, |pipeline| &pipeline.mesh),
+            pipeline.as_ref().map_or_else(String::new, |pipeline| {
+                let schedule = &pipeline.schedule;
+                format!(
+                    " in {} microbatches, {}",
+                    schedule.n_microbatches, schedule.name
+                )
+            })
+        ),
+        figures,
         graph: Some(model.graph.clone()),
         plan: Some(solution.plan.clone()),
         plan_text: Some(session.plan_text(model, solution)),
         local,
         program: Some((*program).clone()),
-        predicted: Some(predicted_timeline(program)),
+        predicted: Some(predicted),
         measured,
-        lower_bound_s: Some(certificate.lower_bound_s),
+        grids,
+        lower_bound_s: Some(lower_bound_s),
         losses,
-        explanation: Some(format!(
-            "{}not searched: {}\n{}",
-            plan_summary(&session.request, solution),
-            certificate.not_searched.join("; "),
-            certificate
-                .meshes
-                .iter()
-                .map(|mesh| match (mesh.predicted_s, &mesh.reason) {
-                    (Some(predicted_s), _) =>
-                        format!("  {}: {} (predicted)\n", mesh.mesh, seconds(predicted_s)),
-                    (None, reason) => format!(
-                        "  {}: {}\n",
-                        mesh.mesh,
-                        reason.as_deref().unwrap_or("no plan")
-                    ),
-                })
-                .collect::<String>()
-        )),
+        explanation: Some(explanation(shown, pipeline.as_ref(), lower_bound_s)),
+    })
+}
+
+/// Why this plan.
+fn explanation(shown: &Shown, pipeline: Option<&PipelinePlan>, bound_s: f64) -> String {
+    let certificate = &shown.solution.certificate;
+    let mut text = plan_summary(&shown.session.request, shown.solution);
+    if let Some(choice) = &shown.session.choice {
+        text += &choice.text();
     }
+    if let Some(pipeline) = pipeline {
+        text += &format!(
+            "step       at least {} (bound): schedule {} over these {} stages, every product at the devices' peak and all else free; the figures above and below are of one microbatch\n",
+            seconds(bound_s),
+            pipeline.schedule.name,
+            pipeline.schedule.n_stages
+        );
+    }
+    text += &format!("not searched: {}\n", certificate.not_searched.join("; "));
+    for mesh in &certificate.meshes {
+        text += &match (mesh.predicted_s, &mesh.reason) {
+            (Some(predicted_s), _) => {
+                format!("  {}: {} (predicted)\n", mesh.mesh, seconds(predicted_s))
+            }
+            (None, reason) => format!(
+                "  {}: {}\n",
+                mesh.mesh,
+                reason.as_deref().unwrap_or("no plan")
+            ),
+        };
+    }
+    text
 }
 
 /// The timeline that the program's prices predict: every rank executes its instructions in order, a

@@ -29,6 +29,7 @@ use meshweave_dsl::program::Program;
 use meshweave_dsl::weave::{self, Document};
 use meshweave_dsl::weights::WeightMap;
 
+use crate::choose::{Choice, chosen};
 use crate::compile::{
     CompileOptions, Compiled, compile, compile_pipeline, outline, pipeline_error,
 };
@@ -42,6 +43,8 @@ pub struct Session {
     pub request: Request,
     /// Findings that are no errors.
     pub warnings: Vec<Diagnostic>,
+    /// Why this pipeline, where the document left it open; `document` has the witnesses.
+    pub choice: Option<Choice>,
 }
 
 /// The graph of a request.
@@ -107,11 +110,39 @@ impl Session {
         if let Some(cluster) = cluster {
             request.cluster = named_cluster(cluster)?;
         }
-        Ok(Self {
+        let session = Self {
             document: parsed.document,
             sources,
             request,
             warnings: findings,
+            choice: None,
+        };
+        match &session.request.open_pipeline {
+            Some(open) => chosen(&session, open, base),
+            None => Ok(session),
+        }
+    }
+
+    /// The same request with other witnesses.
+    ///
+    /// # Errors
+    /// The document has errors.
+    pub(crate) fn with_document(&self, document: Document, base: &Path) -> Result<Self> {
+        let mut sources = self.sources.clone();
+        let (request, findings) = resolve::resolve(&document, base, &mut sources);
+        let Some(request) = request else {
+            return Err(Error::new(findings, sources));
+        };
+        let request = Request {
+            cluster: self.request.cluster.clone(),
+            ..request
+        };
+        Ok(Self {
+            document,
+            sources,
+            request,
+            warnings: findings,
+            choice: None,
         })
     }
 
@@ -250,7 +281,11 @@ impl Session {
         }
     }
 
-    fn forward(&self, batch: usize) -> Result<(Graph, Option<WeightMap>, Option<PathBuf>)> {
+    /// The forward graph for so many sequences, with the source of its weights.
+    pub(crate) fn forward(
+        &self,
+        batch: usize,
+    ) -> Result<(Graph, Option<WeightMap>, Option<PathBuf>)> {
         let (_, seq) = self.request.job.sizes();
         let goal = self.request.job.goal();
         match &self.request.model {

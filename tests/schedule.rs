@@ -23,11 +23,11 @@ fn text(args: &[&str]) -> String {
 #[test]
 fn what_show_writes_check_accepts() {
     let folder = tempfile::tempdir().unwrap();
-    let (csv, html) = (
+    let (csv, page) = (
         folder.path().join("order.csv"),
         folder.path().join("order.html"),
     );
-    let (csv, html) = (csv.to_str().unwrap(), html.to_str().unwrap());
+    let (csv, page) = (csv.to_str().unwrap(), page.to_str().unwrap());
     let drawn = text(&[
         "show",
         "zb-v",
@@ -39,14 +39,14 @@ fn what_show_writes_check_accepts() {
         "60",
         "--csv",
         csv,
-        "--html",
-        html,
+        "--report",
+        page,
     ]);
     assert!(
         drawn.contains("rank 1") && drawn.contains("bubble 0.500 s"),
         "{drawn}"
     );
-    assert!(std::fs::read_to_string(html).unwrap().contains("<svg"));
+    assert!(std::fs::read_to_string(page).unwrap().contains("<svg"));
     assert!(text(&["check", csv]).contains("ok: 2 ranks, 4 stages, 3 microbatches"));
     let mut broken = std::fs::read_to_string(csv).unwrap();
     broken = broken.replacen("0F1", "0F1xyz", 1);

@@ -22,6 +22,8 @@
 //! Sums over microbatches are taken in f32 in the order in which a rank's row runs them: schedules
 //! that keep a stage's microbatches in one order give the same bits.
 
+mod choose;
+mod costs;
 mod link;
 mod pieces;
 mod stages;
@@ -41,6 +43,8 @@ use crate::partition::{Keep, PartitionError};
 use crate::schedule;
 use crate::simplify::SimplifyError;
 
+pub use choose::{Candidate, PricedCandidate, Setting, choose};
+pub use costs::{Rate, lower_bound_s, stage_costs};
 pub use stages::{assign, cut_before, cut_evenly};
 
 /// A pipeline that cannot be compiled.

@@ -11,6 +11,7 @@ mod model;
 mod cluster;
 mod job;
 mod mesh;
+mod open_pipeline;
 mod pipeline;
 mod select;
 mod tactics;
@@ -32,6 +33,7 @@ pub use direct::direct;
 pub use mapping::{
     MappingRequest, Planner, Restriction, Rule, mapping_request, planner, print_mapping, remarks,
 };
+pub use open_pipeline::{OpenPipeline, PipelineCandidate};
 pub use pipeline::Pipeline;
 pub use replay::print_plan;
 
@@ -53,6 +55,8 @@ pub struct Request {
     pub solve: SolveLimits,
     /// Microbatches, and stages where there are several.
     pub pipeline: Option<Pipeline>,
+    /// What the document leaves open of its pipeline; then there is none yet.
+    pub open_pipeline: Option<OpenPipeline>,
 }
 
 impl Request {
@@ -267,12 +271,19 @@ fn request(
     let (header, _) = header?;
     let (model, _) = found?;
     let (job, cluster) = (job?, cluster?);
-    let pipeline = match mapping::planner_of(document, &model, &cluster).0 {
+    let (batch, _) = job.sizes();
+    let planner = mapping::planner_of(document, &model, &cluster).0;
+    let (pipeline, open_pipeline) = match planner {
         // Searched with everything else, not executed.
-        Planner::Mapping => None,
-        Planner::Ops => {
-            pipeline::resolve_pipeline(document, &cluster, job.sizes().0, base_dir, diagnostics)
-        }
+        Planner::Mapping => (None, None),
+        Planner::Ops => match open_pipeline::open_pipeline(document, &cluster, batch) {
+            Some(open) => (None, Some(open)),
+            None => {
+                let pipeline =
+                    pipeline::resolve_pipeline(document, &cluster, batch, base_dir, diagnostics);
+                (pipeline, None)
+            }
+        },
     };
     if let (Some(pipeline), Job::Infer { .. }) = (&pipeline, &job) {
         diagnostics.push(
@@ -292,6 +303,7 @@ fn request(
         data,
         solve,
         pipeline,
+        open_pipeline,
     })
 }
 

@@ -38,7 +38,7 @@ pub use check::check;
 pub use closed_form::{ClosedForm, Exactness, RankCosts, closed_form};
 pub use deadlock::check_lowered;
 pub use definition::{definitions, from_definition, named};
-pub use draw::{Terminal, html, legend, terminal};
+pub use draw::{Terminal, legend, memory_curves, terminal};
 pub use exact::{Optimum, optimum};
 pub use keys::from_keys;
 pub use lower::{Lowering, lower, lower_naively};

@@ -12,6 +12,8 @@ mod figures;
 mod fold;
 mod format;
 mod graph_part;
+mod grid;
+mod grid_part;
 mod page;
 mod perfetto;
 mod plan_part;
@@ -28,6 +30,7 @@ use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
 
 pub use dot::{Folding, dot};
+pub use grid::{ActionGrid, GridAction, GridRow, HeldUnit, Lane};
 pub use perfetto::perfetto;
 
 /// What a report is made of; every part is optional, and what is absent is left out of the page.
@@ -50,7 +53,10 @@ pub struct ReportInput {
     pub program: Option<Program>,
     pub predicted: Option<Timeline>,
     pub measured: Option<Timeline>,
-    /// No plan of this model on this cluster can step faster, in seconds.
+    /// Ranks × time of a pipeline, predicted before measured.
+    pub grids: Vec<ActionGrid>,
+    /// No plan of this model on this cluster can step faster, in seconds; of a pipeline, none of its
+    /// stages under its schedule.
     pub lower_bound_s: Option<f64>,
     /// Loss after each step.
     pub losses: Vec<f64>,

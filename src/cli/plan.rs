@@ -64,13 +64,21 @@ fn plan_ops(args: &PlanArgs, session: &Session, format: Format) -> Result<String
     match format {
         Format::Text => {
             eprint!("{}", plan_summary(&session.request, &solution));
+            if let Some(choice) = &session.choice {
+                eprint!("{}", choice.text());
+            }
             if args.out.is_none() {
                 print!("{text}");
             }
         }
         Format::Json => println!(
             "{}",
-            json!({"plan": solution.plan, "certificate": solution.certificate, "document": text})
+            json!({
+                "plan": solution.plan,
+                "certificate": solution.certificate,
+                "pipelines": session.choice,
+                "document": text,
+            })
         ),
     }
     Ok(text)

@@ -170,6 +170,9 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
     let solution = session.plan(&model)?;
     if format == Format::Text {
         eprint!("{}", plan_summary(&session.request, &solution));
+        if let Some(choice) = &session.choice {
+            eprint!("{}", choice.text());
+        }
     }
     let keep = if args.verify {
         Keep::Gradients
@@ -473,7 +476,7 @@ fn write_pictures(args: &RunArgs, prepared: &Prepared, outcome: &Outcome) -> Res
             origin.locals.first().cloned(),
             outcome.timeline.clone(),
             outcome.losses.clone(),
-        );
+        )?;
         write_atomically(path, report(&input).as_bytes())?;
     }
     if let Some(path) = &args.trace {

@@ -9,6 +9,9 @@ use meshweave_compiler::schedule::{
     Simulation, Stages, Terminal, Verdict, build, check, check_lowered, check_memory,
     check_versions, lower, lower_naively, search, simulate, table,
 };
+use meshweave_compiler::show::{
+    ActionGrid, Figure, FigureSource, FigureValue, ReportInput, report,
+};
 use meshweave_dsl::diagnostics::{Class, SourceId};
 use meshweave_dsl::schedule::{Channels, Schedule};
 use serde_json::json;
@@ -73,9 +76,9 @@ struct ShowArgs {
     /// Activations that a rank may hold, in microbatches of all its chunks.
     #[arg(long)]
     memory: Option<f64>,
-    /// Also write the picture as one HTML file.
-    #[arg(long)]
-    html: Option<PathBuf>,
+    /// Also write the picture as a report: one HTML page that needs nothing else.
+    #[arg(long, alias = "html")]
+    report: Option<PathBuf>,
     /// Also write the order as CSV.
     #[arg(long)]
     csv: Option<PathBuf>,
@@ -307,8 +310,8 @@ fn show(args: &ShowArgs, format: Format) -> Result<()> {
     let first = simulate(&schedule, &costs).map_err(pipeline_error)?;
     costs.memory_limit_bytes = Some(args.memory.unwrap_or(first.peak()));
     let simulation = simulate(&schedule, &costs).map_err(pipeline_error)?;
-    if let Some(path) = &args.html {
-        let page = schedules::html(&schedule, &simulation, &costs);
+    if let Some(path) = &args.report {
+        let page = report(&report_of(&schedule, &simulation, &costs));
         write_atomically(path, page.as_bytes())?;
     }
     if let Some(path) = &args.csv {
@@ -319,6 +322,45 @@ fn show(args: &ShowArgs, format: Format) -> Result<()> {
         Format::Json => println!("{}", json!({"schedule": schedule, "predicted": simulation})),
     }
     Ok(())
+}
+
+/// The report of a schedule by itself.
+fn report_of(schedule: &Schedule, simulation: &Simulation, costs: &Costs) -> ReportInput {
+    let figure = |label: &str, text: String, note: &str| Figure {
+        label: label.into(),
+        values: vec![FigureValue {
+            text,
+            source: FigureSource::Predicted,
+        }],
+        note: note.into(),
+    };
+    ReportInput {
+        title: schedule.name.clone(),
+        subtitle: format!(
+            "{} ranks, {} stages, {} microbatches",
+            schedule.n_ranks, schedule.n_stages, schedule.n_microbatches
+        ),
+        figures: vec![
+            figure("Step time", format!("{:.3} s", simulation.step_s), ""),
+            figure(
+                "Bubble",
+                format!("{:.3} s", simulation.bubble_s),
+                "beyond the work of the busiest rank",
+            ),
+            figure(
+                "Idle",
+                format!("{:.2} %", 100.0 * simulation.bubble_rate()),
+                "of all ranks' time",
+            ),
+            figure(
+                "Peak of a rank",
+                format!("{:.3}", simulation.peak()),
+                "activations of a rank's microbatches",
+            ),
+        ],
+        grids: vec![ActionGrid::of_simulation(schedule, simulation, costs)],
+        ..ReportInput::default()
+    }
 }
 
 /// The picture with its figures.

@@ -62,7 +62,7 @@ pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
                 let local = locals.first().cloned();
                 (
                     "report.html",
-                    report(&report_input(&shown, local, None, Vec::new())),
+                    report(&report_input(&shown, local, None, Vec::new())?),
                 )
             }
         }

@@ -34,9 +34,11 @@ impl<'a> Meshes<'a> {
             };
             // The block's own findings are reported with it.
             if let Ok(axis) = this.axis(&pipeline.over.node, pipeline.over.span) {
+                let degrees = this.degrees(&axis);
                 this.candidates = this
                     .candidates
                     .iter()
+                    .filter(|mesh| degrees.contains(&mesh.degree(&axis)))
                     .map(|mesh| without(mesh, &axis))
                     .collect();
                 this.witness = this.witness.map(|mesh| without(&mesh, &axis));
@@ -123,6 +125,21 @@ impl<'a> Meshes<'a> {
             this.candidates[..=first].rotate_right(1);
         }
         this
+    }
+
+    /// The degrees that an axis has among the candidates, or its witness if it is one of them;
+    /// ascending.
+    pub fn degrees(&self, axis: &Axis) -> Vec<usize> {
+        let all = self.candidates.iter().map(|mesh| mesh.degree(axis));
+        let all: std::collections::BTreeSet<usize> = all.collect();
+        let definition = self.definition.into_iter();
+        let mut own = definition.flat_map(|(mesh, _)| &mesh.axes);
+        let own = own.find(|item| item.name.as_str() == axis.as_str());
+        let known = own.and_then(|item| usize::try_from(item.degree.known()?).ok());
+        match known.filter(|known| all.contains(known)) {
+            Some(known) => vec![known],
+            None => all.into_iter().collect(),
+        }
     }
 
     /// The axis that a reference means.

@@ -150,12 +150,7 @@ fn read(
     // The mesh's own findings are reported with it.
     let meshes = Meshes::resolve_whole(document, cluster, &mut Vec::new());
     let axis = meshes.axis(&block.over.node, block.over.span)?;
-    let mut degrees: Vec<usize> = meshes
-        .candidates
-        .iter()
-        .map(|mesh| mesh.degree(&axis))
-        .collect();
-    degrees.dedup();
+    let degrees = meshes.degrees(&axis);
     let [n_ranks] = degrees[..] else {
         return Err(open(
             block.over.span,
@@ -251,7 +246,7 @@ fn read(
 }
 
 /// A built-in schedule, or one that the document defines.
-fn schedule(
+pub(super) fn schedule(
     document: &Document,
     name: &Spanned<Name>,
     shape: &Shape,
@@ -323,7 +318,7 @@ fn open(span: Span, what: &str, way_out: &str) -> Box<Diagnostic> {
     )
 }
 
-fn is_any<T>(choice: &Choice<T>) -> bool {
+pub(super) fn is_any<T>(choice: &Choice<T>) -> bool {
     matches!(choice, Choice::Auto { among, .. } if among.is_empty())
 }
 
@@ -333,7 +328,7 @@ fn known<T: Clone>(choice: &Choice<T>, span: Span, what: &str, example: &str) ->
 }
 
 /// Cuts as paths of one block each.
-fn paths(cuts: &[Spanned<Selector>]) -> Read<Vec<String>> {
+pub(super) fn paths(cuts: &[Spanned<Selector>]) -> Read<Vec<String>> {
     cuts.iter()
         .map(|cut| {
             let text = cut.node.to_string();

@@ -94,6 +94,8 @@ pub fn from_keys(
             Var::Stage => slot.stage,
             Var::Chunk => slot.chunk,
             Var::Chunks => shape.n_chunks as i64,
+            Var::Slice => slot.slice,
+            Var::Slices => shape.n_slices as i64,
         };
         let parts = key.key.iter().map(|expr| {
             expr.eval(&value_of).unwrap_or_else(|error| {

@@ -77,12 +77,7 @@ fn step_time(input: &ReportInput) -> Option<Figure> {
 }
 
 fn throughput(input: &ReportInput) -> Option<Figure> {
-    let graph = input.graph.as_ref()?;
-    let tokens = graph
-        .tensors
-        .iter()
-        .find(|tensor| tensor.role == Role::Input && tensor.name == "tokens")?;
-    let n_tokens = tokens.ty.n_elements();
+    let n_tokens = tokens(input)?;
     let values = timelines(input)
         .filter(|timeline| timeline.step_s() > 0.0)
         .map(|timeline| {
@@ -95,6 +90,19 @@ fn throughput(input: &ReportInput) -> Option<Figure> {
         values,
         format!("{} a step", plural(n_tokens, "token")),
     )
+}
+
+/// Tokens of a step: those that the program takes, since the graph of a pipeline is one microbatch's.
+fn tokens(input: &ReportInput) -> Option<usize> {
+    let is_tokens = |role: &Role, name: &str| *role == Role::Input && name == "tokens";
+    if let Some(program) = &input.program {
+        let mut sources = program.sources.iter();
+        let tokens = sources.find(|source| is_tokens(&source.role, &source.name));
+        return tokens.map(|tokens| tokens.ty.n_elements());
+    }
+    let mut tensors = input.graph.as_ref()?.tensors.iter();
+    let tokens = tensors.find(|tensor| is_tokens(&tensor.role, &tensor.name));
+    tokens.map(|tokens| tokens.ty.n_elements())
 }
 
 fn gap(input: &ReportInput) -> Option<Figure> {

@@ -6,7 +6,9 @@
 use std::fmt::Write;
 
 use super::format::{CATEGORIES, category, escape, json_in_script};
-use super::{Figure, ReportInput, charts, data, figures, graph_part, plan_part, time_part};
+use super::{
+    Figure, ReportInput, charts, data, figures, graph_part, grid_part, plan_part, time_part,
+};
 
 const STYLE: &str = include_str!("report.css");
 const SCRIPT: &str = include_str!("report.js");
@@ -24,6 +26,7 @@ pub(super) struct Part {
 
 pub(super) fn page(input: &ReportInput) -> String {
     let parts: Vec<Part> = [
+        grid_part::pipeline(input),
         time_part::timeline(input),
         time_part::breakdown(input),
         plan_part::plan(input),

@@ -76,6 +76,9 @@ impl Schedule {
     /// The schedule of these rows, one a rank: its stages, their ranks, the microbatches and slices
     /// are those that occur. Linear.
     ///
+    /// Rows in which the lower half of the stages has even microbatches only and the upper half odd
+    /// ones only are of two copies of the model; a complete schedule of one copy has no such rows.
+    ///
     /// # Errors
     /// [`ScheduleError::Invalid`] with the grid when an action occurs twice, a stage occurs on two
     /// ranks, or a stage below the highest one does not occur.
@@ -101,9 +104,16 @@ impl Schedule {
         };
         let n_microbatches = most(|action| action.microbatch);
         let n_slices = most(|action| action.slice).max(1);
+        let n_copies = if has_two_copies(&rows, stage_rank.len(), n_microbatches) {
+            2
+        } else {
+            1
+        };
         Ok(Self {
             n_slices,
             pairs,
+            n_copies,
+            n_stages: stage_rank.len() / n_copies,
             ..Self::new(name, n_microbatches, stage_rank, rows)
         })
     }
@@ -147,6 +157,16 @@ impl Schedule {
             body: ScheduleBody::Rows(Block::of(rows)),
         }
     }
+}
+
+/// Whether microbatches run alternately through the two halves of the stages.
+fn has_two_copies(rows: &[Vec<Action>], n_stages: usize, n_microbatches: usize) -> bool {
+    let half = n_stages as u32 / 2;
+    let mut actions = rows.iter().flatten();
+    n_stages.is_multiple_of(2)
+        && n_stages > 0
+        && n_microbatches > 1
+        && actions.all(|action| (action.stage < half) == action.microbatch.is_multiple_of(2))
 }
 
 /// The rank of every stage, from where its actions stand.

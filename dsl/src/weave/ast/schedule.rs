@@ -53,11 +53,13 @@ pub enum Var {
     Stage,
     Chunk,
     Chunks,
+    Slice,
+    Slices,
 }
 
 impl Var {
     /// All variables.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Microbatch,
         Self::Microbatches,
         Self::Rank,
@@ -65,6 +67,8 @@ impl Var {
         Self::Stage,
         Self::Chunk,
         Self::Chunks,
+        Self::Slice,
+        Self::Slices,
     ];
 
     /// The spelling in the language.
@@ -77,6 +81,8 @@ impl Var {
             Self::Stage => "s",
             Self::Chunk => "c",
             Self::Chunks => "v",
+            Self::Slice => "sl",
+            Self::Slices => "k",
         }
     }
 
@@ -90,6 +96,8 @@ impl Var {
             Self::Stage => "the stage",
             Self::Chunk => "the chunk within the rank",
             Self::Chunks => "how many chunks a rank has",
+            Self::Slice => "the slice of the sequence",
+            Self::Slices => "how many slices a sequence has",
         }
     }
 }
@@ -240,8 +248,8 @@ mod tests {
                 Var::Microbatches => microbatches,
                 Var::Rank | Var::Stage => rank,
                 Var::Ranks => ranks,
-                Var::Chunk => 0,
-                Var::Chunks => 1,
+                Var::Chunk | Var::Slice => 0,
+                Var::Chunks | Var::Slices => 1,
             };
             let values: Result<Vec<i64>, ExprError> =
                 key.key.iter().map(|expr| expr.eval(&value_of)).collect();
