@@ -1,15 +1,18 @@
-//! Op-level plans of training graphs: seconds, CPU seconds, and how good the plans are known to be.
+//! Plans of training steps, of ops and of mappings: seconds, CPU seconds, and how good the plans are
+//! known to be.
 //!
-//! `cargo bench --bench planning --no-default-features` (or `-- 8x8`, any part of a row's name). The
-//! search runs on one thread: CPU seconds compare across machines and loads. "Untied" lets every layer
-//! choose for itself. Steps are predicted, bounds are bounds.
+//! `cargo bench --bench planning --no-default-features` (or `-- 8x8`, `-- mapping`, any part of a row's
+//! name). The searches run on one thread: CPU seconds compare across machines and loads. "Untied" lets
+//! every layer choose for itself; mappings have everything open. Steps are predicted, bounds are bounds.
 
 use std::time::Instant;
 
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::import::read_config;
-use meshweave_compiler::model::{Goal, build_decoder};
+use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
 use meshweave_compiler::plan::directives::Directives;
+use meshweave_compiler::plan::estimate::{Job, Workload};
+use meshweave_compiler::plan::outer::{self, Options, Space};
 use meshweave_compiler::plan::verify::verify_plan;
 use meshweave_compiler::plan::{SearchOptions, Tie, search};
 use meshweave_dsl::cluster::Cluster;
@@ -19,12 +22,16 @@ use meshweave_dsl::layout::Mesh;
 type Failure = Box<dyn std::error::Error>;
 
 const LLAMA_3_8B: &str = include_str!("../examples/models/llama-3-8b/config.json");
+const LLAMA_3_405B: &str = include_str!("../examples/models/llama-3.1-405b/config.json");
+const DEEPSEEK_V3: &str = include_str!("../examples/models/deepseek-v3/config.json");
 
 fn main() -> Result<(), Failure> {
     let wanted: Vec<String> = std::env::args()
         .skip(1)
         .filter(|arg| !arg.starts_with('-'))
         .collect();
+    let is_wanted =
+        |name: &str| wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str()));
     println!(
         "plan                            wall s    CPU-s     step ms      bound ms       gap  mesh"
     );
@@ -79,7 +86,7 @@ fn main() -> Result<(), Failure> {
             Tie::Layers,
         ),
     ] {
-        if !wanted.is_empty() && !wanted.iter().any(|part| name.contains(part.as_str())) {
+        if !is_wanted(name) {
             continue;
         }
         let cluster = Cluster::preset(cluster)?;
@@ -116,7 +123,62 @@ fn main() -> Result<(), Failure> {
             );
         }
     }
+    mappings(&is_wanted)
+}
+
+/// Mappings of published models on their clusters: every dimension is open, and the search ends when
+/// its gap is closed.
+fn mappings(is_wanted: &dyn Fn(&str) -> bool) -> Result<(), Failure> {
+    for (name, model, cluster, batch, seq) in [
+        ("mapping gpt-1t", gpt_1t(), "a100-80:3072", 3072, 2048),
+        (
+            "mapping deepseek-v3",
+            read_config("deepseek-v3", DEEPSEEK_V3)?.config,
+            "h800:2048",
+            15_360,
+            4096,
+        ),
+        (
+            "mapping llama-3.1-405b",
+            read_config("llama-3.1-405b", LLAMA_3_405B)?.config,
+            "h100:16384",
+            2048,
+            8192,
+        ),
+    ] {
+        if !is_wanted(name) {
+            continue;
+        }
+        let cluster = Cluster::preset(cluster)?;
+        let workload = Workload::new(model, batch, seq, Job::Train);
+        let space = Space::everything(&workload, &cluster);
+        let (cpu, start) = (cpu_seconds()?, Instant::now());
+        let found = outer::search(&workload, &cluster, &space, &Options::default())?;
+        let (cpu, wall) = (cpu_seconds()? - cpu, start.elapsed().as_secs_f64());
+        let certificate = &found.certificate;
+        println!(
+            "{name:30} {wall:7.2}  {cpu:7.2}  {:10.3}  {:10.3}  {:7.4} %  {}",
+            1e3 * certificate.predicted_s,
+            1e3 * certificate.lower_bound_s,
+            100.0 * certificate.gap,
+            found.best.mapping
+        );
+    }
     Ok(())
+}
+
+/// A trillion parameters (Narayanan et al. 2021, table 1).
+fn gpt_1t() -> DecoderConfig {
+    let size = GoldenSize {
+        n_layers: 128,
+        embed: 25_600,
+        heads: 160,
+        ffn: 102_400,
+        vocab: 51_200,
+        seq: 2048,
+        batch: 3072,
+    };
+    DecoderConfig::golden(&size, None)
 }
 
 fn mesh(degrees: Vec<usize>) -> Mesh {

@@ -5,16 +5,18 @@
 
 use std::collections::BTreeSet;
 
-use meshweave_compiler::plan::estimate::{Estimate, estimate, memory};
+use meshweave_compiler::plan::estimate::{Estimate, Job, estimate, memory};
 use meshweave_compiler::plan::outer::compare::{Change, changed, choices};
 use meshweave_compiler::plan::outer::conflict::conflict;
-use meshweave_compiler::plan::outer::{self, Certificate, Digests, Found, Options, OuterError};
+use meshweave_compiler::plan::outer::{
+    self, Certificate, Digests, Found, Options, OuterError, Priced,
+};
 use meshweave_compiler::resolve::{self, MappingRequest, print_mapping};
 use meshweave_dsl::diagnostics::{Class, Diagnostic, Span};
 use meshweave_dsl::mapping::{GridAxis, Mapping};
 use meshweave_dsl::weave;
 
-use crate::cli::render::{bytes, seconds};
+use crate::cli::render::{bytes, exact_seconds, seconds, seconds_of};
 use crate::error::{Error, Result};
 use crate::session::Session;
 
@@ -49,6 +51,7 @@ impl Session {
             &request.options,
         )
         .map_err(|error| self.outer_error(&request, error))?;
+        request.workload.batch = found.best.batch;
         Ok(Mapped {
             mapping: found.best.mapping.clone(),
             estimate: found.best.estimate.clone(),
@@ -163,12 +166,12 @@ fn blame(request: &MappingRequest) -> Blame {
     for number in &conflict {
         if let Ok(found) = solve(&[*number], request.options.gap.max(0.01)) {
             let text = format!(
-                "without `{}` the best step takes {} (predicted): {}",
+                "without `{}` the best {} (predicted): {}",
                 request.restrictions[*number].text,
-                seconds(found.best.estimate.step_s),
+                worth(request, &found.best),
                 found.best.mapping
             );
-            relaxed.push((found.best.estimate.step_s, text));
+            relaxed.push((found.best.a_sequence_s(), text));
         }
     }
     relaxed.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -177,6 +180,19 @@ fn blame(request: &MappingRequest) -> Blame {
         ways_out.extend(more_devices(request));
     }
     Blame { conflict, ways_out }
+}
+
+/// What a mapping is judged by, as the predicate of a sentence about the best one.
+fn worth(request: &MappingRequest, priced: &Priced) -> String {
+    match request.open_batch {
+        None => format!("step takes {}", seconds(priced.estimate.step_s)),
+        Some(_) => format!(
+            "makes {} tokens/s with a batch of {}, {} a step",
+            grouped(priced.estimate.tokens_per_s.round() as u64),
+            grouped(priced.batch as u64),
+            seconds(priced.estimate.step_s)
+        ),
+    }
 }
 
 /// How many devices the request needs, doubling them.
@@ -198,9 +214,9 @@ fn more_devices(request: &MappingRequest) -> Option<String> {
         );
         let found = outer::search(&request.workload, &cluster, &request.space(), &options).ok()?;
         Some(format!(
-            "{} such devices can do it: {} a step (predicted) with {}",
+            "{} such devices can do it: the best {} (predicted) with {}",
             cluster.n_devices(),
-            seconds(found.best.estimate.step_s),
+            worth(request, &found.best),
             found.best.mapping
         ))
     })
@@ -271,7 +287,7 @@ impl Stated {
             let Some((key, rest)) = remark.split_once(": ") else {
                 continue;
             };
-            let first_s = || rest.split(' ').next()?.parse::<f64>().ok();
+            let first_s = || seconds_of(rest);
             match key {
                 "predicted" => stated.predicted_s = first_s(),
                 "bound" => stated.bound_s = first_s(),
@@ -323,20 +339,20 @@ pub fn explain(mapped: &Mapped) -> String {
             text += &format!("  {:>10}  {name}\n", bytes(part.0 as f64));
         }
     }
-    let ranks: Vec<String> = mapped
-        .memory_bytes()
-        .iter()
-        .map(|rank| bytes(*rank as f64))
-        .collect();
-    text += &format!("  by pipeline rank: {}\n", shortened(&ranks));
+    text += &format!("  by pipeline rank: {}\n", by_rank(&mapped.memory_bytes()));
     if let Some(found) = &mapped.found {
         text += "\nOther grids (predicted)\n";
         for other in found.runners_up.iter().take(8) {
-            let slower = 100.0 * (other.estimate.step_s / total - 1.0);
+            let slower = 100.0 * (other.a_sequence_s() / found.best.a_sequence_s() - 1.0);
+            let batch = match mapped.request.open_batch {
+                Some(_) => format!(" · batch {}", grouped(other.batch as u64)),
+                None => String::new(),
+            };
             text += &format!(
-                "  {:>10}  {} ({slower:+.1} %)\n",
+                "  {:>10}  {}{batch} ({slower:+.1} %{})\n",
                 seconds(other.estimate.step_s),
-                other.mapping
+                other.mapping,
+                if batch.is_empty() { "" } else { " a token" }
             );
         }
         if found.runners_up.is_empty() {
@@ -370,8 +386,8 @@ pub fn explain(mapped: &Mapped) -> String {
             &request.options,
         ) {
             text += &format!(
-                "\nWith {what} the best step would take {} (predicted): {}",
-                seconds(found.best.estimate.step_s),
+                "\nWith {what}, the best {} (predicted): {}",
+                worth(&request, &found.best),
                 found.best.mapping
             );
         }
@@ -393,29 +409,47 @@ fn prices_of_statements(mapped: &Mapped) -> String {
             &request.options,
         );
         let Ok(found) = found else { continue };
-        let without_s = found.best.estimate.step_s;
-        let saved = mapped.estimate.step_s - without_s;
+        let own = mapped.estimate.step_s / request.workload.batch as f64;
+        let saved = 100.0 * (1.0 - found.best.a_sequence_s() / own).max(0.0);
         text += &format!(
-            "  {:>10}  without `{}` (saves {})\n",
-            seconds(without_s),
+            "  {:>5.1} %  without `{}` the best {}\n",
+            saved,
             restriction.text,
-            seconds(saved.max(0.0))
+            worth(request, &found.best)
         );
     }
     if text.is_empty() {
         return text;
     }
-    format!("\nWhat each statement costs (predicted: the best step without it)\n{text}")
+    format!("\nWhat each statement costs (predicted: what would be saved without it)\n{text}")
 }
 
-/// A list that may be long: runs of equal items once.
-fn shortened(items: &[String]) -> String {
+/// Runs of ranks beyond which those in between are told by their range.
+const MOST_RUNS: usize = 6;
+
+/// Bytes by pipeline rank: runs of equal ones once, and of many the range between the first and last.
+fn by_rank(ranks: &[u64]) -> String {
     let mut runs: Vec<(String, usize)> = Vec::new();
-    for item in items {
+    for rank in ranks {
+        let item = bytes(*rank as f64);
         match runs.last_mut() {
-            Some((last, count)) if last == item => *count += 1,
-            _ => runs.push((item.clone(), 1)),
+            Some((last, count)) if *last == item => *count += 1,
+            _ => runs.push((item, 1)),
         }
+    }
+    if runs.len() > MOST_RUNS
+        && let [first, between @ .., last] = ranks
+    {
+        let of = |bound: Option<&u64>| bytes(bound.map_or(0.0, |rank| *rank as f64));
+        return format!(
+            "{} on rank 0, {} to {} on ranks 1 to {}, {} on rank {}",
+            bytes(*first as f64),
+            of(between.iter().min()),
+            of(between.iter().max()),
+            between.len(),
+            bytes(*last as f64),
+            between.len() + 1
+        );
     }
     let texts: Vec<String> = runs
         .into_iter()
@@ -440,29 +474,30 @@ pub fn grouped(count: u64) -> String {
     text
 }
 
-/// What stands above the decisions of a plan: the certificate in words.
+/// What stands above the decisions of a plan: the certificate in words, with figures that are read back.
 pub fn remarks(mapped: &Mapped) -> Vec<String> {
+    lines(mapped, exact_seconds)
+}
+
+/// The certificate in words, with seconds as `show` writes them.
+fn lines(mapped: &Mapped, show: fn(f64) -> String) -> Vec<String> {
     let estimate = &mapped.estimate;
     let mut lines = vec![
         format!("mapping: {}", mapped.mapping),
         format!(
-            "predicted: {:.6} s a step, {} tokens/s, MFU {:.2} % (model operations with the causal half of attention, over the dense bf16 peak)",
-            estimate.step_s,
+            "predicted: {} a step, {} tokens/s, MFU {:.2} % (model operations with the causal half of attention, over the dense bf16 peak)",
+            show(estimate.step_s),
             grouped(estimate.tokens_per_s.round() as u64),
             100.0 * estimate.mfu
         ),
     ];
+    lines.extend(serving_line(mapped, show));
     if let Some(found) = &mapped.found {
-        lines.extend(certificate_lines(&found.certificate));
+        lines.extend(certificate_lines(mapped, &found.certificate, show));
     }
-    let ranks: Vec<String> = mapped
-        .memory_bytes()
-        .iter()
-        .map(|rank| bytes(*rank as f64))
-        .collect();
     lines.push(format!(
         "memory: {} a rank of the pipeline (predicted) of {} allowed",
-        shortened(&ranks),
+        by_rank(&mapped.memory_bytes()),
         bytes(mapped.request.space().budget_bytes as f64),
     ));
     let risk = estimate.memory.risk(&mapped.request.cluster.device);
@@ -478,26 +513,57 @@ pub fn remarks(mapped: &Mapped) -> Vec<String> {
     lines
 }
 
-fn certificate_lines(certificate: &Certificate) -> Vec<String> {
+/// How many sequences are served, and how fast each of them.
+fn serving_line(mapped: &Mapped, show: fn(f64) -> String) -> Option<String> {
+    let Job::Decode { context } = mapped.request.workload.job else {
+        return None;
+    };
+    let estimate = &mapped.estimate;
+    let first = mapped
+        .found
+        .as_ref()
+        .and_then(|found| found.certificate.first_token_s)
+        .map(|first_s| format!(", {} to the first of an idle replica", show(first_s)));
+    Some(format!(
+        "serving: {} sequences of up to {} tokens, {} a token of each{} (predicted); their keys and values take {} a rank, the weights {}",
+        grouped(mapped.request.workload.batch as u64),
+        grouped(context as u64),
+        show(estimate.step_s),
+        first.unwrap_or_default(),
+        bytes(estimate.memory.cache.0 as f64),
+        bytes(estimate.memory.parameters.0 as f64)
+    ))
+}
+
+fn certificate_lines(
+    mapped: &Mapped,
+    certificate: &Certificate,
+    show: fn(f64) -> String,
+) -> Vec<String> {
     let counts = &certificate.counts;
     let simulated = certificate.simulated_s.map(|simulated_s| {
-        format!("simulated: {simulated_s:.6} s a step, with the schedule run action by action")
+        let seconds = show(simulated_s);
+        format!("simulated: {seconds} a step, with the schedule run action by action")
     });
     let mut lines: Vec<String> = simulated.into_iter().collect();
-    lines.extend([
-        format!(
-            "bound: {:.6} s (no mapping of the space is faster under these prices), gap {:.2} %",
-            certificate.lower_bound_s,
-            100.0 * certificate.gap
+    let bound_s = show(certificate.lower_bound_s);
+    let gap = 100.0 * certificate.gap;
+    lines.push(match mapped.request.open_batch {
+        None => format!(
+            "bound: {bound_s} (no mapping of the space is faster under these prices), gap {gap:.2} %"
         ),
-        format!(
-            "searched: {} mappings; {} partial ones too large, {} too slow by their bound, {} mappings priced",
-            grouped(counts.n_mappings),
-            grouped(counts.n_too_large),
-            grouped(counts.n_too_slow),
-            grouped(counts.n_priced)
+        Some(_) => format!(
+            "bound: {bound_s} for a step of this batch, {} tokens/s (no mapping and no batch of the space makes more under these prices), gap {gap:.2} %",
+            grouped(certificate.most_tokens_per_s.round() as u64)
         ),
-    ]);
+    });
+    lines.push(format!(
+        "searched: {} mappings; {} partial ones too large, {} too slow by their bound, {} mappings priced",
+        grouped(counts.n_mappings),
+        grouped(counts.n_too_large),
+        grouped(counts.n_too_slow),
+        grouped(counts.n_priced)
+    ));
     lines.extend(
         certificate
             .not_searched
@@ -510,7 +576,7 @@ fn certificate_lines(certificate: &Certificate) -> Vec<String> {
 /// The plan's key figures, for people.
 pub fn summary(mapped: &Mapped) -> String {
     let mut text = String::new();
-    for line in remarks(mapped) {
+    for line in lines(mapped, seconds) {
         let (key, rest) = line.split_once(": ").unwrap_or(("", &line));
         text += &format!("{key:<10} {rest}\n");
     }

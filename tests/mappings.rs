@@ -66,6 +66,18 @@ fn a_printed_plan_reads_back_as_its_mapping() {
              solve minimize step_time within 60 s gap 2 %",
         ),
         ("h100:8", MIXTRAL, "infer batch 16 seq 2048 tokens 256"),
+        (
+            "h100:8",
+            MIXTRAL,
+            "infer batch auto seq 2048 tokens 256 ttft 1 s tpot 30 ms\nsolve maximize throughput",
+        ),
+        (
+            "a100-80:16",
+            GPT_18B,
+            "train batch auto{32,64} seq 2048\nmesh main = pp:8 > dp:rest > tp:1\n\
+             pipeline main.pp {\n  schedule 1f1b\n}\n\
+             memory {\n  recompute layers[*] = first (3,2,2,1,1,0,0,0)\n}",
+        ),
     ] {
         let session = session(cluster, model, rest);
         let mapped = session.search_mapping().unwrap();
@@ -118,6 +130,36 @@ fn requests_that_cannot_be_met_say_why() {
             "infer batch 64 seq 8192 ttft 1 ms",
         ),
         (
+            "targets of latency that no batch meets",
+            "h100:8",
+            MIXTRAL,
+            "infer batch auto seq 8192 tokens 512 tpot 100 us\nsolve maximize throughput",
+        ),
+        (
+            "a first token that comes too late",
+            "h100:8",
+            MIXTRAL,
+            "infer batch auto seq 8192 tokens 512 ttft 1 ms",
+        ),
+        (
+            "steps of different batches",
+            "h100:8",
+            MIXTRAL,
+            "infer batch auto seq 8192 tokens 512\nsolve minimize step_time",
+        ),
+        (
+            "a batch that nothing bounds",
+            "h100:8",
+            MIXTRAL,
+            "train batch auto seq 4096",
+        ),
+        (
+            "a latency of tokens that are not generated",
+            "h100:8",
+            MIXTRAL,
+            "infer batch 8 seq 4096 tpot 30 ms",
+        ),
+        (
             "axes in another order",
             "h100:8",
             MIXTRAL,
@@ -142,6 +184,31 @@ fn requests_that_cannot_be_met_say_why() {
         .map(|(name, cluster, model, rest)| format!("{name}\n{}", complaint(cluster, model, rest)))
         .collect();
     insta::assert_snapshot!(text.join("\n----\n"));
+}
+
+#[test]
+fn serving_is_planned_under_its_targets() {
+    let with = |rest: &str| {
+        let mapped = session("h100:8", MIXTRAL, rest).search_mapping().unwrap();
+        let text = meshweave::mapping::summary(&mapped);
+        assert!(text.contains("their keys and values take"), "{text}");
+        assert!(text.contains("no batch of the space makes more"), "{text}");
+        mapped
+    };
+    let free = with("infer batch auto seq 2048 tokens 256");
+    let fast = with("infer batch auto seq 2048 tokens 256 tpot 12 ms");
+    let (free_s, fast_s) = (free.estimate.step_s, fast.estimate.step_s);
+    assert!(fast_s <= 0.012 && free_s > 0.012, "{fast_s} {free_s}");
+    assert!(fast.request.workload.batch < free.request.workload.batch);
+    assert!(fast.estimate.tokens_per_s < free.estimate.tokens_per_s);
+    // The batch that was chosen is in the text, and the open one as well.
+    let session = session("h100:8", MIXTRAL, "infer batch auto seq 2048 tokens 256");
+    let text = session.mapping_text(&free);
+    let batch = free.request.workload.batch;
+    assert!(
+        text.contains(&format!("batch auto := {batch} seq")),
+        "{text}"
+    );
 }
 
 #[test]

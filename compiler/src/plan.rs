@@ -116,6 +116,8 @@ pub struct Solution {
 
 /// Part of a device's memory that plans leave free: allocators, libraries and what prices miss.
 pub const HEADROOM: f64 = 0.1;
+/// What the explanation of a gap begins with.
+pub const GAP_LEFT: &str = "what lies between bound and plan";
 /// Gaps above it are explained.
 const WIDE_GAP: f64 = 0.02;
 /// Potentials up to which a certificate stores the proof of its bound.
@@ -295,7 +297,7 @@ fn plan(graph: &Graph, request: &PlanRequest) -> Result<Plan, SearchError> {
         certificate.not_searched = not_searched(request, &results);
         if certificate.gap > WIDE_GAP {
             certificate.not_searched.push(format!(
-                "what lies between bound and plan ({:.1} %): {}",
+                "{GAP_LEFT} ({:.1} %): {}",
                 100.0 * certificate.gap,
                 match request.tie {
                     Tie::Layers if best.byte_prices != [0.0; 2] =>

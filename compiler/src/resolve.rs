@@ -47,6 +47,9 @@ pub struct Request {
     pub model: ModelSource,
     pub cluster: Cluster,
     pub job: Job,
+    /// What the batch may be where it is left open, anything where nothing is listed; the job then has
+    /// the witness, or the least of these.
+    pub open_batch: Option<Vec<usize>>,
     /// What is asked of inference beyond its sizes.
     pub serving: Serving,
     pub init: Init,
@@ -119,24 +122,27 @@ impl Job {
 pub struct Serving {
     /// Tokens that are generated after the prompt: a step is then one token of every sequence.
     pub tokens: Option<usize>,
-    /// Seconds to the first token.
-    pub ttft_s: Option<f64>,
-    /// Seconds of every further token.
-    pub tpot_s: Option<f64>,
+    /// How fast it must be.
+    pub targets: Vec<LatencyTarget>,
+}
+
+/// What a target of latency is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Latency {
+    /// The first token of a prompt.
+    FirstToken,
+    /// Every further token.
+    NextToken,
+}
+
+/// A latency that must be kept.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LatencyTarget {
+    pub of: Latency,
+    pub most_s: f64,
     /// Where it is said, and how.
     pub span: Span,
     pub text: String,
-}
-
-impl Serving {
-    /// Seconds that such a step may take.
-    pub fn most_s(&self, job: crate::plan::estimate::Job) -> Option<f64> {
-        match job {
-            crate::plan::estimate::Job::Train => None,
-            crate::plan::estimate::Job::Prefill => self.ttft_s,
-            crate::plan::estimate::Job::Decode { .. } => self.tpot_s,
-        }
-    }
 }
 
 /// How parameters start.
@@ -152,9 +158,20 @@ pub enum Init {
     Load(PathBuf),
 }
 
-/// When the search may stop.
+/// What a plan is to be best at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Objective {
+    /// The least seconds of a step.
+    StepTime,
+    /// The most tokens a second. Of a batch that is given, the same.
+    Throughput,
+}
+
+/// What the search looks for, and when it may stop.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SolveLimits {
+    /// Where the document says it.
+    pub objective: Option<Objective>,
     pub time_s: f64,
     /// Distance from the bound, as a part of it.
     pub gap: f64,
@@ -163,6 +180,7 @@ pub struct SolveLimits {
 impl Default for SolveLimits {
     fn default() -> Self {
         Self {
+            objective: None,
             time_s: 60.0,
             gap: 0.01,
         }
@@ -213,6 +231,7 @@ fn request(
     let step = found.as_ref().and_then(|(_, step)| *step);
     let (mut job, mut init, mut data) = (None, Init::default(), None);
     let mut serving = Serving::default();
+    let mut open_batch = None;
     let mut solve = SolveLimits::default();
     let mut jobs: Vec<Span> = Vec::new();
     for statement in document.statements() {
@@ -220,11 +239,11 @@ fn request(
         match &statement.node {
             Statement::Train(train) => {
                 jobs.push(span);
-                job = job::resolve_train(train, span, step, diagnostics);
+                (job, open_batch) = job::resolve_train(train, span, step, diagnostics);
             }
             Statement::Infer(infer) => {
                 jobs.push(span);
-                (job, serving) = job::resolve_infer(infer, span, step, diagnostics);
+                (job, serving, open_batch) = job::resolve_infer(infer, span, step, diagnostics);
             }
             Statement::Init(statement) => {
                 init = resolve_init(statement, span, base_dir, diagnostics);
@@ -298,6 +317,7 @@ fn request(
         model,
         cluster,
         job,
+        open_batch,
         serving,
         init,
         data,
@@ -505,6 +525,15 @@ fn refuse_mapping_statements(document: &Document, diagnostics: &mut Vec<Diagnost
                 }
             }
             Statement::Train(job) | Statement::Infer(job) => {
+                if let Some(value) = job.get("batch").and_then(|setting| setting.values.first())
+                    && value.known().is_none()
+                {
+                    refuse(
+                        value.span,
+                        "a batch that is left open is",
+                        "give it a value",
+                    );
+                }
                 for (key, what) in [
                     ("dtype", "a type of the computation other than `f32` is"),
                     ("tokens", "decoding is"),

@@ -38,6 +38,8 @@ pub enum Kind {
     Memory,
     /// Whether a configuration fits: 1, or runs out of memory: 0.
     Feasibility,
+    /// Milliseconds of a pass of one stage for one microbatch.
+    Stage,
 }
 
 /// The scores of a table.
@@ -151,7 +153,7 @@ pub fn validate(text: &str) -> Result<Report, ValidateError> {
             regret: score::regret(rows),
             ..Summary::of_errors(rows)
         },
-        Kind::Memory => Summary::of_errors(rows),
+        Kind::Memory | Kind::Stage => Summary::of_errors(rows),
         Kind::Feasibility => Summary::of_answers(rows),
     };
     let mut by_source: BTreeMap<String, Vec<&ScoredRow>> = BTreeMap::new();
@@ -177,9 +179,11 @@ fn kind(table: &Table) -> Result<Kind, ValidateError> {
         Ok(Kind::Memory)
     } else if table.has("fits") {
         Ok(Kind::Feasibility)
+    } else if table.has("value_ms") {
+        Ok(Kind::Stage)
     } else {
         Err(ValidateError::Invalid(
-            "the table has none of the columns `step_time_s` (training), `mem_gb` (memory) and `fits` (feasibility)".into(),
+            "the table has none of the columns `step_time_s` (training), `mem_gb` (memory), `fits` (feasibility) and `value_ms` (passes of a stage)".into(),
         ))
     }
 }
@@ -192,8 +196,15 @@ fn score_row(kind: Kind, idx: usize, row: Row<'_>) -> ScoredRow {
         Kind::Training => row.number("step_time_s").filter(|seconds| *seconds > 0.0),
         Kind::Memory => memory::measured_gb(row),
         Kind::Feasibility => row.number("fits"),
+        Kind::Stage => row.number("value_ms"),
     };
-    let predicted = Case::read(row).and_then(|case| predict(kind, row, &case));
+    let predicted = Case::read(row).and_then(|mut case| {
+        if kind == Kind::Stage {
+            // The stage of a rank, whole.
+            case.mappings.retain(|mapping| mapping.pipeline.chunks == 1);
+        }
+        predict(kind, row, &case)
+    });
     let (predicted, reason) = match predicted {
         Ok(predicted) => (Some(predicted), None),
         Err(reason) => (None, Some(reason)),
@@ -215,14 +226,34 @@ fn score_row(kind: Kind, idx: usize, row: Row<'_>) -> ScoredRow {
 fn predict(kind: Kind, row: Row<'_>, case: &Case) -> Result<f64, String> {
     let room = match kind {
         Kind::Training => ROOM,
-        Kind::Memory | Kind::Feasibility => 1.0,
+        Kind::Memory | Kind::Feasibility | Kind::Stage => 1.0,
     };
     let (mapping, found) = case.estimate(room)?;
     Ok(match kind {
         Kind::Training => found.step_s,
         Kind::Memory => memory::predicted_gb(row, case, mapping),
         Kind::Feasibility => f64::from(u8::from(found.memory.fits(&case.cluster.device, 0.0))),
+        Kind::Stage => 1e3 * pass_s(row, &found)?,
     })
+}
+
+/// Seconds of the pass that a row measures, of a stage in the middle: it neither embeds nor predicts.
+fn pass_s(row: Row<'_>, found: &Estimate) -> Result<f64, String> {
+    let stage = found
+        .stages
+        .get(found.stages.len() / 2)
+        .ok_or("the mapping has no stages")?;
+    // Zero Bubble's letters (arXiv 2401.10241): B is the gradient of the input alone.
+    match row.text_or_blank("metric").split(' ').next() {
+        Some("T_F") => Ok(stage.forward_s),
+        Some("T_B") => Ok(stage.backward_input_s),
+        Some("T_W") => Ok(stage.backward_weight_s),
+        Some("T_comm") => Ok(stage.p2p_s),
+        _ => Err(format!(
+            "`{}` is no pass of a stage: T_F, T_B, T_W, T_comm",
+            row.text_or_blank("metric")
+        )),
+    }
 }
 
 /// What rows must share to be choices of one mapping: source, model, devices, batch, sequence, format.

@@ -121,6 +121,21 @@ pub enum Recompute {
     Full,
     /// So many whole layers of every pipeline rank, the others none.
     Layers(usize),
+    /// So many whole layers of each pipeline rank: the first ones keep more microbatches.
+    LayersByRank(Vec<usize>),
+}
+
+impl Recompute {
+    /// What one pipeline rank does: never `LayersByRank`.
+    pub fn of_rank(&self, rank: usize) -> Self {
+        match self {
+            Self::LayersByRank(counts) => match counts.get(rank) {
+                None | Some(0) => Self::None,
+                Some(count) => Self::Layers(*count),
+            },
+            other => other.clone(),
+        }
+    }
 }
 
 /// What rests in host memory.
@@ -300,6 +315,15 @@ impl Mapping {
                 self.dp
             ));
         }
+        if let Recompute::LayersByRank(counts) = &self.recompute
+            && counts.len() != self.pp
+        {
+            return invalid(format!(
+                "recomputed layers are listed for {} ranks, and pp is {}",
+                counts.len(),
+                self.pp
+            ));
+        }
         if let Some(layers) = &self.pipeline.layers
             && layers.len() != self.n_stages()
         {
@@ -353,9 +377,18 @@ impl fmt::Display for Mapping {
             Recompute::Modules(_) => words.push("recompute parts".into()),
             Recompute::Full => words.push("recompute full".into()),
             Recompute::Layers(n_layers) => words.push(format!("recompute {n_layers} layers")),
+            Recompute::LayersByRank(counts) => words.push(format!(
+                "recompute {} to {} layers",
+                counts.iter().min().unwrap_or(&0),
+                counts.iter().max().unwrap_or(&0)
+            )),
         }
         if self.offload.optimizer {
             words.push("offload optimizer".into());
+        }
+        if self.offload.activations > 0.0 {
+            let percent = 100.0 * self.offload.activations;
+            words.push(format!("offload {percent:.0} % of activations"));
         }
         f.write_str(&words.join(" · "))
     }

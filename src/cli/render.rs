@@ -1,6 +1,6 @@
 //! Figures for people: units, tables, sparklines. Every quantity says where it comes from.
 
-use meshweave_compiler::plan::Solution;
+use meshweave_compiler::plan::{GAP_LEFT, Solution};
 use meshweave_compiler::resolve::Request;
 use meshweave_dsl::plan::Certificate;
 
@@ -11,6 +11,30 @@ pub fn seconds(value: f64) -> String {
         v if v >= 1e-3 => format!("{:.1} ms", v * 1e3),
         v => format!("{:.1} µs", v * 1e6),
     }
+}
+
+/// The same with six digits, for figures that are read back by [`seconds_of`].
+pub fn exact_seconds(value: f64) -> String {
+    let (scaled, unit) = match value {
+        v if v >= 1.0 => (v, "s"),
+        v if v >= 1e-3 => (v * 1e3, "ms"),
+        v => (v * 1e6, "µs"),
+    };
+    let n_before = scaled.abs().max(1.0).log10().floor() as usize + 1;
+    format!("{scaled:.*} {unit}", 6_usize.saturating_sub(n_before))
+}
+
+/// The seconds that a text begins with, as in `12.3 ms a step`.
+pub fn seconds_of(text: &str) -> Option<f64> {
+    let mut words = text.split([' ', ',']);
+    let value: f64 = words.next()?.parse().ok()?;
+    let unit = match words.next()? {
+        "s" => 1.0,
+        "ms" => 1e-3,
+        "µs" => 1e-6,
+        _ => return None,
+    };
+    Some(value * unit)
 }
 
 /// Bytes with a fitting binary unit.
@@ -90,6 +114,11 @@ pub fn plan_summary(request: &Request, solution: &Solution) -> String {
         seconds(*lower_bound_s),
         100.0 * gap
     );
+    // Why the gap is as wide as it is stands last.
+    let not_searched = &solution.certificate.not_searched;
+    if let Some(why) = not_searched.iter().find(|what| what.starts_with(GAP_LEFT)) {
+        text += &format!("open       {why}\n");
+    }
     text += &format!(
         "memory     {} a device (predicted) of {} allowed: kept {}, activations {}, gradients {}\n",
         bytes(memory.peak_bytes()),

@@ -45,6 +45,7 @@ fn render(report: &Report, all_rows: bool) -> String {
         Kind::Training => "seconds of a step",
         Kind::Memory => "peak GB",
         Kind::Feasibility => "fits (1) or runs out of memory (0)",
+        Kind::Stage => "ms of a pass of one stage for one microbatch",
     };
     line(format!("predicted against measured: {unit}"));
     line(String::new());

@@ -83,7 +83,8 @@ pub fn what_if(args: &WhatIfArgs, format: Format) -> Result<()> {
     }
     let (own, with) = (session.search_mapping()?, other.search_mapping()?);
     let differences = differences(&own.mapping, &with.mapping);
-    let speedup = own.estimate.step_s / with.estimate.step_s;
+    // Of a batch that is chosen anew, by the token.
+    let speedup = with.estimate.tokens_per_s / own.estimate.tokens_per_s;
     match format {
         Format::Text => {
             println!("now\n{}", summary(&own));

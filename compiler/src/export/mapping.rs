@@ -129,6 +129,10 @@ fn megatron(workload: &Workload, mapping: &Mapping) -> Result<String> {
                 count / pipeline.chunks
             ));
         }
+        Recompute::LayersByRank(_) => {
+            let what = "numbers of recomputed layers that differ between pipeline ranks";
+            return Err(unsupported(what, target));
+        }
         Recompute::Modules(parts) => {
             let names: Vec<&str> = parts.iter().map(|part| megatron_name(*part)).collect();
             add("--recompute-granularity selective".into());

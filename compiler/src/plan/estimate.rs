@@ -15,7 +15,7 @@ pub mod workload;
 
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::dtype::DType;
-use meshweave_dsl::mapping::Mapping;
+use meshweave_dsl::mapping::{Mapping, Recompute};
 
 pub use capacity::{Bound, Capacity, Target, max_batch};
 pub use memory::{Framework, MemoryEstimate, memory};
@@ -23,7 +23,7 @@ pub use workload::{AttentionKernel, Job, Parameters, Software, Workload};
 
 use super::cost::links::send_seconds;
 use layer::{LayerCost, Pricer};
-use pipeline::{RankWork, wait_s};
+use pipeline::{RankWork, round_wait_s, wait_s};
 use stages::Stages;
 use sync::{Cover, Held, data_parallel_s, optimizer_s};
 
@@ -114,7 +114,16 @@ pub fn estimate(
     check(workload, mapping, cluster)?;
     let is_training = workload.job == Job::Train;
     let stages = Stages::new(workload, mapping);
-    let costs = stage_costs(workload, mapping, cluster, &stages);
+    let mut costs = stage_costs(workload, mapping, cluster, &stages);
+    if !is_training {
+        costs = costs
+            .into_iter()
+            .map(|cost| LayerCost {
+                forward: cost.forward,
+                ..LayerCost::default()
+            })
+            .collect();
+    }
     let pricer = Pricer::new(workload, mapping, cluster);
     let n_microbatches = mapping.n_microbatches(workload.batch).max(1) as f64;
     let is_spread = mapping.tp * mapping.cp * mapping.dp >= cluster.devices_per_node;
@@ -131,12 +140,6 @@ pub fn estimate(
         for chunk in 0..mapping.pipeline.chunks {
             sum = sum.then(costs[stages.stage_of(pipeline_rank, chunk)]);
         }
-        if !is_training {
-            sum = LayerCost {
-                forward: sum.forward,
-                ..LayerCost::default()
-            };
-        }
         ranks.push(RankWork {
             forward_s: sum.forward.seconds(),
             backward_input_s: sum.backward_input.seconds() + sum.recompute.seconds(),
@@ -146,7 +149,10 @@ pub fn estimate(
         memories.push(memory(workload, mapping, cluster, pipeline_rank));
     }
     let schedule = mapping.pipeline.schedule.as_str();
-    let (pace, wait_s) = wait_s(schedule, mapping.pipeline.chunks, &ranks);
+    let (pace, wait_s) = match workload.job {
+        Job::Train | Job::Prefill => wait_s(schedule, mapping.pipeline.chunks, &ranks),
+        Job::Decode { .. } => round_wait_s(n_microbatches, &ranks),
+    };
     let sum = sums[pace];
     let passes = sum
         .forward
@@ -173,6 +179,9 @@ pub fn estimate(
         };
         parts.dp = data_parallel_s(workload, mapping, cluster, held, cover);
         (parts.optimizer, parts.offload) = optimizer_s(mapping, cluster, held);
+        let moved = (0..mapping.pp)
+            .map(|rank| activations_s(workload, mapping, cluster, rank, &ranks[rank]));
+        parts.offload += n_microbatches * moved.fold(0.0, f64::max);
     }
     let step_s = parts.total();
     let model_flops = workload.model_flops();
@@ -229,7 +238,7 @@ fn stage_costs(
         }
     };
     let mut costs = Vec::with_capacity(stages.all().len());
-    for stage in stages.all() {
+    for (stage_idx, stage) in stages.all().iter().enumerate() {
         let mut cost = LayerCost::default();
         for layer_idx in stage.layers.clone() {
             cost = cost.then(layer(layer_idx));
@@ -246,9 +255,42 @@ fn stage_costs(
                     .then(head);
             }
         }
+        let rank = stages.rank_of(stage_idx);
+        let n_again = match &mapping.recompute {
+            Recompute::None | Recompute::Modules(_) | Recompute::Full => None,
+            Recompute::Layers(count) => Some(*count),
+            Recompute::LayersByRank(counts) => counts.get(rank).copied(),
+        };
+        if let Some(n_again) = n_again {
+            let held = stages.n_layers_of(rank, workload).max(1) as f64;
+            cost.recompute = cost.recompute.times((n_again as f64 / held).min(1.0));
+        }
         costs.push(cost);
     }
     costs
+}
+
+/// Seconds of a microbatch in which a rank waits for kept activations on their way to the host and back.
+///
+/// Both ways have their own half of the link, and copies take none of the device's units: what leaves
+/// runs under the forward pass, what returns under the backward pass (Mist, EuroSys'25, §4.2). The first
+/// layer that returns has nothing to run under.
+fn activations_s(
+    workload: &Workload,
+    mapping: &Mapping,
+    cluster: &Cluster,
+    rank: usize,
+    work: &RankWork,
+) -> f64 {
+    if mapping.offload.activations == 0.0 {
+        return 0.0;
+    }
+    let (kept, n_layers) = memory::kept_of_microbatch(workload, mapping, rank);
+    let one_way_s = mapping.offload.activations * kept / cluster.device.host_bytes_per_s;
+    let backward_s = work.backward_input_s + work.backward_weight_s;
+    (one_way_s - work.forward_s).max(0.0)
+        + (one_way_s - backward_s).max(0.0)
+        + one_way_s / n_layers.max(1.0)
 }
 
 /// Messages of the pipeline that nothing hides: those that fill and drain it, and in its steady state
@@ -327,6 +369,13 @@ fn check(workload: &Workload, mapping: &Mapping, cluster: &Cluster) -> Result<()
             mapping.n_ranks(),
             cluster.n_devices()
         ));
+    }
+    let offload = mapping.offload;
+    if (offload.optimizer || offload.activations > 0.0) && cluster.device.host_bytes_per_s <= 0.0 {
+        return Err(Unpriced::Unsupported(format!(
+            "device `{}` has no link to its host; give it one, as in `host 25 GB/s`, or offload nothing",
+            cluster.device.name
+        )));
     }
     let n_layers = workload.model.n_layers;
     match &mapping.pipeline.layers {

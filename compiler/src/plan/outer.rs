@@ -14,6 +14,7 @@ mod bound;
 mod stages;
 mod saving;
 mod search;
+mod serving;
 mod only;
 mod digest;
 mod simulated;
@@ -101,11 +102,18 @@ pub struct Certificate {
     pub predicted_s: f64,
     /// The step with its schedule simulated action by action, where it has one.
     pub simulated_s: Option<f64>,
-    /// No mapping of the space is faster under these prices.
+    /// No mapping of the space is faster under these prices; of several batches: no step that makes as
+    /// many tokens a second as the best one could take less.
     pub lower_bound_s: f64,
     /// How far the prediction is above the bound, as a part of it.
     pub gap: f64,
     pub tokens_per_s: f64,
+    /// No mapping and no batch of the space makes more tokens a second under these prices.
+    pub most_tokens_per_s: f64,
+    /// Sequences a step.
+    pub batch: usize,
+    /// Where tokens are generated: seconds in which an idle replica reads a prompt and says the first.
+    pub first_token_s: Option<f64>,
     /// Model operations over the dense bf16 peak: causal half of attention, nothing counted twice.
     pub mfu: f64,
     /// Bytes of every pipeline rank.
@@ -117,7 +125,8 @@ pub struct Certificate {
     pub not_searched: Vec<String>,
 }
 
-/// Finds the fastest mapping of the space.
+/// Finds the fastest mapping of the space; of several batches, the mapping and the batch with the most
+/// tokens a second.
 ///
 /// Every device takes part, unless no such mapping is legal: then as many as give the fastest step.
 ///
@@ -138,10 +147,18 @@ pub fn search(
     };
     let mut layers = bound::Layers::default();
     let n_devices = cluster.n_devices();
-    let mut outcome = search::search(&problem, options, n_devices, &mut layers);
-    if outcome.counts.n_nodes == 0 {
-        outcome = with_idle_devices(&problem, options, outcome, &mut layers);
+    let mut sweep = sweep(&problem, options, start, |problem, options| {
+        search::search(problem, options, n_devices, &mut layers)
+    });
+    if sweep.counts().n_nodes == 0 {
+        sweep = self::sweep(&problem, options, start, |problem, options| {
+            let none = search::search(problem, options, n_devices, &mut layers);
+            with_idle_devices(problem, options, none, &mut layers)
+        });
     }
+    let outcome = sweep
+        .finish()
+        .ok_or_else(|| OuterError::Internal("no batch was searched".into()))?;
     if outcome.best.is_empty() {
         return Err(why_nothing(&problem, &outcome));
     }
@@ -152,15 +169,26 @@ pub fn search(
     let first = best
         .next()
         .ok_or_else(|| OuterError::Internal("nothing found".into()))?;
+    let workload = Workload {
+        batch: first.batch,
+        ..workload.clone()
+    };
     let memory_bytes = (0..first.mapping.pp)
-        .map(|rank| memory(workload, &first.mapping, cluster, rank).total().0)
+        .map(|rank| memory(&workload, &first.mapping, cluster, rank).total().0)
         .collect();
+    let first_token_s = match workload.job {
+        Job::Decode { .. } => serving::prefill_s(&problem, &first.mapping),
+        Job::Train | Job::Prefill => None,
+    };
     let certificate = Certificate {
         predicted_s: first.estimate.step_s,
         simulated_s,
         lower_bound_s: outcome.lower_bound_s,
         gap: (first.estimate.step_s / outcome.lower_bound_s - 1.0).max(0.0),
         tokens_per_s: first.estimate.tokens_per_s,
+        most_tokens_per_s: workload.tokens() / outcome.lower_bound_s,
+        batch: first.batch,
+        first_token_s,
         mfu: first.estimate.mfu,
         memory_bytes,
         budget_bytes: space.budget_bytes,
@@ -177,6 +205,38 @@ pub fn search(
     })
 }
 
+/// Searches every batch of the space, with the time that is left.
+fn sweep(
+    problem: &Problem<'_>,
+    options: &Options,
+    start: std::time::Instant,
+    mut search: impl FnMut(&Problem<'_>, &Options) -> search::Outcome,
+) -> serving::Sweep {
+    let mut sweep = serving::Sweep::default();
+    for batch in serving::batches(problem) {
+        let workload = Workload {
+            batch,
+            ..problem.workload.clone()
+        };
+        let of_batch = Problem {
+            workload: &workload,
+            ..*problem
+        };
+        let options = Options {
+            within_s: (options.within_s - start.elapsed().as_secs_f64()).max(0.0),
+            better_than_s: sweep.better_than_s(batch).or(options.better_than_s),
+            warm_start: options
+                .warm_start
+                .clone()
+                .filter(|_| batch == problem.workload.batch),
+            ..*options
+        };
+        let found = search(&of_batch, &options);
+        sweep.add(problem.space, batch, found);
+    }
+    sweep
+}
+
 /// Mappings that are simulated.
 const N_SIMULATED: usize = 4;
 /// Part of a step by which a runner-up may be slower in closed form and still be simulated.
@@ -185,17 +245,25 @@ const CLOSE: f64 = 0.02;
 /// Simulates the best mapping and the runners-up that are close to it, and puts the one first whose
 /// simulated step is shortest; its simulated seconds.
 fn choose_by_simulation(problem: &Problem<'_>, best: &mut [Priced]) -> Option<f64> {
-    let first_s = best.first()?.estimate.step_s;
+    if matches!(problem.workload.job, Job::Decode { .. }) {
+        // Steps follow each other without a wait: there is nothing to simulate.
+        return None;
+    }
+    let first_s = best.first()?.a_sequence_s();
     let mut simulated: Vec<(usize, Option<f64>)> = Vec::new();
     for (idx, priced) in best.iter().enumerate().take(N_SIMULATED) {
-        if priced.estimate.step_s <= first_s * (1.0 + CLOSE) {
-            let seconds =
-                simulated::simulated_s(problem.workload, &priced.mapping, &priced.estimate);
+        if priced.a_sequence_s() <= first_s * (1.0 + CLOSE) {
+            let workload = Workload {
+                batch: priced.batch,
+                ..problem.workload.clone()
+            };
+            let seconds = simulated::simulated_s(&workload, &priced.mapping, &priced.estimate);
             simulated.push((idx, seconds));
         }
     }
     let seconds = |(idx, simulated_s): &(usize, Option<f64>)| {
-        simulated_s.unwrap_or(best[*idx].estimate.step_s)
+        let priced = &best[*idx];
+        simulated_s.unwrap_or(priced.estimate.step_s) / priced.batch as f64
     };
     let shortest = simulated
         .iter()
@@ -257,6 +325,21 @@ fn why_nothing(problem: &Problem<'_>, outcome: &search::Outcome) -> OuterError {
                 .collect(),
         };
     }
+    if let Some(most_first_s) = problem.space.most_first_s
+        && outcome.fastest_first_s.is_finite()
+        && outcome.fastest_first_s > most_first_s
+    {
+        return OuterError::Infeasible {
+            message: format!(
+                "the first token of a prompt of {} takes {} at least (predicted), and {} are allowed; \
+                 allow more, or take more or faster devices",
+                problem.workload.seq,
+                Seconds(outcome.fastest_first_s),
+                Seconds(most_first_s)
+            ),
+            least_bytes: 0,
+        };
+    }
     if outcome.fastest_s.is_finite() {
         let most_s = problem.space.most_s.unwrap_or(0.0);
         return OuterError::Infeasible {
@@ -307,6 +390,12 @@ fn state_bytes(problem: &Problem<'_>) -> f64 {
 fn not_searched(problem: &Problem<'_>, outcome: &search::Outcome) -> Vec<String> {
     let space = problem.space;
     let mut list = Vec::new();
+    if space.batches == Allowed::Any {
+        list.push(format!(
+            "batches other than those of a ladder of {} steps a doubling",
+            serving::STEPS_A_DOUBLING
+        ));
+    }
     if outcome.is_out_of_time {
         list.push("what was left when the time was over; the bound holds for it".to_owned());
     }
@@ -330,21 +419,33 @@ fn not_searched(problem: &Problem<'_>, outcome: &search::Outcome) -> Vec<String>
             ));
             if space.cuts == Cuts::Any {
                 list.push(
-                    "cuts other than the even one and that of the fastest slowest stage".into(),
+                    "cuts other than the even one and those of the fastest slowest stage, with and \
+                     without what must be computed again"
+                        .into(),
                 );
             }
         }
         if space.whole.len() > 1 {
             list.push(
-                "recomputation that differs between ranks, or of parts and whole layers together"
+                "recomputation of parts that differs between ranks, or of parts and whole layers together"
                     .into(),
+            );
+        }
+        if space.offload_activations.len() > 1 && space.whole.contains(&Whole::First(None)) {
+            list.push(
+                "offloading of activations together with recomputation of some whole layers".into(),
             );
         }
         if !space.zero_stages.contains(&2) && space.zero_stages.len() > 1 {
             list.push("ZeRO 2".into());
         }
-        if space.offload_activations == [0.0] {
-            list.push("offloading of activations".into());
+        match space.offload_activations.as_slice() {
+            [0.0] => list.push("offloading of activations".into()),
+            parts if parts == space::OFFLOADED_PARTS => list.push(
+                "offloading of parts of the activations other than a quarter, a half and all"
+                    .into(),
+            ),
+            _ => {}
         }
         if space.shard_groups.len() > 1 {
             list.push("ZeRO groups other than all ranks and those of a node".into());

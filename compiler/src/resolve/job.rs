@@ -8,7 +8,7 @@ use meshweave_dsl::units::{Quantity, UnitError};
 use meshweave_dsl::weave::ast::{Goal, Job as JobStatement, Solve};
 
 use super::settings::Settings;
-use super::{Job, Serving, SolveLimits};
+use super::{Job, Latency, LatencyTarget, Objective, Serving, SolveLimits};
 use crate::differentiate::Optimizer;
 
 const TRAIN: [&str; 11] = [
@@ -31,10 +31,10 @@ pub(super) fn resolve_train(
     span: Span,
     step: Option<(usize, usize)>,
     diagnostics: &mut Vec<Diagnostic>,
-) -> Option<Job> {
+) -> (Option<Job>, OpenBatch) {
     let mut s = Settings::new("`train`".into(), span, &statement.settings, &TRAIN);
     s.diagnostics.retain(|finding| !is_twice(finding));
-    let sizes = sizes(&mut s, step);
+    let (sizes, open_batch) = sizes(&mut s, step);
     let n_steps = match s.has("steps") {
         true => s.count("steps", 1),
         false => Some(1),
@@ -42,13 +42,15 @@ pub(super) fn resolve_train(
     let optimizer = optimizer(&mut s);
     let is_legal = s.diagnostics.is_empty();
     diagnostics.append(&mut s.diagnostics);
-    let ((batch, seq), n_steps, optimizer) = (sizes?, n_steps?, optimizer?);
-    is_legal.then_some(Job::Train {
-        batch,
-        seq,
-        optimizer,
-        n_steps,
-    })
+    let job = sizes.zip(n_steps.zip(optimizer)).filter(|_| is_legal).map(
+        |((batch, seq), (n_steps, optimizer))| Job::Train {
+            batch,
+            seq,
+            optimizer,
+            n_steps,
+        },
+    );
+    (job, open_batch)
 }
 
 pub(super) fn resolve_infer(
@@ -56,54 +58,86 @@ pub(super) fn resolve_infer(
     span: Span,
     step: Option<(usize, usize)>,
     diagnostics: &mut Vec<Diagnostic>,
-) -> (Option<Job>, Serving) {
+) -> (Option<Job>, Serving, OpenBatch) {
     let mut s = Settings::new("`infer`".into(), span, &statement.settings, &INFER);
     s.diagnostics.retain(|finding| !is_twice(finding));
-    let sizes = sizes(&mut s, step);
+    let (sizes, open_batch) = sizes(&mut s, step);
     let tokens = match s.has("tokens") {
         true => s.count("tokens", 1),
         false => None,
     };
-    let mut time = |key: &str| {
-        let seconds = s.quantity(key, "50 ms", |quantity| {
+    let mut targets = Vec::new();
+    for (key, latencies) in [
+        ("ttft", [Some(Latency::FirstToken), None]),
+        ("tpot", [None, Some(Latency::NextToken)]),
+        (
+            "latency",
+            [Some(Latency::FirstToken), Some(Latency::NextToken)],
+        ),
+    ] {
+        let found = s.quantity(key, "50 ms", |quantity| {
             quantity.seconds().map(|time| time.0)
-        })?;
-        Some(seconds)
-    };
-    let (ttft_s, tpot_s, latency_s) = (time("ttft"), time("tpot"), time("latency"));
-    let keys = ["ttft", "tpot", "latency"];
-    let target = keys.into_iter().find(|key| s.has(key));
-    let serving = Serving {
-        tokens,
-        ttft_s: ttft_s.or(latency_s),
-        tpot_s: tpot_s.or(latency_s),
-        span: target.map_or(span, |key| s.span_of(key)),
-        text: target
-            .and_then(|key| s.get(key))
-            .map_or_else(String::new, |setting| setting.node.to_string()),
-    };
+        });
+        let Some(most_s) = found else { continue };
+        if tokens.is_none() && key == "tpot" {
+            s.diagnostics.push(
+                Diagnostic::invalid(
+                    "`infer`: `tpot` is of tokens that are generated, and none are",
+                )
+                .code("W103")
+                .at(s.span_of(key), "")
+                .help("say how many, as in `tokens 256`, or write `ttft`"),
+            );
+        }
+        let text = s
+            .get(key)
+            .map_or_else(String::new, |setting| setting.node.to_string());
+        for of in latencies.into_iter().flatten() {
+            targets.push(LatencyTarget {
+                of,
+                most_s,
+                span: s.span_of(key),
+                text: text.clone(),
+            });
+        }
+    }
+    let serving = Serving { tokens, targets };
     let is_legal = s.diagnostics.is_empty();
     diagnostics.append(&mut s.diagnostics);
     let job = sizes
         .filter(|_| is_legal)
         .map(|(batch, seq)| Job::Infer { batch, seq });
-    (job, serving)
+    (job, serving, open_batch)
 }
+
+/// What the batch may be where it is left open; anything where nothing is listed.
+type OpenBatch = Option<Vec<usize>>;
 
 /// The parser reports keys given twice on one line itself.
 fn is_twice(finding: &Diagnostic) -> bool {
     finding.code.as_deref() == Some("W101")
 }
 
-/// (sequences, tokens per sequence).
-fn sizes(s: &mut Settings<'_>, step: Option<(usize, usize)>) -> Option<(usize, usize)> {
+/// (sequences, tokens per sequence), and the choices of the former where it is open.
+fn sizes(
+    s: &mut Settings<'_>,
+    step: Option<(usize, usize)>,
+) -> (Option<(usize, usize)>, OpenBatch) {
+    let open = s.open_count("batch", 1);
+    let has_witness = s.get("batch").is_some_and(|setting| {
+        let mut values = setting.node.values.iter();
+        values.any(|value| value.known().is_some())
+    });
     let mut size = |key: &str, own: Option<usize>| match own {
         Some(own) if !s.has(key) => Some(own),
         _ => s.required_count(key, 1),
     };
-    let batch = size("batch", step.map(|(batch, _)| batch));
+    let batch = match &open {
+        Some(choices) if !has_witness => Some(choices.iter().copied().min().unwrap_or(1)),
+        _ => size("batch", step.map(|(batch, _)| batch)),
+    };
     let seq = size("seq", step.map(|(_, seq)| seq));
-    Some((batch?, seq?))
+    (batch.zip(seq), open)
 }
 
 /// AdamW with the golden model's numbers unless told otherwise.
@@ -172,17 +206,22 @@ pub(super) fn resolve_solve(
     diagnostics: &mut Vec<Diagnostic>,
 ) -> SolveLimits {
     let mut limits = SolveLimits::default();
-    if solve.goal == Goal::Maximize || solve.objective.node != "step_time" {
-        diagnostics.push(
-            Diagnostic::unsupported(format!(
-                "`{} {}`: only `minimize step_time` is implemented",
-                solve.goal, solve.objective
-            ))
-            .code("W120")
-            .at(solve.objective.span, "")
-            .help("write `solve minimize step_time`"),
-        );
-    }
+    limits.objective = match (solve.goal, solve.objective.node.as_str()) {
+        (Goal::Minimize, "step_time") => Some(Objective::StepTime),
+        (Goal::Maximize, "throughput") => Some(Objective::Throughput),
+        _ => {
+            diagnostics.push(
+                Diagnostic::unsupported(format!(
+                    "`{} {}` is no objective that is implemented",
+                    solve.goal, solve.objective
+                ))
+                .code("W120")
+                .at(solve.objective.span, "")
+                .help("write `solve minimize step_time` or `solve maximize throughput`"),
+            );
+            None
+        }
+    };
     let mut read = |quantity: Option<Quantity>,
                     convert: fn(Quantity) -> Result<f64, UnitError>,
                     slot: &mut f64,

@@ -20,10 +20,10 @@ pub use print::{print_mapping, remarks};
 pub use restrict::{Restriction, Rule};
 
 use super::tactics::Origin;
-use super::{Job, ModelSource, Request};
+use super::{Job, Latency, ModelSource, Objective, Request};
 use crate::model::DecoderConfig;
 use crate::plan::estimate::{Job as Step, Workload};
-use crate::plan::outer::{Options, Space};
+use crate::plan::outer::{Allowed, Options, Space};
 
 /// Which planner a document is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub struct MappingRequest {
     pub workload: Workload,
     pub cluster: Cluster,
     pub options: Options,
+    /// What the batch may be where it is left open: the plan is then to make the most tokens a second.
+    pub open_batch: Option<Allowed>,
     /// What the document says, line by line.
     pub restrictions: Vec<Restriction>,
 }
@@ -53,6 +55,9 @@ impl MappingRequest {
     /// What is open without the restrictions of these numbers.
     pub fn space_without(&self, dropped: &[usize]) -> Space {
         let mut space = Space::everything(&self.workload, &self.cluster);
+        if let Some(batches) = &self.open_batch {
+            space.batches = batches.clone();
+        }
         for (number, restriction) in self.restrictions.iter().enumerate() {
             if !dropped.contains(&number) {
                 restriction.rule.apply(&mut space, &self.cluster);
@@ -133,13 +138,22 @@ pub fn mapping_request(
         };
         reader.read(statement);
     }
-    if let Some(most_s) = request.serving.most_s(step) {
+    for target in &request.serving.targets {
+        let rule = match (target.of, step) {
+            (Latency::FirstToken, Step::Decode { .. }) => Rule::FirstWithin(target.most_s),
+            (Latency::NextToken, Step::Decode { .. }) | (Latency::FirstToken, Step::Prefill) => {
+                Rule::Within(target.most_s)
+            }
+            // Nothing is generated.
+            (Latency::NextToken, Step::Prefill) | (_, Step::Train) => continue,
+        };
         restrictions.push(Restriction {
-            span: request.serving.span,
-            text: request.serving.text.clone(),
-            rule: Rule::Within(most_s),
+            span: target.span,
+            text: target.text.clone(),
+            rule,
         });
     }
+    let open_batch = open_batch(document, request, &mut diagnostics);
     let found = MappingRequest {
         workload,
         cluster: request.cluster.clone(),
@@ -149,9 +163,50 @@ pub fn mapping_request(
             warm_start: None,
             better_than_s: None,
         },
+        open_batch,
         restrictions,
     };
     ((!has_errors(&diagnostics)).then_some(found), diagnostics)
+}
+
+/// What the batch may be where the document leaves it open.
+fn open_batch(
+    document: &Document,
+    request: &Request,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<Allowed> {
+    let choices = request.open_batch.as_ref()?;
+    let mut jobs = document
+        .statements()
+        .filter_map(|statement| match &statement.node {
+            Statement::Train(job) | Statement::Infer(job) => job.get("batch"),
+            _ => None,
+        });
+    let value = jobs.next()?.values.first()?;
+    // A frozen document says its witness instead.
+    let Choice::Auto { .. } = &value.node else {
+        return None;
+    };
+    let mut refuse = |what: &str, way_out: &str| {
+        let finding = Diagnostic::invalid(what).code("W103");
+        diagnostics.push(finding.at(value.span, "").help(way_out));
+    };
+    if request.solve.objective == Some(Objective::StepTime) {
+        refuse(
+            "steps of different batches cannot be compared by their time",
+            "write `solve maximize throughput`, or give the batch a value",
+        );
+    }
+    if choices.is_empty() && matches!(request.job, Job::Train { .. }) {
+        refuse(
+            "nothing bounds the batch of a training step, which memory does not hold at once",
+            "list what may be learned from, as in `batch auto{256,512}`",
+        );
+    }
+    Some(match choices.as_slice() {
+        [] => Allowed::Any,
+        choices => Allowed::Among(choices.to_vec()),
+    })
 }
 
 /// The number formats that `dtype` may say.

@@ -7,7 +7,7 @@
 use meshweave_dsl::diagnostics::{Diagnostic, Span, did_you_mean, nearest};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::units::{Quantity, UnitError};
-use meshweave_dsl::weave::ast::{Setting, Spanned, Value};
+use meshweave_dsl::weave::ast::{Choice, Setting, Spanned, Value};
 
 /// The settings of one statement.
 pub(super) struct Settings<'a> {
@@ -119,6 +119,31 @@ impl<'a> Settings<'a> {
                 .at(span, "")
                 .help(way_out),
         );
+    }
+
+    /// What a whole number from `lowest` on may be where its choice is left open, as in `auto` (anything:
+    /// an empty list) and `auto{8,16}`; its witness, if it has one, is a value like any other.
+    pub fn open_count(&mut self, key: &str, lowest: usize) -> Option<Vec<usize>> {
+        let setting = self.get(key)?;
+        let [value] = setting.node.values.as_slice() else {
+            return None;
+        };
+        let Choice::Auto { among, .. } = &value.node else {
+            return None;
+        };
+        let mut counts = Vec::new();
+        for choice in among {
+            let count = choice
+                .as_u64()
+                .and_then(|count| usize::try_from(count).ok());
+            let Some(count) = count.filter(|count| *count >= lowest) else {
+                let what = format!("is a whole number from {lowest} on, found {}", show(choice));
+                self.wrong(key, value.span, what, "remove it from the choices");
+                return None;
+            };
+            counts.push(count);
+        }
+        Some(counts)
     }
 
     /// A whole number from `lowest` on.

@@ -41,7 +41,9 @@ pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
         value
             .ok_or_else(|| format!("`{column}` is blank and `{name}` is not a model known by name"))
     };
-    let n_layers = need(size("layers", 0), "layers")?;
+    // A table of stages says how many layers one has.
+    let of_stages = || Some(row.count("layers_per_stage")? * row.count("pp")?);
+    let n_layers = need(size("layers", 0).or_else(of_stages), "layers")?;
     let embed = need(size("hidden", 1), "hidden")?;
     let heads = need(size("heads", 2), "heads")?;
     let kv_heads = size("kv_heads", 3)

@@ -21,6 +21,23 @@ fn step_times_agree_with_published_measurements() {
     assert!(unpriced.into_iter().all(|row| row.reason.is_some()));
 }
 
+/// Zero Bubble's Table 6: its kernels calibrate those of the A100, its messages nothing.
+#[test]
+fn passes_of_stages_agree_with_those_they_calibrate() {
+    let table = include_str!("../../../data/published/layer_micro.csv");
+    let report = validate(table).unwrap();
+    assert_eq!(report.kind, Kind::Stage);
+    assert_eq!((report.summary.priced, report.summary.total), (30, 30));
+    let parsed = Table::parse(table);
+    let passes = parsed.rows().zip(&report.rows);
+    let passes: Vec<&ScoredRow> = passes
+        .filter(|(row, _)| !row.text_or_blank("metric").starts_with("T_comm"))
+        .map(|(_, scored)| scored)
+        .collect();
+    let summary = Summary::of_errors(&passes);
+    assert!(summary.median.unwrap() <= 0.10, "{summary:?}");
+}
+
 /// Constants are no source's own: without any one source, the others score as well.
 #[test]
 fn no_source_carries_the_scores() {

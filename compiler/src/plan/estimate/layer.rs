@@ -236,11 +236,8 @@ impl<'a> Pricer<'a> {
         };
         let recompute = match &self.mapping.recompute {
             Recompute::None => Pass::default(),
-            Recompute::Full => forward,
-            Recompute::Layers(n_layers) => {
-                let held = self.workload.model.n_layers as f64 / self.mapping.pp as f64;
-                forward.times((*n_layers as f64 / held).min(1.0))
-            }
+            // Of the layers that are: how many those are is the rank's.
+            Recompute::Full | Recompute::Layers(_) | Recompute::LayersByRank(_) => forward,
             Recompute::Modules(modules) => {
                 let mut sum = Pass::default();
                 for module in modules {

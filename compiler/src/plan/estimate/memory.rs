@@ -134,6 +134,40 @@ impl Held {
         let present = kinds.into_iter().filter(|(n_layers, _)| *n_layers > 0.0);
         present.map(|(_, is_moe)| price(is_moe)).fold(0.0, f64::max)
     }
+
+    /// Bytes that a microbatch leaves in all layers.
+    fn kept(&self, sizes: &LayerSizes<'_>, recompute: &Recompute) -> f64 {
+        let of = |recompute: &Recompute| {
+            let mut layers = 0.0;
+            for (n_layers, is_moe) in [(self.n_dense_layers, false), (self.n_moe_layers, true)] {
+                if n_layers > 0.0 {
+                    layers += n_layers * sizes.kept(is_moe, recompute);
+                }
+            }
+            layers
+        };
+        match recompute {
+            Recompute::Layers(whole) => {
+                let n_layers = self.n_dense_layers + self.n_moe_layers;
+                let part = (*whole as f64 / n_layers.max(1.0)).min(1.0);
+                part * of(&Recompute::Full) + (1.0 - part) * of(&Recompute::None)
+            }
+            other => of(other),
+        }
+    }
+}
+
+/// Bytes of activations that a microbatch leaves for its backward pass on a pipeline rank, none of them
+/// offloaded, and the layers that they are of.
+pub fn kept_of_microbatch(
+    workload: &Workload,
+    mapping: &Mapping,
+    pipeline_rank: usize,
+) -> (f64, f64) {
+    let held = held(workload, mapping, pipeline_rank);
+    let sizes = LayerSizes::new(workload, mapping);
+    let bytes = held.kept(&sizes, &mapping.recompute.of_rank(pipeline_rank));
+    (bytes, held.n_dense_layers + held.n_moe_layers)
 }
 
 /// Memory of the ranks of a pipeline rank, in bytes at the peak of a step.
@@ -278,24 +312,9 @@ fn training(
     let chunks = mapping.pipeline.chunks;
     let in_flight =
         schedules::in_flight(schedule, mapping.pp, chunks, pipeline_rank, n_microbatches);
-    let recompute = &mapping.recompute;
-    let kept = |recompute: &Recompute| {
-        let mut layers = 0.0;
-        for (n_layers, is_moe) in [(held.n_dense_layers, false), (held.n_moe_layers, true)] {
-            if n_layers > 0.0 {
-                layers += n_layers * sizes.kept(is_moe, recompute);
-            }
-        }
-        layers
-    };
+    let recompute = &mapping.recompute.of_rank(pipeline_rank);
     let n_layers = held.n_dense_layers + held.n_moe_layers;
-    let per_microbatch = match recompute {
-        Recompute::Layers(whole) => {
-            let part = (*whole as f64 / n_layers.max(1.0)).min(1.0);
-            part * kept(&Recompute::Full) + (1.0 - part) * kept(&Recompute::None)
-        }
-        other => kept(other),
-    };
+    let per_microbatch = held.kept(sizes, recompute);
     let activations =
         per_microbatch * in_flight * (1.0 - mapping.offload.activations.clamp(0.0, 1.0));
 

@@ -52,6 +52,17 @@ pub fn wait_s(schedule: &str, chunks: usize, ranks: &[RankWork]) -> (usize, f64)
     (pace, wait)
 }
 
+/// The same where tokens are generated: a microbatch's next token begins when its last one is there,
+/// and nothing drains in between. A round takes as long as the slowest rank's work, or as a microbatch
+/// takes through all ranks if there are too few of them to fill the pipeline.
+pub fn round_wait_s(n_microbatches: f64, ranks: &[RankWork]) -> (usize, f64) {
+    let slowest = |a: &usize, b: &usize| ranks[*a].seconds().total_cmp(&ranks[*b].seconds());
+    let pace = (0..ranks.len()).max_by(slowest).unwrap_or(0);
+    let through: f64 = ranks.iter().map(RankWork::seconds).sum();
+    let work = ranks.get(pace).map_or(0.0, RankWork::seconds);
+    (pace, (through - n_microbatches * work).max(0.0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,5 +79,8 @@ mod tests {
         assert_eq!(wait_s("interleaved", 3, &ranks).1, 3.0);
         assert_eq!(wait_s("zb-1p", 1, &ranks).1, 3.0);
         assert_eq!(wait_s("zb-2p", 1, &ranks).1, 0.0);
+        // Tokens of four microbatches fill four ranks; those of one leave three of them idle.
+        assert_eq!(round_wait_s(4.0, &ranks).1, 0.0);
+        assert_eq!(round_wait_s(1.0, &ranks).1, 9.0);
     }
 }

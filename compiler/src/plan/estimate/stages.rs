@@ -88,6 +88,21 @@ impl Stages {
         }
     }
 
+    /// Layers of a pipeline rank, those that predict further tokens included.
+    pub fn n_layers_of(&self, pipeline_rank: usize, workload: &Workload) -> usize {
+        let own = self.stages.iter().enumerate();
+        own.filter(|(stage, _)| self.rank_of(*stage) == pipeline_rank)
+            .map(|(_, stage)| {
+                let ahead = if stage.predicts {
+                    workload.prediction_layers
+                } else {
+                    0
+                };
+                stage.layers.len() + ahead
+            })
+            .sum()
+    }
+
     /// The stage that a pipeline rank runs as its so-manieth chunk.
     pub fn stage_of(&self, pipeline_rank: usize, chunk: usize) -> usize {
         if self.is_v && chunk % 2 == 1 {

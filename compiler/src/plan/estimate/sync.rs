@@ -99,10 +99,16 @@ pub fn data_parallel_s(
                 0.0,
             )
         };
+        // Stage 2 keeps no whole gradients: those of every microbatch are reduced into the shards
+        // (Rajbhandari et al. 2020, arXiv 1910.02054, §5.2).
+        let n_reductions = match mapping.zero.stage {
+            2 if !workload.software.reduces_whole => cover.n_microbatches,
+            _ => 1.0,
+        };
         total += if workload.software.overlap_dp {
-            hidden(reduce, cover.backward_s) + hidden(gather, cover.forward_s)
+            n_reductions * hidden(reduce, cover.backward_s) + hidden(gather, cover.forward_s)
         } else {
-            reduce + gather
+            n_reductions * reduce + gather
         };
     }
     total

@@ -122,6 +122,15 @@ impl Software {
         }
     }
 
+    /// Programs that generate tokens: the kernels of a step are recorded once and replayed (CUDA graphs,
+    /// as vLLM and TensorRT-LLM decode).
+    pub fn generating() -> Self {
+        Self {
+            launch_s: 0.0,
+            ..Self::default()
+        }
+    }
+
     /// PyTorch's FSDP: parameters are prefetched, elementwise ops are kernels of their own.
     pub fn fsdp() -> Self {
         Self {
@@ -162,7 +171,10 @@ impl Workload {
             job,
             prediction_layers: 0,
             window_every: 1,
-            software: Software::default(),
+            software: match job {
+                Job::Train | Job::Prefill => Software::default(),
+                Job::Decode { .. } => Software::generating(),
+            },
         }
     }
 

@@ -24,6 +24,8 @@ use crate::plan::estimate::{Job, Workload, memory};
 pub(super) struct LayerCosts {
     /// Of each layer: forward, and for training backward.
     pub layers: Vec<f64>,
+    /// Of computing each layer again, whole.
+    pub again: Vec<f64>,
     /// Before the first layer.
     pub first: f64,
     /// Behind the last one.
@@ -153,12 +155,25 @@ fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
         .iter()
         .map(|layer| seconds(pricer.layer(*layer)))
         .collect();
+    let whole = Mapping {
+        recompute: Recompute::Full,
+        ..mapping.clone()
+    };
+    let pricer_of_whole = Pricer::new(workload, &whole, problem.cluster);
+    let again: Vec<f64> = match workload.job {
+        Job::Train => firsts
+            .iter()
+            .map(|layer| pricer_of_whole.layer(*layer).recompute.seconds())
+            .collect(),
+        Job::Prefill | Job::Decode { .. } => vec![0.0; firsts.len()],
+    };
     let head = seconds(pricer.head());
     let predictions: f64 = (0..workload.prediction_layers)
         .map(|ahead| seconds(pricer.layer(workload.model.n_layers + ahead)) + head)
         .sum();
     LayerCosts {
-        layers: kinds.into_iter().map(|kind| of_kind[kind]).collect(),
+        layers: kinds.iter().map(|kind| of_kind[*kind]).collect(),
+        again: kinds.iter().map(|kind| again[*kind]).collect(),
         first: seconds(pricer.embedding()),
         last: head + predictions,
     }
@@ -203,6 +218,7 @@ pub(super) fn least_seconds(
         })
         .fold(1.0, f64::min);
     with_wait(
+        problem,
         n_microbatches,
         costs.least_of_slowest(grid.pp),
         costs.total(),
@@ -211,8 +227,17 @@ pub(super) fn least_seconds(
 }
 
 /// What a pipeline takes whose slowest rank works `pace_s` a microbatch, and waits for this share of
-/// the others' work.
-fn with_wait(n_microbatches: usize, pace_s: f64, total_s: f64, share: f64) -> f64 {
+/// the others' work; when it generates tokens, until a microbatch has passed all ranks.
+fn with_wait(
+    problem: &Problem<'_>,
+    n_microbatches: usize,
+    pace_s: f64,
+    total_s: f64,
+    share: f64,
+) -> f64 {
+    if let Job::Decode { .. } = problem.workload.job {
+        return (n_microbatches as f64 * pace_s).max(total_s);
+    }
     n_microbatches as f64 * pace_s + share * (total_s - pace_s).max(0.0)
 }
 
@@ -255,7 +280,7 @@ pub(super) fn least_seconds_of_cut(
         _ => wait_share(&mapping.pipeline.schedule, mapping.pipeline.chunks),
     };
     let n_microbatches = mapping.n_microbatches(problem.workload.batch).max(1);
-    with_wait(n_microbatches, pace_s, costs.total(), share)
+    with_wait(problem, n_microbatches, pace_s, costs.total(), share)
 }
 
 /// Bytes that the first and the last rank need at least: everything saved that may be saved.
@@ -331,11 +356,9 @@ pub(super) const SLACK: usize = 2;
 /// feel more than what they save.
 fn savings(problem: &Problem<'_>, grid: Grid) -> Vec<(String, Zero, Offload)> {
     let space = problem.space;
-    let activations = space
-        .offload_activations
-        .iter()
-        .copied()
-        .fold(0.0, f64::max);
+    // Memory is linear in the part that leaves, but for the buffers that any part takes.
+    let parts = || space.offload_activations.iter().copied();
+    let (least, most) = (parts().fold(1.0, f64::min), parts().fold(0.0, f64::max));
     let mut found = Vec::new();
     for schedule in kinds_of_memory(grid.pp, &space.schedules) {
         for stage in zero_stages(space, grid) {
@@ -344,11 +367,16 @@ fn savings(problem: &Problem<'_>, grid: Grid) -> Vec<(String, Zero, Offload)> {
                 .max_by_key(|group| group.unwrap_or(grid.dp));
             let group = largest.flatten();
             for &optimizer in &space.offload_optimizer {
-                let offload = Offload {
-                    optimizer,
-                    activations,
-                };
-                found.push((schedule.clone(), Zero { stage, group }, offload));
+                for activations in [least, most] {
+                    let offload = Offload {
+                        optimizer,
+                        activations,
+                    };
+                    found.push((schedule.clone(), Zero { stage, group }, offload));
+                    if least == most {
+                        break;
+                    }
+                }
             }
         }
     }

@@ -55,6 +55,7 @@ pub fn choices(mapping: &Mapping) -> Vec<(&'static str, String)> {
         Recompute::None => "none".to_owned(),
         Recompute::Full => "full".to_owned(),
         Recompute::Layers(count) => format!("{count} layers of a rank"),
+        Recompute::LayersByRank(counts) => format!("{counts:?} layers of the ranks"),
         Recompute::Modules(parts) => {
             let parts: Vec<String> = parts.iter().map(|part| format!("{part:?}")).collect();
             parts.join(" + ")

@@ -132,6 +132,7 @@ pub fn the_only(
             Whole::Full => Recompute::Full,
             Whole::First(Some(count)) => Recompute::Layers(count),
             Whole::First(None) => return Err(open("recompute")),
+            Whole::Ranks(counts) => Recompute::LayersByRank(counts),
         };
         mapping.offload = Offload {
             optimizer: only("offload optimizer", &space.offload_optimizer).map_err(open_of)?,

@@ -11,8 +11,9 @@ use meshweave_dsl::mapping::{Mapping, Module, Recompute};
 use super::Problem;
 use super::bound::Layers;
 use super::grids::LayerKey;
-use super::search::worst_bytes;
 use super::space::Whole;
+use crate::plan::estimate::memory;
+use crate::plan::estimate::stages::Stages;
 
 /// What may be computed again in this mapping, least first; its own recomputation included. Parts that
 /// take more than the seconds to spare are left out.
@@ -44,26 +45,65 @@ pub(super) fn savings(
             Whole::None => {}
             Whole::Full => found.push(Recompute::Full),
             Whole::First(Some(count)) => found.push(Recompute::Layers(*count)),
-            Whole::First(None) if space.again.is_empty() => {
-                found.extend(fewest_layers(problem, base).map(Recompute::Layers));
+            // Beside offloading, more than the fewest could be faster: that is not searched.
+            Whole::First(None) if space.again.is_empty() && base.offload.activations == 0.0 => {
+                found.extend(fewest_layers(problem, base));
             }
             Whole::First(None) => {}
+            Whole::Ranks(counts) if counts.len() == base.pp => {
+                found.push(Recompute::LayersByRank(counts.clone()));
+            }
+            Whole::Ranks(_) => {}
         }
     }
     found
 }
 
-/// The fewest whole layers of every rank that must be computed again to fit, by bisection: memory
-/// falls with their number.
-fn fewest_layers(problem: &Problem<'_>, base: &Mapping) -> Option<usize> {
+/// The fewest whole layers of each rank that must be computed again to fit: ranks do not share memory,
+/// and no rank is faster for what another one computes again.
+fn fewest_layers(problem: &Problem<'_>, base: &Mapping) -> Option<Recompute> {
+    let stages = Stages::new(problem.workload, base);
+    let counts: Option<Vec<usize>> = (0..base.pp)
+        .map(|rank| {
+            let most = stages.n_layers_of(rank, problem.workload);
+            fewest_of_rank(problem, base, rank, most)
+        })
+        .collect();
+    counts.map(by_rank)
+}
+
+/// So many layers of each rank, in the shortest words.
+pub(super) fn by_rank(counts: Vec<usize>) -> Recompute {
+    match counts.as_slice() {
+        [first, others @ ..] if others.iter().all(|count| count == first) => match first {
+            0 => Recompute::None,
+            count => Recompute::Layers(*count),
+        },
+        _ => Recompute::LayersByRank(counts),
+    }
+}
+
+/// The fewest of a rank's `most` layers that must be computed again for it to fit, by bisection: memory
+/// falls with their number. Nothing computed again may take less than one layer, whose buffers count.
+pub(super) fn fewest_of_rank(
+    problem: &Problem<'_>,
+    base: &Mapping,
+    rank: usize,
+    most: usize,
+) -> Option<usize> {
     let fits = |count: usize| {
+        let mut counts = vec![0; base.pp];
+        counts[rank] = count;
         let mapping = Mapping {
-            recompute: Recompute::Layers(count),
+            recompute: Recompute::LayersByRank(counts),
             ..base.clone()
         };
-        worst_bytes(problem, &mapping) <= problem.space.budget_bytes
+        let held = memory(problem.workload, &mapping, problem.cluster, rank);
+        held.total().0 <= problem.space.budget_bytes
     };
-    let most = problem.workload.model.n_layers.div_ceil(base.pp);
+    if fits(0) {
+        return Some(0);
+    }
     if most == 0 || !fits(most) {
         return None;
     }

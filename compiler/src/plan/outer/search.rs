@@ -21,8 +21,9 @@ use super::bound::{
 };
 use super::grids::{Family, Grid, LayerKey, Objections, admits_microbatches, families, layer_keys};
 use super::saving::savings;
+use super::serving::first_token_s;
 use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
-use super::stages::balanced;
+use super::stages::{balanced, balanced_in_memory};
 use super::{Options, Problem};
 use crate::plan::estimate::{Estimate, Unpriced, estimate, memory};
 
@@ -30,13 +31,23 @@ use crate::plan::estimate::{Estimate, Unpriced, estimate, memory};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Priced {
     pub mapping: Mapping,
+    /// Sequences a step.
+    pub batch: usize,
     pub estimate: Estimate,
+}
+
+impl Priced {
+    /// Predicted seconds of a step, by sequence: what mappings of several batches are compared by.
+    pub fn a_sequence_s(&self) -> f64 {
+        self.estimate.step_s / self.batch as f64
+    }
 }
 
 /// How much of the space was looked at, and how.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Counts {
-    /// Complete mappings in the space.
+    /// Complete mappings in the space; those that differ in which ranks compute whole layers again
+    /// count as one.
     pub n_mappings: u64,
     /// Grids with the choices of their layers.
     pub n_nodes: u64,
@@ -86,6 +97,8 @@ pub(super) struct Outcome {
     pub is_out_of_time: bool,
     /// The fastest of those that take longer than the target.
     pub fastest_s: f64,
+    /// The fastest first token of those that take longer than the target.
+    pub fastest_first_s: f64,
 }
 
 /// What waits in the queue, with more and more decided.
@@ -174,6 +187,7 @@ pub(super) fn search(
             unpriced: BTreeMap::new(),
             is_out_of_time: false,
             fastest_s: f64::INFINITY,
+            fastest_first_s: f64::INFINITY,
         },
         by_grid: BTreeMap::new(),
         best_s: options.better_than_s.unwrap_or(f64::INFINITY),
@@ -251,7 +265,7 @@ impl Search<'_> {
             }
             n_steps += 1;
             if n_steps.is_multiple_of(N_STEPS_A_LOOK)
-                && self.best.is_some()
+                && self.best_s.is_finite()
                 && start.elapsed().as_secs_f64() > self.options.within_s
             {
                 let bound = &mut self.outcome.lower_bound_s;
@@ -277,6 +291,15 @@ impl Search<'_> {
         let family = self.families[family_idx].clone();
         for grid in family.grids {
             if !admits_microbatches(self.problem, grid, key.micro_batch) {
+                continue;
+            }
+            if let Some(most_s) = self.problem.space.most_first_s
+                && let Some(first_s) = first_token_s(self.problem, grid, key)
+                && first_s > most_s
+            {
+                let fastest = &mut self.outcome.fastest_first_s;
+                *fastest = fastest.min(first_s);
+                self.outcome.counts.n_too_slow += 1;
                 continue;
             }
             let least = least_bytes(self.problem, grid, key);
@@ -402,6 +425,20 @@ impl Search<'_> {
                     offload,
                     ..point.clone()
                 };
+                // Activations that leave and what is computed again only add to it.
+                let kept = Mapping {
+                    offload: Offload {
+                        optimizer,
+                        activations: 0.0,
+                    },
+                    ..point.clone()
+                };
+                if offload != Offload::default() && !self.may_be_best(&kept) {
+                    continue;
+                }
+                if let Some(cut) = self.cut_by_memory(&base, &key) {
+                    self.offer(cut);
+                }
                 for recompute in savings(self.problem, self.layers, &key, &base, spare_s) {
                     let mapping = Mapping {
                         recompute,
@@ -413,6 +450,38 @@ impl Search<'_> {
                 }
             }
         }
+    }
+
+    /// Whether a mapping's price is below the best one's.
+    fn may_be_best(&mut self, mapping: &Mapping) -> bool {
+        match estimate(self.problem.workload, mapping, self.problem.cluster) {
+            Ok(found) => found.step_s < self.best_s,
+            Err(error) => {
+                self.note_unpriced(&error);
+                false
+            }
+        }
+    }
+
+    /// The stages and the layers computed again that the budget admits, where both are open and a rank
+    /// has one stage.
+    fn cut_by_memory(&mut self, base: &Mapping, key: &LayerKey) -> Option<Mapping> {
+        let space = self.problem.space;
+        let is_open = base.pp > 1
+            && base.pipeline.chunks == 1
+            && space.cuts == Cuts::Any
+            && space.whole.contains(&Whole::First(None))
+            && space.again.is_empty()
+            && base.offload.activations == 0.0;
+        if !is_open {
+            return None;
+        }
+        let costs = self.layers.costs(self.problem, *key);
+        // Once a pipeline, not for each of its cuts; from the fastest one, whose price bounds it.
+        if base.pipeline.layers != balanced(costs, base.pp) {
+            return None;
+        }
+        balanced_in_memory(self.problem, costs, base)
     }
 
     fn fits(&mut self, mapping: &Mapping) -> bool {
@@ -440,7 +509,11 @@ impl Search<'_> {
         // Preferences only weigh: a bound of the seconds is one of the weighed seconds too.
         let factors = space.preferences.iter().map(|one| one.factor(&mapping));
         let seconds = estimate.step_s * factors.product::<f64>();
-        let priced = Priced { mapping, estimate };
+        let priced = Priced {
+            mapping,
+            batch: self.problem.workload.batch,
+            estimate,
+        };
         let grid = grid_of(&priced.mapping);
         let known = self.by_grid.get(&grid);
         if known.is_none_or(|known| seconds < known.estimate.step_s) {
@@ -473,7 +546,7 @@ impl Search<'_> {
 }
 
 /// Other grids that are remembered.
-const N_RUNNERS_UP: usize = 16;
+pub(super) const N_RUNNERS_UP: usize = 16;
 
 /// The ZeRO stages of a grid: none without ranks to divide among.
 pub(super) fn zero_stages(space: &Space, grid: Grid) -> Vec<u8> {

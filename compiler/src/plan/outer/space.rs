@@ -68,6 +68,8 @@ pub enum Whole {
     Full,
     /// So many of every pipeline rank; the least that fits where absent.
     First(Option<usize>),
+    /// So many of each pipeline rank.
+    Ranks(Vec<usize>),
 }
 
 /// Among how many ranks ZeRO divides.
@@ -83,6 +85,8 @@ pub enum ShardGroup {
 /// The choices of every dimension.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Space {
+    /// Sequences of a step. Of several the plan with the most tokens a second is sought.
+    pub batches: Allowed,
     pub tp: Allowed,
     pub cp: Allowed,
     pub dp: Allowed,
@@ -114,6 +118,8 @@ pub struct Space {
     pub budget_bytes: u64,
     /// Seconds that a step may take.
     pub most_s: Option<f64>,
+    /// Seconds that the first token of one prompt a replica may take where tokens are generated.
+    pub most_first_s: Option<f64>,
     pub preferences: Vec<Preference>,
 }
 
@@ -145,10 +151,14 @@ pub const MAX_CHUNKS: usize = 16;
 /// Schedules that are searched where the user does not name any: those that Megatron-Core runs.
 pub const SCHEDULES: [&str; 2] = ["1f1b", "interleaved"];
 
+/// Parts of the kept activations that are offloaded where the user does not name any.
+pub const OFFLOADED_PARTS: [f64; 4] = [0.0, 0.25, 0.5, 1.0];
+
 impl Space {
     /// Everything that is legal for the workload on the cluster.
     pub fn everything(workload: &Workload, cluster: &Cluster) -> Self {
         let is_training = workload.job == Job::Train;
+        let may_offload = is_training && cluster.device.host_bytes_per_s > 0.0;
         let model = &workload.model;
         let mut maybe_again = BTreeSet::new();
         if is_training {
@@ -161,6 +171,7 @@ impl Space {
             }
         }
         Self {
+            batches: Allowed::only(workload.batch),
             tp: Allowed::Any,
             cp: Allowed::Any,
             dp: Allowed::Any,
@@ -171,8 +182,11 @@ impl Space {
             within_node: BTreeSet::new(),
             sequence_parallel: vec![true, false],
             contexts: vec![Context::Ring, Context::AllGather, Context::Ulysses],
-            // Stage 2 reduces gradients once a microbatch, for nothing that stage 3 does not save.
-            zero_stages: if is_training { vec![1, 0, 3] } else { vec![0] },
+            zero_stages: if is_training {
+                vec![1, 0, 2, 3]
+            } else {
+                vec![0]
+            },
             shard_groups: vec![ShardGroup::All, ShardGroup::Node],
             micro_batches: Allowed::Any,
             n_microbatches: Allowed::Any,
@@ -190,15 +204,20 @@ impl Space {
             } else {
                 vec![Whole::None]
             },
-            offload_optimizer: if is_training {
+            offload_optimizer: if may_offload {
                 vec![false, true]
             } else {
                 vec![false]
             },
-            offload_activations: vec![0.0],
+            offload_activations: if may_offload {
+                OFFLOADED_PARTS.to_vec()
+            } else {
+                vec![0.0]
+            },
             precisions: vec![Precision::MIXED_BF16],
             budget_bytes: (cluster.device.memory_bytes as f64 * (1.0 - HEADROOM)) as u64,
             most_s: None,
+            most_first_s: None,
             preferences: Vec::new(),
         }
     }

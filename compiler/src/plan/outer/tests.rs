@@ -14,6 +14,10 @@ use super::search::{chunk_counts, grid_of, key_of, worst_bytes};
 use super::*;
 use crate::model::{DecoderConfig, GoldenSize};
 use crate::plan::estimate::estimate;
+use crate::plan::estimate::stages::Stages;
+
+mod savings;
+mod serving;
 
 /// A small instance.
 #[derive(Clone, Debug)]
@@ -45,7 +49,12 @@ fn instances() -> impl Strategy<Value = Instance> {
             Just(vec!["1f1b", "zb-h1", "zb-v"]),
             Just(vec!["gpipe"]),
         ],
-        prop_oneof![Just(vec![1u8, 0]), Just(vec![0, 3]), Just(vec![2, 1])],
+        prop_oneof![
+            Just(vec![1u8, 0]),
+            Just(vec![0, 3]),
+            Just(vec![2, 1]),
+            Just(vec![1, 0, 2, 3]),
+        ],
         prop_oneof![
             Just(vec![Context::Ring, Context::Ulysses]),
             Just(vec![Context::AllGather]),
@@ -113,7 +122,11 @@ impl Instance {
                 vec![false]
             },
             maybe_again: [Module::CoreAttention, Module::Mlp].into(),
-            offload_activations: vec![0.0],
+            offload_activations: if self.offloads {
+                vec![0.0, 0.5, 1.0]
+            } else {
+                vec![0.0]
+            },
             ..Space::everything(workload, cluster)
         }
     }
@@ -128,7 +141,6 @@ fn all_mappings(problem: &Problem<'_>) -> Vec<Mapping> {
     let (workload, space) = (problem.workload, problem.space);
     let n = problem.cluster.n_devices();
     let mut found = Vec::new();
-    let policies = policies(workload, space);
     for (tp, cp, pp) in
         upto(n).flat_map(|tp| upto(n).flat_map(move |cp| upto(n).map(move |pp| (tp, cp, pp))))
     {
@@ -152,7 +164,8 @@ fn all_mappings(problem: &Problem<'_>) -> Vec<Mapping> {
             for micro_batch in upto(per_rank).filter(|size| per_rank.is_multiple_of(*size)) {
                 for sequence_parallel in [false, true] {
                     let divides = (workload.seq / cp).is_multiple_of(tp);
-                    if sequence_parallel && (tp == 1 || !divides) {
+                    let decodes = matches!(workload.job, Job::Decode { .. });
+                    if sequence_parallel && (tp == 1 || !divides || decodes) {
                         continue;
                     }
                     let contexts = match cp {
@@ -175,20 +188,18 @@ fn all_mappings(problem: &Problem<'_>) -> Vec<Mapping> {
                             ..Mapping::data_parallel(dp, micro_batch, Precision::MIXED_BF16)
                         };
                         for pipeline in pipelines(workload, space, &base) {
-                            for zero in zeros(space, &base) {
-                                for recompute in &policies {
-                                    for &optimizer in &space.offload_optimizer {
-                                        found.push(Mapping {
-                                            pipeline: pipeline.clone(),
-                                            zero,
-                                            recompute: recompute.clone(),
-                                            offload: Offload {
-                                                optimizer,
-                                                activations: 0.0,
-                                            },
-                                            ..base.clone()
-                                        });
-                                    }
+                            let piped = Mapping {
+                                pipeline,
+                                ..base.clone()
+                            };
+                            for (recompute, offload) in savings(workload, space, &piped) {
+                                for zero in zeros(space, &base) {
+                                    found.push(Mapping {
+                                        zero,
+                                        recompute: recompute.clone(),
+                                        offload,
+                                        ..piped.clone()
+                                    });
                                 }
                             }
                         }
@@ -200,7 +211,31 @@ fn all_mappings(problem: &Problem<'_>) -> Vec<Mapping> {
     found
 }
 
-fn policies(workload: &Workload, space: &Space) -> Vec<Recompute> {
+/// What may be computed again, with what may be offloaded.
+fn savings(workload: &Workload, space: &Space, base: &Mapping) -> Vec<(Recompute, Offload)> {
+    let mut found = Vec::new();
+    for &activations in &space.offload_activations {
+        for &optimizer in &space.offload_optimizer {
+            let offload = Offload {
+                optimizer,
+                activations,
+            };
+            for recompute in policies(workload, space, base) {
+                let is_of_layers =
+                    matches!(recompute, Recompute::Layers(_) | Recompute::LayersByRank(_));
+                if activations == 0.0 || !is_of_layers {
+                    found.push((recompute, offload));
+                }
+            }
+        }
+    }
+    found
+}
+
+fn policies(workload: &Workload, space: &Space, base: &Mapping) -> Vec<Recompute> {
+    if workload.job != Job::Train {
+        return vec![Recompute::None];
+    }
     let parts: Vec<Module> = space.maybe_again.iter().copied().collect();
     let mut policies = vec![Recompute::None, Recompute::Full];
     for chosen in 1..1usize << parts.len() {
@@ -213,6 +248,22 @@ fn policies(workload: &Workload, space: &Space) -> Vec<Recompute> {
         policies.push(Recompute::Modules(set));
     }
     policies.extend((1..=workload.model.n_layers).map(Recompute::Layers));
+    let stages = Stages::new(workload, base);
+    let mut by_rank = vec![Vec::new()];
+    for rank in 0..base.pp {
+        let most = stages.n_layers_of(rank, workload);
+        by_rank = by_rank
+            .into_iter()
+            .flat_map(|counts: Vec<usize>| {
+                (0..=most).map(move |count| {
+                    let mut counts = counts.clone();
+                    counts.push(count);
+                    counts
+                })
+            })
+            .collect();
+    }
+    policies.extend(by_rank.into_iter().map(Recompute::LayersByRank));
     policies
 }
 

@@ -27,7 +27,7 @@ pub fn print_mapping(
     remarks: &[String],
 ) -> Document {
     let mut printed = document.clone();
-    witness_format(&mut printed, mapping);
+    witness_job(&mut printed, request, mapping);
     let main = witness_meshes(&mut printed, request, mapping);
     witness_tactics(&mut printed, &main, mapping);
     witness_pipeline(&mut printed, &main, request, mapping);
@@ -44,20 +44,26 @@ fn witnessed<T>(value: T) -> Choice<T> {
     Choice::auto().witnessed(value)
 }
 
-/// Fills `dtype`, where it is a hole.
-fn witness_format(document: &mut Document, mapping: &Mapping) {
+/// Fills `batch` and `dtype`, where they are holes.
+fn witness_job(document: &mut Document, request: &MappingRequest, mapping: &Mapping) {
     let known = FORMATS
         .iter()
         .find(|(_, precision)| *precision == mapping.precision);
-    let Some((word, _)) = known else { return };
+    let format = known.map(|(word, _)| Value::Word(name(word)));
+    let batch = Value::Number(Number::Int(request.workload.batch as i64));
     for line in &mut document.body.lines {
         let (Statement::Train(job) | Statement::Infer(job)) = &mut line.item.node else {
             continue;
         };
-        let settings = job.settings.iter_mut();
-        for setting in settings.filter(|setting| setting.node.key == "dtype") {
+        for setting in &mut job.settings {
+            let witness = match setting.node.key.as_str() {
+                "batch" => Some(&batch),
+                "dtype" => format.as_ref(),
+                _ => None,
+            };
+            let Some(witness) = witness else { continue };
             for value in &mut setting.node.values {
-                value.node = value.node.clone().witnessed(Value::Word(name(word)));
+                value.node = value.node.clone().witnessed(witness.clone());
             }
         }
     }
@@ -448,6 +454,9 @@ fn witness_memory(document: &mut Document, mapping: &Mapping) {
         Recompute::None | Recompute::Modules(_) => RecomputePolicy::None,
         Recompute::Full => RecomputePolicy::Full,
         Recompute::Layers(count) => RecomputePolicy::First(vec![*count as u64]),
+        Recompute::LayersByRank(counts) => {
+            RecomputePolicy::First(counts.iter().map(|count| *count as u64).collect())
+        }
     };
     let mut said: Vec<Module> = Vec::new();
     let mut is_whole_said = false;

@@ -42,6 +42,8 @@ pub enum Rule {
     Precisions(Vec<Precision>),
     /// A step takes at most so many seconds.
     Within(f64),
+    /// The first token takes at most so many.
+    FirstWithin(f64),
 }
 
 impl Rule {
@@ -83,6 +85,7 @@ impl Rule {
             Self::Offload(offloading) => offloading.apply(space),
             Self::Precisions(precisions) => space.precisions = precisions.clone(),
             Self::Within(most_s) => space.most_s = Some(*most_s),
+            Self::FirstWithin(most_s) => space.most_first_s = Some(*most_s),
         }
     }
 }

@@ -44,12 +44,14 @@ impl Recomputing {
         match self {
             Self::Whole(choices) => {
                 space.whole.retain(|own| match own {
-                    Whole::First(_) => choices.iter().any(|c| matches!(c, Whole::First(_))),
+                    Whole::First(_) | Whole::Ranks(_) => {
+                        choices.iter().any(|c| matches!(c, Whole::First(_)))
+                    }
                     own => choices.contains(own),
                 });
                 let given = choices
                     .iter()
-                    .filter(|choice| matches!(choice, Whole::First(Some(_))));
+                    .filter(|choice| matches!(choice, Whole::First(Some(_)) | Whole::Ranks(_)));
                 if given.clone().next().is_some() {
                     space.whole.retain(|own| !matches!(own, Whole::First(_)));
                     space.whole.extend(given.cloned());
@@ -215,10 +217,12 @@ impl Reader<'_> {
                     RecomputePolicy::Full => Whole::Full,
                     RecomputePolicy::First(counts) => match counts.as_slice() {
                         [count] => Whole::First(usize::try_from(*count).ok()),
-                        _ => {
-                            self.refuse(on.span, "different numbers of layers a rank");
-                            return None;
-                        }
+                        counts => Whole::Ranks(
+                            counts
+                                .iter()
+                                .map(|count| usize::try_from(*count).unwrap_or(usize::MAX))
+                                .collect(),
+                        ),
                     },
                 });
             }

@@ -276,7 +276,8 @@ impl<'a> LayerSizes<'a> {
         let mut bytes = 0.0;
         self.saved(is_moe, &mut |owner, _, tensor| {
             let is_kept = match (recompute, owner) {
-                (_, Owner::Input) | (Recompute::None | Recompute::Layers(_), _) => true,
+                (_, Owner::Input) => true,
+                (Recompute::None | Recompute::Layers(_) | Recompute::LayersByRank(_), _) => true,
                 (Recompute::Full, _) => false,
                 (Recompute::Modules(_), Owner::Layer) => true,
                 (Recompute::Modules(parts), Owner::Part(part)) => {
@@ -325,7 +326,9 @@ impl<'a> LayerSizes<'a> {
         let whole = self.kept(is_moe, &Recompute::None);
         let again = match recompute {
             Recompute::None => 0.0,
-            Recompute::Full | Recompute::Layers(_) => whole - self.kept(is_moe, &Recompute::Full),
+            Recompute::Full | Recompute::Layers(_) | Recompute::LayersByRank(_) => {
+                whole - self.kept(is_moe, &Recompute::Full)
+            }
             Recompute::Modules(_) => whole - self.kept(is_moe, recompute),
         };
         ffn.max(attention) + again
