@@ -5,6 +5,7 @@
 //! fail too. The order of threads between two barriers is chosen by the caller: a race shows as
 //! results that depend on it.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use meshweave_compiler::codegen::launch::{Launch, WARP};
@@ -104,6 +105,11 @@ fn d(bits: u64) -> f64 {
     f64::from_bits(bits)
 }
 
+/// Whether one of two floats is NaN, or their order is as wanted.
+fn unordered_or(a: &[u64], wanted: fn(Ordering) -> bool) -> bool {
+    f(a[0]).partial_cmp(&f(a[1])).is_none_or(wanted)
+}
+
 /// The function of an instruction that computes, by its name.
 fn function(op: &str) -> Option<fn(&[u64]) -> u64> {
     let function: fn(&[u64]) -> u64 = match op {
@@ -125,7 +131,7 @@ fn function(op: &str) -> Option<fn(&[u64]) -> u64> {
         "rem.u64" => |a| a[0] % a[1],
         "div.u32" => |a| u64::from(a[0] as u32 / a[1] as u32),
         "rem.u32" => |a| u64::from(a[0] as u32 % a[1] as u32),
-        "mul.hi.u32" => |a| (a[0] & 0xffff_ffff) * (a[1] & 0xffff_ffff) >> 32,
+        "mul.hi.u32" => |a| ((a[0] & 0xffff_ffff) * (a[1] & 0xffff_ffff)) >> 32,
         "mul.hi.u64" => |a| ((u128::from(a[0]) * u128::from(a[1])) >> 64) as u64,
         "add.s32" | "add.u32" => |a| u64::from((a[0] as u32).wrapping_add(a[1] as u32)),
         "sub.s32" | "sub.u32" => |a| u64::from((a[0] as u32).wrapping_sub(a[1] as u32)),
@@ -160,8 +166,8 @@ fn function(op: &str) -> Option<fn(&[u64]) -> u64> {
         "shl.b32" => |a| u64::from((a[0] as u32).checked_shl(a[1] as u32).unwrap_or(0)),
         "shr.u32" => |a| u64::from((a[0] as u32).checked_shr(a[1] as u32).unwrap_or(0)),
         "shr.s32" => |a| u64::from(((a[0] as u32 as i32) >> a[1].min(31)) as u32),
-        "bfe.u32" => |a| (a[0] & 0xffff_ffff) >> a[1] & ((1 << a[2]) - 1),
-        "bfe.u64" => |a| a[0] >> a[1] & ((1 << a[2]) - 1),
+        "bfe.u32" => |a| ((a[0] & 0xffff_ffff) >> a[1]) & ((1 << a[2]) - 1),
+        "bfe.u64" => |a| (a[0] >> a[1]) & ((1 << a[2]) - 1),
         "cvt.u16.u32" | "cvt.u16.u64" | "cvt.u32.u16" | "cvt.u64.u16" | "mov.b16" => {
             |a| a[0] & 0xffff
         }
@@ -223,10 +229,10 @@ fn function(op: &str) -> Option<fn(&[u64]) -> u64> {
         "setp.le.f32" => |a| u64::from(f(a[0]) <= f(a[1])),
         "setp.gt.f32" => |a| u64::from(f(a[0]) > f(a[1])),
         "setp.ge.f32" => |a| u64::from(f(a[0]) >= f(a[1])),
-        "setp.ltu.f32" => |a| u64::from(!(f(a[0]) >= f(a[1]))),
-        "setp.leu.f32" => |a| u64::from(!(f(a[0]) > f(a[1]))),
-        "setp.gtu.f32" => |a| u64::from(!(f(a[0]) <= f(a[1]))),
-        "setp.geu.f32" => |a| u64::from(!(f(a[0]) < f(a[1]))),
+        "setp.ltu.f32" => |a| u64::from(unordered_or(a, Ordering::is_lt)),
+        "setp.leu.f32" => |a| u64::from(unordered_or(a, Ordering::is_le)),
+        "setp.gtu.f32" => |a| u64::from(unordered_or(a, Ordering::is_gt)),
+        "setp.geu.f32" => |a| u64::from(unordered_or(a, Ordering::is_ge)),
         "setp.nan.f32" => |a| u64::from(f(a[0]).is_nan() || f(a[1]).is_nan()),
         "setp.num.f32" => |a| u64::from(!f(a[0]).is_nan() && !f(a[1]).is_nan()),
         "setp.eq.s64" | "setp.eq.b64" => |a| u64::from(a[0] == a[1]),
@@ -509,7 +515,7 @@ impl Block<'_> {
     fn cell(&mut self, address: u64, shared: bool, text: &str) -> &mut u32 {
         let number = address >> OFFSET_BITS;
         let offset = address & ((1 << OFFSET_BITS) - 1);
-        assert!(offset % 4 == 0, "{}: unaligned {text}", self.name);
+        assert!(offset.is_multiple_of(4), "{}: unaligned {text}", self.name);
         assert_eq!(
             shared,
             number == SHARED,
