@@ -2,7 +2,7 @@
 
 LLVM := /usr/lib/llvm-22
 PACKAGES := build-essential cmake llvm-22-dev libmlir-22-dev mlir-22-tools libclang-22-dev clang-22 \
-            libpolly-22-dev libzstd-dev zlib1g-dev libxml2-dev libz3-dev
+            libpolly-22-dev libzstd-dev zlib1g-dev libxml2-dev libz3-dev openmpi-bin
 
 .PHONY: demo test setup bench fmt
 
@@ -20,5 +20,5 @@ test: setup ## format, lints and all tests
 bench: setup ## benchmarks (see benches/)
 	cargo bench
 
-setup: ## installs what is missing: Rust, LLVM/MLIR 22, cmake (Debian packages)
+setup: ## installs what is missing: Rust, LLVM/MLIR 22, cmake, an MPI (Debian packages)
 	@sh scripts/setup.sh "$(LLVM)" $(PACKAGES)

@@ -10,6 +10,9 @@ mod diff;
 mod explain;
 mod export;
 mod fmt;
+mod job;
+mod launch;
+mod outcome;
 mod place;
 mod plan;
 mod profile;
@@ -18,9 +21,11 @@ mod run;
 mod schedule;
 mod show;
 mod trace;
+mod train;
 mod validate;
 mod verify;
 mod what_if;
+mod worker;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -81,6 +86,8 @@ pub enum Command {
     Compile(compile::CompileArgs),
     /// Train or evaluate: a document (planned and compiled first) or an artifact.
     Run(run::RunArgs),
+    /// Run one rank of an artifact as a process of an MPI job (`mpirun -n 8 meshweave worker ARTIFACT`).
+    Worker(worker::WorkerArgs),
     /// Write a report, a trace or a drawing.
     Show(show::ShowArgs),
     /// Say why the plan is what it is: where time goes, the runner-up, the price of each pin.
@@ -149,6 +156,7 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Plan(args) => plan::plan(args, cli.format),
         Command::Compile(args) => compile::compile(args, cli.format),
         Command::Run(args) => run::run(args, cli.format),
+        Command::Worker(args) => worker::worker(args, cli.format),
         Command::Show(args) => show::show(args, cli.format),
         Command::Explain(args) => explain::explain(args, cli.format),
         Command::Schedule(args) => schedule::schedule(args, cli.format),

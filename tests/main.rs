@@ -21,6 +21,8 @@ mod partition;
 mod pipelines;
 #[cfg(feature = "mlir")]
 mod ptx;
+#[cfg(feature = "mlir")]
+mod processes;
 mod random_graphs;
 mod schedule;
 mod show;

@@ -43,10 +43,10 @@ struct Manifest {
 
 /// What tells a file from another or from a part of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct FileMark {
-    n_bytes: u64,
+pub(crate) struct FileMark {
+    pub(crate) n_bytes: u64,
     /// FNV-1a of 64 bits, in hexadecimal digits.
-    hash: String,
+    pub(crate) hash: String,
 }
 
 /// What a manifest of another version may look like.
@@ -139,6 +139,21 @@ pub fn load(folder: &Path) -> Result<(Program, KernelTable)> {
     })?;
     let kernels = open(&program, &folder.join(KERNELS))?;
     Ok((program, kernels))
+}
+
+/// What tells an artifact from another: format version, hashes of its files, CPU features.
+///
+/// # Errors
+/// `Invalid` when the folder is no artifact of this version.
+pub fn identity(folder: &Path) -> Result<Vec<(String, String)>> {
+    let manifest = read_manifest(folder)?;
+    let named = |name: &str, value: &str| (name.to_string(), value.to_string());
+    Ok(vec![
+        named("program version", &manifest.version.to_string()),
+        named("hash of the program", &manifest.program.hash),
+        named("hash of the kernels", &manifest.kernels.hash),
+        named("CPU features", &manifest.target_features),
+    ])
 }
 
 /// The kernels of a shared object that was just made in this process, ready to call.
@@ -283,7 +298,7 @@ fn cpu_features() -> Vec<(&'static str, bool)> {
     Vec::new()
 }
 
-fn mark(bytes: &[u8]) -> FileMark {
+pub(crate) fn mark(bytes: &[u8]) -> FileMark {
     let hash = bytes.iter().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01B3)
     });

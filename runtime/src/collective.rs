@@ -7,9 +7,14 @@
 //! Tensors are of 32-bit elements. A dim that is divided or joined need not be the outermost one:
 //! a [`Division`] says how many elements lie around it.
 
+pub mod mpi;
 pub mod threads;
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use meshweave_dsl::layout::ReduceKind;
+use meshweave_dsl::program::{Action, Program};
 
 use crate::error::{Error, Result};
 
@@ -92,6 +97,15 @@ pub struct CollectiveStats {
     pub wait_s: f64,
 }
 
+/// Where a rank's calls come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Steps done before this one.
+    pub n_steps: usize,
+    /// Index of the rank's instruction; `None` between steps.
+    pub instruction: Option<usize>,
+}
+
 /// One rank's access to the others.
 ///
 /// Every member of a group calls the same collectives of the group in the same order. A group of one
@@ -104,6 +118,16 @@ pub trait Communicator: Send {
 
     /// Number of ranks of the world.
     fn n_ranks(&self) -> usize;
+
+    /// The program whose instructions the calls will belong to: it gives its channels their depths, and
+    /// messages the names of instructions.
+    ///
+    /// # Errors
+    /// `Invalid` when a channel takes no message or names ranks that do not exist.
+    fn follow(&mut self, program: &Arc<Program>) -> Result<()>;
+
+    /// The calls from here on belong to this place.
+    fn enter(&mut self, place: Place);
 
     /// Joins the group of these ranks, in the order of their shards; the same list gives the same
     /// group. Does not wait for the others.
@@ -208,8 +232,97 @@ pub trait Communicator: Send {
     /// Tells every other rank that this one has failed.
     fn abort(&self, error: &Error);
 
+    /// After a failure: hears the others out for up to `patience`, then says which rank's failure is the
+    /// one to report; `None` when there is none.
+    fn settle(&self, patience: Duration) -> Option<(usize, Error)>;
+
+    /// Ends the use of the communicator, when all ranks have come so far.
+    ///
+    /// # Errors
+    /// `Exhausted` when the others do not come.
+    fn finish(&mut self) -> Result<()>;
+
     /// What the calls so far have cost this rank.
     fn stats(&self) -> CollectiveStats;
+}
+
+/// Every rank's text, in the order of ranks; all ranks call this together.
+///
+/// # Errors
+/// As for [`Communicator::all_gather`].
+pub fn exchange_texts(communicator: &mut dyn Communicator, text: &str) -> Result<Vec<String>> {
+    let n_ranks = communicator.n_ranks();
+    let group = communicator.join(&(0..n_ranks).collect::<Vec<_>>())?;
+    let bytes = text.as_bytes();
+    let mut lens = vec![0; n_ranks];
+    let division = |counts: Vec<usize>| Division {
+        outer: 1,
+        counts,
+        inner: 1,
+    };
+    let ones = division(vec![1; n_ranks]);
+    communicator.all_gather(group, &[bytes.len() as u32], &mut lens, &ones)?;
+    let n_words = |len: &u32| (*len as usize).div_ceil(4);
+    let counts: Vec<usize> = lens.iter().map(n_words).collect();
+    let packed: Vec<u32> = bytes
+        .chunks(4)
+        .map(|chunk| {
+            let mut word = [0; 4];
+            word[..chunk.len()].copy_from_slice(chunk);
+            u32::from_le_bytes(word)
+        })
+        .collect();
+    let division = division(counts);
+    let mut all = vec![0; division.n_elements()];
+    communicator.all_gather(group, &packed, &mut all, &division)?;
+    let texts = lens.iter().enumerate().map(|(rank, len)| {
+        let words = &all[division.start(rank)..][..division.counts[rank]];
+        let bytes = words.iter().flat_map(|word| word.to_le_bytes());
+        let bytes: Vec<u8> = bytes.take(*len as usize).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+    Ok(texts.collect())
+}
+
+/// A call in words: with the name of the instruction that makes it, the axes of the plan's mesh that
+/// its group lies along, and the action of the schedule that it belongs to, as far as they are known.
+pub(crate) fn describe(call: &str, program: Option<&Program>, rank: usize, place: Place) -> String {
+    let step = place.n_steps + 1;
+    let Some((program, instruction_idx)) = program.zip(place.instruction) else {
+        return format!("{call} between steps, before step {step}");
+    };
+    let rank_program = program.ranks.get(rank);
+    let instruction = rank_program.and_then(|rank| rank.instructions.get(instruction_idx));
+    let Some((rank_program, instruction)) = rank_program.zip(instruction) else {
+        return call.to_string();
+    };
+    let mut text = format!(
+        "{call} `{}` (instruction {instruction_idx} of step {step}",
+        instruction.name
+    );
+    let mut spans = rank_program.spans.iter().rev();
+    if let Some(span) = spans.find(|span| span.first <= instruction_idx) {
+        text += &format!(", action {}", span.label);
+    }
+    if let Action::Collective { op, .. } = &instruction.action
+        && let Some(group) = op.group()
+    {
+        let coordinate = |rank, axis| program.mesh.coordinate(rank, axis);
+        let axes: Vec<String> = (program.mesh.axes().iter())
+            .filter(|(axis, _)| {
+                let first = coordinate(group.ranks[0], axis);
+                group
+                    .ranks
+                    .iter()
+                    .any(|other| coordinate(*other, axis) != first)
+            })
+            .map(|(axis, degree)| format!("{axis}:{degree}"))
+            .collect();
+        if !axes.is_empty() {
+            text += &format!(", over {} of the plan's mesh", axes.join(" and "));
+        }
+    }
+    text + ")"
 }
 
 /// The reduction of two elements that is folded over a group.

@@ -57,6 +57,17 @@ impl DataSource {
         }
     }
 
+    /// What tells this source from others.
+    pub fn identity(&self) -> String {
+        match self {
+            DataSource::Golden { vocab } => format!("the golden tokens of {vocab}"),
+            DataSource::Text(bytes) => {
+                let mark = crate::artifact::mark(bytes);
+                format!("a text of {} bytes with hash {}", mark.n_bytes, mark.hash)
+            }
+        }
+    }
+
     /// The batch of step `step`, counted from 0.
     ///
     /// # Errors

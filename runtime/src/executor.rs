@@ -5,6 +5,8 @@
 //! Invariant: between steps no rank runs, so arenas may be read and written; a step runs every rank's
 //! instructions in order, or fails as a whole, after which the session refuses further steps.
 
+mod drill;
+mod place;
 mod prepare;
 #[cfg(test)]
 mod tests;
@@ -16,17 +18,21 @@ use std::time::{Duration, Instant};
 
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Role, TensorType};
-use meshweave_dsl::program::{GlobalTensor, KernelId, Program, TensorPart};
+use meshweave_dsl::program::{GlobalTensor, KernelId, Program};
 use meshweave_dsl::timeline::{Basis, Event, Timeline};
 
 use crate::attention::KernelFn;
-use crate::collective::threads::{ThreadCommunicator, WaitOptions, World};
-use crate::collective::{CollectiveStats, Communicator};
+use crate::collective::threads::{WaitOptions, World};
+use crate::collective::{CollectiveStats, Communicator, Place, exchange_texts};
 use crate::device::host::Arena;
 use crate::error::{Error, Result};
 use crate::pool::WorkerPool;
-use crate::tensor::{Elements, HostTensor, Part};
+use crate::tensor::{Elements, HostTensor};
 use crate::weights;
+use drill::PlacedDrill;
+pub use drill::{Drill, Mishap};
+use place::{Placed, PlacedPart, place};
+pub(crate) use place::{holders, is_kept};
 use prepare::{Call, Prepared, prepare};
 
 /// The scalar input that counts steps from 1; the session gives it by itself.
@@ -92,12 +98,14 @@ impl Default for SessionOptions {
     }
 }
 
-/// A program in execution.
+/// A program in execution: all of its ranks in this process, or one of them.
 pub struct Session {
-    program: Program,
-    world: Arc<World>,
+    program: Arc<Program>,
+    /// What stopped the session.
+    failure: Mutex<Option<Error>>,
     /// One thread a rank.
     crew: WorkerPool,
+    /// The ranks of this process, in order.
     ranks: Vec<Mutex<Rank>>,
     sources: Vec<Placed>,
     outputs: Vec<Placed>,
@@ -108,32 +116,15 @@ pub struct Session {
     _kernels: KernelTable,
 }
 
-/// A global tensor with the way to every rank's part.
-struct Placed {
-    tensor: GlobalTensor,
-    parts: Vec<PlacedPart>,
-}
-
-struct PlacedPart {
-    rank: usize,
-    part: Part,
-    address: *mut u32,
-}
-
-// SAFETY: the addresses lie in the ranks' arenas, which the session owns and which stay in place; they
-// are followed only while no rank runs (`&mut self` or `&self` of the session, outside of `step`).
-unsafe impl Send for Placed {}
-// SAFETY: as above; through a shared reference the addresses are only read from.
-unsafe impl Sync for Placed {}
-
 struct Rank {
     rank: usize,
     prepared: Vec<Prepared>,
-    communicator: ThreadCommunicator,
+    communicator: Box<dyn Communicator>,
     pool: WorkerPool,
     /// Attention scratch of the pool's threads but the first, which uses the arena's.
     scratch: Vec<Vec<f32>>,
     clocks: Vec<Clock>,
+    drill: Option<PlacedDrill>,
     /// After what points into it.
     arena: Arena,
 }
@@ -151,8 +142,8 @@ struct Clock {
 }
 
 impl Session {
-    /// Allocates the arenas, prepares all instructions, and gives parameters, states and constants
-    /// their initial values.
+    /// Starts all ranks in this process, a thread each: allocates the arenas, prepares all
+    /// instructions, and gives parameters, states and constants their initial values.
     ///
     /// # Errors
     /// `Invalid` when the program is damaged or of another version; `Unsupported` when it needs what
@@ -162,29 +153,51 @@ impl Session {
         kernels: KernelTable,
         options: &SessionOptions,
     ) -> Result<Session> {
-        check(&program, &kernels)?;
         let n_ranks = program.ranks.len();
-        let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads_per_device = options
-            .threads_per_device
-            .unwrap_or(n_cores / n_ranks)
-            .max(1);
         let wait = WaitOptions {
             timeout: options.timeout,
-            ..WaitOptions::for_threads(n_ranks * threads_per_device)
+            ..WaitOptions::for_threads(n_ranks * threads_per_device(options, n_ranks))
         };
-        let world = World::new(n_ranks, wait);
-        for channel in &program.channels {
-            world.open_channel(channel)?;
+        let communicators = World::new(n_ranks, wait).communicators().into_iter();
+        let communicators = communicators.map(|communicator| Box::new(communicator) as _);
+        Session::start(program, kernels, options, communicators.collect())
+    }
+
+    /// Starts the rank that `communicator` is the end of; the others run elsewhere.
+    ///
+    /// All ranks call [`Session::step`], [`Session::get`] and [`Session::loss`] together.
+    ///
+    /// # Errors
+    /// As for [`Session::new`]; `Invalid` when the program is for another number of ranks.
+    pub fn one_of(
+        program: Program,
+        kernels: KernelTable,
+        options: &SessionOptions,
+        communicator: Box<dyn Communicator>,
+    ) -> Result<Session> {
+        let (n_ranks, n_found) = (program.ranks.len(), communicator.n_ranks());
+        if n_ranks != n_found {
+            return Err(Error::Invalid(format!(
+                "the program is for {n_ranks} ranks, {n_found} were started; start as many processes as \
+                 its mesh has ranks"
+            )));
         }
-        let mut ranks = Vec::with_capacity(n_ranks);
-        for communicator in world.communicators() {
-            ranks.push(Rank::new(
-                &program,
-                communicator,
-                &kernels,
-                threads_per_device,
-            )?);
+        Session::start(program, kernels, options, vec![communicator])
+    }
+
+    fn start(
+        program: Program,
+        kernels: KernelTable,
+        options: &SessionOptions,
+        communicators: Vec<Box<dyn Communicator>>,
+    ) -> Result<Session> {
+        check(&program, &kernels)?;
+        let program = Arc::new(program);
+        let n_threads = threads_per_device(options, communicators.len());
+        let mut ranks = Vec::with_capacity(communicators.len());
+        for mut communicator in communicators {
+            communicator.follow(&program)?;
+            ranks.push(Rank::new(&program, communicator, &kernels, n_threads)?);
         }
         let sources = place(&program, &program.sources, &mut ranks)?;
         let outputs = place(&program, &program.outputs, &mut ranks)?;
@@ -195,8 +208,8 @@ impl Session {
             .map(|source| source.name.clone())
             .collect();
         let mut session = Session {
-            world,
-            crew: WorkerPool::new(n_ranks)?,
+            failure: Mutex::new(None),
+            crew: WorkerPool::new(ranks.len())?,
             ranks: ranks.into_iter().map(Mutex::new).collect(),
             sources,
             outputs,
@@ -228,6 +241,46 @@ impl Session {
             .iter()
             .map(|rank| lock(rank).communicator.stats())
             .collect()
+    }
+
+    /// The ranks of this process.
+    pub fn ranks(&self) -> Vec<usize> {
+        self.ranks.iter().map(|rank| lock(rank).rank).collect()
+    }
+
+    /// Every process' text, where the ranks are processes; this one's alone otherwise.
+    ///
+    /// # Errors
+    /// That of a rank which does not come.
+    pub fn exchange(&self, text: &str) -> Result<Vec<String>> {
+        match self.ranks.as_slice() {
+            [rank] => exchange_texts(lock(rank).communicator.as_mut(), text),
+            _ => Ok(vec![text.to_string()]),
+        }
+    }
+
+    /// After a failure: which rank's failure is the one to report, when the others have been heard out
+    /// for up to `patience`.
+    pub fn settle(&self, patience: Duration) -> Option<(usize, Error)> {
+        let rank = self.ranks.first()?;
+        lock(rank).communicator.settle(patience)
+    }
+
+    /// Tells all other processes that this one has failed.
+    pub fn abort(&self, error: &Error) {
+        lock(&self.failure).get_or_insert_with(|| error.clone());
+        if let Some(rank) = self.ranks.first() {
+            lock(rank).communicator.abort(error);
+        }
+    }
+
+    /// Ends the session together with all other processes.
+    ///
+    /// # Errors
+    /// `Exhausted` when the others do not come.
+    pub fn finish(self) -> Result<()> {
+        let mut ranks = self.ranks.iter();
+        ranks.try_for_each(|rank| lock(rank).communicator.finish())
     }
 
     /// Number of steps done.
@@ -278,11 +331,12 @@ impl Session {
     /// A source or an output, gathered from the ranks.
     ///
     /// # Errors
-    /// `Invalid` when there is no tensor of this name.
+    /// `Invalid` when there is no tensor of this name; that of a rank which does not come, where the
+    /// ranks are processes.
     pub fn get(&self, name: &str) -> Result<HostTensor> {
         let mut all = self.outputs.iter().chain(&self.sources);
         match all.find(|placed| placed.tensor.name == name) {
-            Some(placed) => placed.gather(),
+            Some(placed) => self.gather(placed),
             None => Err(Error::Invalid(format!(
                 "the program has neither an output nor a source `{name}`; gradients are outputs only \
                  when asked for at compile time"
@@ -295,7 +349,11 @@ impl Session {
     /// # Errors
     /// `Invalid` when the program has no scalar output.
     pub fn loss(&self) -> Result<f64> {
-        let first = self.outputs.first().map(Placed::gather).transpose()?;
+        let first = self
+            .outputs
+            .first()
+            .filter(|first| first.tensor.ty.n_elements() == 1);
+        let first = first.map(|first| self.gather(first)).transpose()?;
         match first.as_ref().map(HostTensor::elements) {
             Some(Elements::F32(data)) if data.len() == 1 => Ok(f64::from(data[0])),
             _ => Err(Error::Invalid(
@@ -309,8 +367,8 @@ impl Session {
     /// # Errors
     /// `Invalid` when an input has not been given; the first rank's failure when one fails.
     pub fn step(&mut self) -> Result<Timeline> {
-        if let Some(failure) = self.world.failure() {
-            return Err(failure);
+        if let Some(failure) = &*lock(&self.failure) {
+            return Err(failure.clone());
         }
         if let Some(name) = self.missing.first() {
             return Err(Error::Invalid(format!("input `{name}` has not been given")));
@@ -319,18 +377,20 @@ impl Session {
             self.set(STEP_INPUT, &HostTensor::scalar((self.n_steps + 1) as f32))?;
         }
         let started = Instant::now();
-        let (ranks, world) = (&self.ranks, &self.world);
+        let (ranks, failure, n_steps) = (&self.ranks, &self.failure, self.n_steps);
         self.crew.run(ranks.len(), &|rank_idx| {
-            let outcome = catch_unwind(AssertUnwindSafe(|| lock(&ranks[rank_idx]).run()));
+            let outcome = catch_unwind(AssertUnwindSafe(|| lock(&ranks[rank_idx]).run(n_steps)));
             let error = match outcome {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => error,
-                Err(_) => Error::Internal(format!("rank {rank_idx} panicked")),
+                Err(_) => Error::Internal(format!("rank {} panicked", lock(&ranks[rank_idx]).rank)),
             };
-            world.fail(&error);
+            // Before the others hear of it and return the same: the first failure is the one to tell.
+            lock(failure).get_or_insert_with(|| error.clone());
+            lock(&ranks[rank_idx]).communicator.abort(&error);
         })?;
-        if let Some(failure) = self.world.failure() {
-            return Err(failure);
+        if let Some(failure) = &*lock(&self.failure) {
+            return Err(failure.clone());
         }
         self.n_steps += 1;
         Ok(self.timeline(started))
@@ -338,9 +398,9 @@ impl Session {
 
     fn timeline(&self, started: Instant) -> Timeline {
         let mut events = Vec::new();
-        for (rank, program) in self.ranks.iter().zip(&self.program.ranks) {
+        for rank in &self.ranks {
             let rank = lock(rank);
-            let timed = program
+            let timed = self.program.ranks[rank.rank]
                 .instructions
                 .iter()
                 .zip(&rank.prepared)
@@ -361,7 +421,7 @@ impl Session {
         }
         Timeline {
             basis: Basis::Measured,
-            n_ranks: self.ranks.len(),
+            n_ranks: self.program.ranks.len(),
             events,
         }
     }
@@ -387,8 +447,10 @@ impl Session {
             })
             .collect();
         // The first holder of a part makes it, the others copy it: hashing is the dearer one.
-        self.crew.run(self.ranks.len(), &|rank_idx| {
-            for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank_idx)) {
+        let numbers: Vec<usize> = self.ranks.iter().map(|rank| lock(rank).rank).collect();
+        self.crew.run(numbers.len(), &|rank_idx| {
+            let rank = numbers[rank_idx];
+            for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank)) {
                 if placed.first_holder(idx) == idx {
                     let PlacedPart { part, address, .. } = &placed.parts[idx];
                     // SAFETY: the part fills its buffer of f32, which belongs to this rank's arena;
@@ -400,8 +462,9 @@ impl Session {
                 }
             }
         })?;
-        self.crew.run(self.ranks.len(), &|rank_idx| {
-            for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank_idx)) {
+        self.crew.run(numbers.len(), &|rank_idx| {
+            let rank = numbers[rank_idx];
+            for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank)) {
                 let holder = placed.first_holder(idx);
                 if holder != idx {
                     let PlacedPart { part, address, .. } = &placed.parts[idx];
@@ -415,51 +478,16 @@ impl Session {
     }
 }
 
-impl Placed {
-    /// The parts of a rank, by their index.
-    fn of_rank(&self, rank: usize) -> impl Iterator<Item = (&Placed, usize)> {
-        let parts = self.parts.iter().enumerate();
-        parts
-            .filter(move |(_, part)| part.rank == rank)
-            .map(move |(idx, _)| (self, idx))
-    }
-
-    /// The first part that equals part `idx`.
-    fn first_holder(&self, idx: usize) -> usize {
-        let own = &self.parts[idx].part;
-        self.parts
-            .iter()
-            .position(|other| other.part == *own)
-            .unwrap_or(idx)
-    }
-
-    fn gather(&self) -> Result<HostTensor> {
-        if !self.tensor.layout.partial.is_empty() {
-            return Err(Error::Internal(format!(
-                "`{}` is a partial value on the ranks and cannot be gathered",
-                self.tensor.name
-            )));
-        }
-        let mut whole = HostTensor::zeros(self.tensor.ty.clone())?;
-        for PlacedPart { part, address, .. } in &self.parts {
-            // SAFETY: called through a reference to the session, outside of `step`: no rank runs. The
-            // part was checked against its buffer.
-            unsafe { part.put(*address, &mut whole) };
-        }
-        Ok(whole)
-    }
-}
-
 impl Rank {
     fn new(
         program: &Program,
-        mut communicator: ThreadCommunicator,
+        mut communicator: Box<dyn Communicator>,
         kernels: &KernelTable,
         n_threads: usize,
     ) -> Result<Rank> {
         let rank = communicator.rank();
         let mut arena = Arena::allocate(program.ranks[rank].arena_bytes)?;
-        let prepared = prepare(program, rank, &mut arena, kernels, &mut communicator)?;
+        let prepared = prepare(program, rank, &mut arena, kernels, communicator.as_mut())?;
         let scratch = prepared
             .iter()
             .map(Prepared::scratch_elements)
@@ -473,6 +501,7 @@ impl Rank {
         Ok(Rank {
             rank,
             clocks: vec![now; prepared.len()],
+            drill: None,
             prepared,
             communicator,
             pool: WorkerPool::new(n_threads)?,
@@ -481,9 +510,18 @@ impl Rank {
         })
     }
 
-    /// Runs all instructions once.
-    fn run(&mut self) -> Result<()> {
+    /// Runs all instructions once, as the step after `n_steps`.
+    fn run(&mut self, n_steps: usize) -> Result<()> {
         for instruction_idx in 0..self.prepared.len() {
+            self.communicator.enter(Place {
+                n_steps,
+                instruction: Some(instruction_idx),
+            });
+            if let Some(drill) = &self.drill
+                && (drill.drill.step, drill.drill.instruction) == (n_steps + 1, instruction_idx)
+            {
+                self.fail_as_rehearsed();
+            }
             let waited_s = self.communicator.stats().wait_s;
             let start = Instant::now();
             self.execute(instruction_idx)?;
@@ -493,6 +531,10 @@ impl Rank {
                 wait_s: self.communicator.stats().wait_s - waited_s,
             };
         }
+        self.communicator.enter(Place {
+            n_steps: n_steps + 1,
+            instruction: None,
+        });
         Ok(())
     }
 
@@ -594,6 +636,13 @@ impl Rank {
     }
 }
 
+/// Threads of each of `n_here` ranks in this process.
+fn threads_per_device(options: &SessionOptions, n_here: usize) -> usize {
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let shared = n_cores / n_here.max(1);
+    options.threads_per_device.unwrap_or(shared).max(1)
+}
+
 fn run_kernel(
     pool: &WorkerPool,
     function: KernelFn,
@@ -673,46 +722,6 @@ fn check(program: &Program, kernels: &KernelTable) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-fn place(program: &Program, tensors: &[GlobalTensor], ranks: &mut [Rank]) -> Result<Vec<Placed>> {
-    let damaged = |name: &str, what: String| {
-        Error::Invalid(format!(
-            "damaged program: `{name}` lies {what}; compile again"
-        ))
-    };
-    let place_part = |ranks: &mut [Rank], tensor: &GlobalTensor, part: &TensorPart| {
-        let (name, rank_idx, id) = (&tensor.name, part.rank, part.buffer.index());
-        let n_ranks = ranks.len();
-        let rank = ranks
-            .get_mut(rank_idx)
-            .ok_or_else(|| damaged(name, format!("on rank {rank_idx} of {n_ranks}")))?;
-        let buffer = program.ranks[rank_idx].buffers.get(id).ok_or_else(|| {
-            damaged(
-                name,
-                format!("in buffer {id} on rank {rank_idx}, which does not exist"),
-            )
-        })?;
-        Ok(PlacedPart {
-            rank: rank_idx,
-            part: Part::new(name, &tensor.ty, &part.region, &buffer.ty)?,
-            address: rank.arena.address(buffer)?.cast(),
-        })
-    };
-    tensors
-        .iter()
-        .map(|tensor| {
-            if tensor.parts.is_empty() {
-                return Err(damaged(&tensor.name, "nowhere".into()));
-            }
-            let parts = tensor.parts.iter();
-            let parts = parts.map(|part| place_part(ranks, tensor, part));
-            Ok(Placed {
-                tensor: tensor.clone(),
-                parts: parts.collect::<Result<_>>()?,
-            })
-        })
-        .collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

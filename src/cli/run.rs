@@ -2,27 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::Duration;
 
-use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use clap::{Args, ValueEnum};
 use meshweave_compiler::partition::Keep;
 use meshweave_compiler::resolve::{Init, Job};
 use meshweave_compiler::show::{perfetto, report};
 use meshweave_dsl::diagnostics::Class;
-use meshweave_dsl::graph::Role;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
-use meshweave_runtime::artifact;
 use meshweave_runtime::data::DataSource;
 use meshweave_runtime::executor::{Session as Execution, SessionOptions};
 use meshweave_runtime::pretrained::Pretrained;
 use meshweave_runtime::tensor::{Elements, HostTensor};
-use serde_json::json;
+use meshweave_runtime::{artifact, signals};
 
-use super::calibrate::{Calibrated, Origin, calibrated};
-use super::render::{bytes, plan_summary, seconds, sparkline};
-use super::{Format, runtime_error, write_atomically};
+use super::calibrate::{Origin, calibrated};
+use super::job::JobArgs;
+use super::outcome::{Outcome, Written, print};
+use super::render::{plan_summary, seconds};
+use super::train::{Progress, Training, data_source, give_batch};
+use super::{Format, launch, runtime_error, write_atomically};
 use crate::compile::{CompileOptions, Compiled, target_features};
 use crate::error::{Error, Result};
 use crate::report::{Shown, predicted_timeline, report_input};
@@ -35,30 +35,9 @@ pub struct RunArgs {
     /// Use this cluster instead of the document's: a preset such as `local:8`, or a .weave file.
     #[arg(long)]
     cluster: Option<String>,
-    /// Steps to run; the document's number by default.
-    #[arg(long)]
-    steps: Option<usize>,
-    /// How parameters start: `golden`, `random:SEED`, or a folder with safetensors.
-    #[arg(long)]
-    init: Option<String>,
-    /// Text to train on, a token a byte; the document's by default, else the golden model's tokens.
-    #[arg(long)]
-    data: Option<PathBuf>,
-    /// Threads of each device; by default the cores divided by the devices.
-    #[arg(long)]
-    threads: Option<usize>,
     /// Write the HTML report here (documents only).
     #[arg(long)]
     report: Option<PathBuf>,
-    /// Write the predicted and the measured timeline here, for Perfetto.
-    #[arg(long)]
-    trace: Option<PathBuf>,
-    /// Save parameters and optimizer state here at the end (safetensors).
-    #[arg(long)]
-    save: Option<PathBuf>,
-    /// Start from parameters and state saved with --save, under any plan.
-    #[arg(long)]
-    resume: Option<PathBuf>,
     /// Correct the cluster's constants by what this run measures, write the cluster here, and say
     /// which plan is best on it (documents only).
     #[arg(long)]
@@ -66,6 +45,30 @@ pub struct RunArgs {
     /// Compare the first step with the serial f64 interpreter: loss and every gradient (documents only).
     #[arg(long)]
     verify: bool,
+    /// What the ranks are: threads of this process, or processes started by MPI.
+    #[arg(long, value_enum, default_value_t = Backend::Threads)]
+    backend: Backend,
+    /// Number of ranks, to be sure: that of the plan's mesh.
+    #[arg(short = 'n', long = "ranks")]
+    n_ranks: Option<usize>,
+    /// Hosts and their numbers of ranks, as in `a:4,b:4` (MPI only).
+    #[arg(long)]
+    hosts: Option<String>,
+    /// Where to put the artifact that the processes load, which all hosts must see (MPI only); a
+    /// temporary folder by default.
+    #[arg(long)]
+    artifact: Option<PathBuf>,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+/// What a program's ranks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Backend {
+    /// Virtual devices: threads of this process.
+    Threads,
+    /// Processes, on one or several hosts.
+    Mpi,
 }
 
 /// A program ready to start, and what is known of where it comes from.
@@ -77,50 +80,45 @@ struct Prepared {
     origin: Option<Origin>,
 }
 
-/// What a run measured.
-#[derive(Default)]
-struct Outcome {
-    losses: Vec<f64>,
-    /// Wall seconds of every step.
-    step_s: Vec<f64>,
-    timeline: Option<Timeline>,
-    /// What that timeline says of the cluster, where it was asked for.
-    calibrated: Option<Calibrated>,
-}
-
 /// Runs a document or an artifact.
 pub fn run(args: &RunArgs, format: Format) -> Result<()> {
+    if args.backend == Backend::Mpi {
+        return as_processes(args, format);
+    }
+    for (given, flag) in [
+        (args.hosts.is_some(), "--hosts"),
+        (args.artifact.is_some(), "--artifact"),
+    ] {
+        if given {
+            let message = format!("{flag} is for ranks that are processes");
+            return Err(Error::plain(Class::Invalid, message).help("add `--backend mpi`"));
+        }
+    }
     let mut prepared = if args.input.is_dir() {
         from_artifact(args)?
     } else {
         from_document(args, format)?
     };
-    if let Some(data) = &args.data {
-        prepared.data = Some(data.clone());
+    check_ranks(args, prepared.execution.program())?;
+    if args.job.checkpoint.is_some() {
+        signals::heed();
     }
     initialize(&mut prepared)?;
-    if let Some(path) = &args.resume {
-        meshweave_runtime::checkpoint::restore(&mut prepared.execution, path)
-            .map_err(runtime_error)?;
-    }
-    let data = data_source(&prepared)?;
-    let n_steps = args.steps.unwrap_or(prepared.n_steps);
+    let path = args.job.data.as_deref().or(prepared.data.as_deref());
+    let data = data_source(prepared.execution.program(), path)?;
+    let n_steps = args.job.steps.unwrap_or(prepared.n_steps);
+    let mut training = Training::new(&args.job, data, &mut prepared.execution)?;
     let mut outcome = Outcome::default();
-    let checked = if args.verify {
-        Some(verify(&mut prepared, &data, &mut outcome)?)
-    } else {
-        None
-    };
-    steps(
-        &mut prepared.execution,
-        &data,
-        n_steps,
-        format,
-        &mut outcome,
-    )?;
-    if let Some(path) = &args.save {
-        meshweave_runtime::checkpoint::save(&prepared.execution, path).map_err(runtime_error)?;
+    if args.verify {
+        outcome.errors = Some(verify(&mut prepared, training.data(), &mut outcome)?);
     }
+    let progress = match format {
+        Format::Text => Progress::Shown,
+        Format::Json => Progress::Hidden,
+    };
+    training.steps(&mut prepared.execution, n_steps, progress, &mut outcome)?;
+    outcome.arena_bytes = prepared.execution.arena_bytes();
+    training.end(&prepared.execution, &args.job)?;
     write_pictures(args, &prepared, &outcome)?;
     if let (Some(path), Some(origin), Some(timeline)) =
         (&args.calibrate, &prepared.origin, &outcome.timeline)
@@ -129,8 +127,86 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
         found.write(path)?;
         outcome.calibrated = Some(found);
     }
-    print(args, &prepared, &outcome, checked.as_ref(), format);
+    let written = Written {
+        report: args.report.as_ref(),
+        trace: args.job.trace.as_ref(),
+        save: args.job.save.as_ref(),
+        calibrate: args.calibrate.as_ref(),
+    };
+    let origin = prepared.origin.as_ref();
+    let request = origin.map(|origin| &origin.session.request);
+    print(
+        prepared.execution.program(),
+        &outcome,
+        request,
+        &written,
+        format,
+    );
     Ok(())
+}
+
+/// Runs every rank as a process of its own, started by MPI's launcher.
+fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
+    for (given, flag) in [
+        (args.report.is_some(), "--report"),
+        (args.verify, "--verify"),
+        (args.calibrate.is_some(), "--calibrate"),
+    ] {
+        if given {
+            let message = format!("{flag} is for ranks that are threads");
+            return Err(Error::plain(Class::Unsupported, message).help("leave out `--backend mpi`"));
+        }
+    }
+    let mut flags = args.job.clone();
+    let folder = temporary_folder()?;
+    let artifact = if args.input.is_dir() {
+        args.input.clone()
+    } else {
+        let path = args
+            .artifact
+            .clone()
+            .unwrap_or_else(|| folder.path().join("artifact"));
+        let made = make_artifact(args, &path, format)?;
+        let request = &made.origin.session.request;
+        flags.steps.get_or_insert(n_steps(&request.job));
+        flags.data = flags.data.or_else(|| request.data.clone());
+        if flags.init.is_none() {
+            flags.init = match made.init {
+                Init::Golden => None,
+                Init::Random { seed } => Some(format!("random:{seed}")),
+                Init::Load(path) => Some(path.display().to_string()),
+            };
+        }
+        path
+    };
+    let (program, _) = artifact::load(&artifact).map_err(runtime_error)?;
+    check_ranks(args, &program)?;
+    let job = launch::Job {
+        artifact: &artifact,
+        n_ranks: program.ranks.len(),
+        hosts: args.hosts.as_deref(),
+        flags: &flags,
+    };
+    let code = launch::launch(&job, format)?;
+    drop(folder);
+    match code {
+        None => Ok(()),
+        // The workers have said why.
+        Some(code) => std::process::exit(i32::from(code)),
+    }
+}
+
+/// `-n`, where it is given, is the number of the plan's ranks.
+fn check_ranks(args: &RunArgs, program: &Program) -> Result<()> {
+    let n_ranks = program.ranks.len();
+    match args.n_ranks {
+        Some(asked) if asked != n_ranks => {
+            let message = format!("-n asks for {asked} ranks, the plan's mesh has {n_ranks}");
+            Err(Error::plain(Class::Invalid, message)
+                .help(format!("give a mesh of {asked}, a cluster such as `--cluster local:{asked}`, or leave out -n")))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn from_artifact(args: &RunArgs) -> Result<Prepared> {
@@ -149,7 +225,7 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
         }
     }
     let (program, kernels) = artifact::load(&args.input).map_err(runtime_error)?;
-    let init = args.init.as_deref().map_or(Ok(Init::Golden), parse_init)?;
+    let init = args.job.init()?.unwrap_or(Init::Golden);
     Ok(Prepared {
         execution: Execution::new(program, kernels, &options(args, &init))
             .map_err(runtime_error)?,
@@ -160,12 +236,34 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
     })
 }
 
+/// A document, planned and compiled into an artifact.
+struct Made {
+    origin: Origin,
+    init: Init,
+}
+
+/// The way of every document: what runs is what was written and read back.
 fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
+    let folder = temporary_folder()?;
+    let path = folder.path().join("artifact");
+    let Made { origin, init } = make_artifact(args, &path, format)?;
+    let (program, kernels) = artifact::load(&path).map_err(runtime_error)?;
+    Ok(Prepared {
+        execution: Execution::new(program, kernels, &options(args, &init))
+            .map_err(runtime_error)?,
+        n_steps: n_steps(&origin.session.request.job),
+        init,
+        data: origin.session.request.data.clone(),
+        origin: Some(origin),
+    })
+}
+
+fn make_artifact(args: &RunArgs, path: &Path, format: Format) -> Result<Made> {
     let session = Session::open(&args.input, args.cluster.as_deref())?;
     let init = args
-        .init
-        .as_deref()
-        .map_or_else(|| Ok(session.request.init.clone()), parse_init)?;
+        .job
+        .init()?
+        .unwrap_or_else(|| session.request.init.clone());
     let model = session.model()?;
     let solution = session.plan(&model)?;
     if format == Format::Text {
@@ -198,32 +296,27 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
         locals,
         ..
     } = compiled;
-    // The way of every artifact: what runs is what was written and read back.
-    let folder = tempfile::tempdir().map_err(|error| {
-        Error::plain(
-            Class::Exhausted,
-            format!("cannot make a temporary folder: {error}"),
-        )
-    })?;
-    let path = folder.path().join("artifact");
-    artifact::write(&path, &program, &kernels, &target_features()).map_err(runtime_error)?;
-    let (program, kernels) = artifact::load(&path).map_err(runtime_error)?;
-    let n_steps = match &session.request.job {
+    artifact::write(path, &program, &kernels, &target_features()).map_err(runtime_error)?;
+    let origin = Origin {
+        session,
+        model,
+        solution,
+        locals,
+    };
+    Ok(Made { origin, init })
+}
+
+fn n_steps(job: &Job) -> usize {
+    match job {
         Job::Train { n_steps, .. } => *n_steps,
         Job::Infer { .. } => 1,
-    };
-    Ok(Prepared {
-        execution: Execution::new(program, kernels, &options(args, &init))
-            .map_err(runtime_error)?,
-        n_steps,
-        init,
-        data: session.request.data.clone(),
-        origin: Some(Origin {
-            session,
-            model,
-            solution,
-            locals,
-        }),
+    }
+}
+
+fn temporary_folder() -> Result<tempfile::TempDir> {
+    tempfile::tempdir().map_err(|error| {
+        let message = format!("cannot make a temporary folder: {error}");
+        Error::plain(Class::Exhausted, message)
     })
 }
 
@@ -233,21 +326,9 @@ fn options(args: &RunArgs, init: &Init) -> SessionOptions {
         Init::Golden | Init::Load(_) => 0,
     };
     SessionOptions {
-        threads_per_device: args.threads,
+        threads_per_device: args.job.threads,
         seed,
-        ..SessionOptions::default()
-    }
-}
-
-fn parse_init(text: &str) -> Result<Init> {
-    match text.split_once(':') {
-        _ if text == "golden" => Ok(Init::Golden),
-        _ if text == "random" => Ok(Init::Random { seed: 1 }),
-        Some(("random", seed)) => seed.parse().map(|seed| Init::Random { seed }).map_err(|_| {
-            Error::plain(Class::Invalid, format!("`{seed}` is no seed"))
-                .help("write a whole number, as in `--init random:7`")
-        }),
-        _ => Ok(Init::Load(PathBuf::from(text))),
+        timeout: Duration::from_secs_f64(args.job.timeout_s()),
     }
 }
 
@@ -287,121 +368,6 @@ fn initialize(prepared: &mut Prepared) -> Result<()> {
             Ok(())
         }
     }
-}
-
-fn data_source(prepared: &Prepared) -> Result<DataSource> {
-    let vocab = vocab(prepared.execution.program());
-    match &prepared.data {
-        None => Ok(DataSource::Golden { vocab }),
-        Some(path) => {
-            let data = DataSource::text_file(path).map_err(runtime_error)?;
-            let greatest = greatest_byte(&data);
-            if greatest >= vocab {
-                return Err(Error::plain(
-                    Class::Invalid,
-                    format!(
-                        "{} has a byte {greatest}, the model's vocabulary has {vocab} tokens",
-                        path.display()
-                    ),
-                )
-                .help(
-                    "a token is a byte: give the model `vocab 256`, or a text of smaller bytes",
-                ));
-            }
-            Ok(data)
-        }
-    }
-}
-
-fn greatest_byte(data: &DataSource) -> usize {
-    match data {
-        DataSource::Text(text) => text.iter().copied().max().map_or(0, usize::from),
-        DataSource::Golden { vocab } => vocab.saturating_sub(1),
-    }
-}
-
-/// Size of the vocabulary: that of the embedding table.
-fn vocab(program: &Program) -> usize {
-    let sizes = program
-        .sources
-        .iter()
-        .filter_map(|source| source.ty.size_of(&"vocab".into()));
-    sizes.max().unwrap_or(256)
-}
-
-fn give_batch(execution: &mut Execution, data: &DataSource, step: usize) -> Result<()> {
-    let input = |name: &str| {
-        execution
-            .program()
-            .sources
-            .iter()
-            .find(|source| source.name == name && source.role == Role::Input)
-    };
-    let Some(tokens) = input("tokens") else {
-        return Ok(());
-    };
-    let size = |dim: &str| tokens.ty.size_of(&dim.into()).unwrap_or(1);
-    let has_targets = input("targets").is_some();
-    let batch = data
-        .batch(step, size("batch"), size("seq"))
-        .map_err(runtime_error)?;
-    let (tokens, targets) = batch.tensors().map_err(runtime_error)?;
-    execution.set("tokens", &tokens).map_err(runtime_error)?;
-    if has_targets {
-        execution.set("targets", &targets).map_err(runtime_error)?;
-    }
-    Ok(())
-}
-
-fn steps(
-    execution: &mut Execution,
-    data: &DataSource,
-    n_steps: usize,
-    format: Format,
-    outcome: &mut Outcome,
-) -> Result<()> {
-    let bar = if format == Format::Text {
-        ProgressBar::new(n_steps as u64)
-    } else {
-        ProgressBar::hidden()
-    };
-    if let Ok(style) = ProgressStyle::with_template(
-        "training   {bar:32} {pos}/{len}  {msg}  [{elapsed}, {eta} left]",
-    ) {
-        bar.set_style(style);
-    }
-    let has_loss = execution.loss().is_ok();
-    bar.set_position(outcome.losses.len() as u64);
-    for _ in outcome.losses.len()..n_steps {
-        let step = execution.n_steps();
-        give_batch(execution, data, step)?;
-        let start = Instant::now();
-        let timeline = execution.step().map_err(runtime_error)?;
-        outcome.step_s.push(start.elapsed().as_secs_f64());
-        if has_loss {
-            let loss = execution.loss().map_err(runtime_error)?;
-            if !loss.is_finite() {
-                return Err(Error::plain(
-                    Class::Invalid,
-                    format!("the loss of step {step} is {loss}"),
-                )
-                .help("a smaller learning rate, or other initial weights, may help"));
-            }
-            bar.set_message(format!("loss {loss:.4}"));
-            outcome.losses.push(loss);
-        }
-        // The quietest step shows the program, not the machine's other work.
-        let best = outcome
-            .timeline
-            .as_ref()
-            .is_none_or(|best| timeline.step_s() < best.step_s());
-        if best {
-            outcome.timeline = Some(timeline);
-        }
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    Ok(())
 }
 
 /// Runs the first step and compares it with the serial interpreter: relative error of the loss and
@@ -479,7 +445,7 @@ fn write_pictures(args: &RunArgs, prepared: &Prepared, outcome: &Outcome) -> Res
         )?;
         write_atomically(path, report(&input).as_bytes())?;
     }
-    if let Some(path) = &args.trace {
+    if let Some(path) = &args.job.trace {
         let timelines: Vec<Timeline> = std::iter::once(predicted_timeline(program))
             .chain(outcome.timeline.clone())
             .collect();
@@ -489,119 +455,4 @@ fn write_pictures(args: &RunArgs, prepared: &Prepared, outcome: &Outcome) -> Res
         )?;
     }
     Ok(())
-}
-
-fn print(
-    args: &RunArgs,
-    prepared: &Prepared,
-    outcome: &Outcome,
-    checked: Option<&BTreeMap<String, f64>>,
-    format: Format,
-) {
-    let program = prepared.execution.program();
-    let predicted = predicted_timeline(program);
-    let predicted_s = predicted.step_s();
-    let mut sorted = outcome.step_s.clone();
-    sorted.sort_by(f64::total_cmp);
-    let median_s = sorted.get(sorted.len() / 2).copied();
-    let arena_bytes = prepared.execution.arena_bytes();
-    let peak_bytes = arena_bytes.iter().copied().max().unwrap_or(0);
-    let planned_bytes = program
-        .ranks
-        .iter()
-        .map(|rank| rank.arena_bytes)
-        .max()
-        .unwrap_or(0);
-    if format == Format::Json {
-        println!(
-            "{}",
-            json!({
-                "losses": outcome.losses,
-                "step_s": {"predicted": predicted_s, "measured_median": median_s, "measured": outcome.step_s},
-                "memory_bytes": {"predicted": planned_bytes, "measured": arena_bytes},
-                "idle_part": {"predicted": predicted.idle_part(), "measured": outcome.timeline.as_ref().map(Timeline::idle_part)},
-                "actions": {
-                    "predicted": predicted.actions(program),
-                    "measured": outcome.timeline.as_ref().map(|timeline| timeline.actions(program)),
-                },
-                "errors": checked,
-                "report": args.report,
-                "trace": args.trace,
-                "calibrated": outcome.calibrated.as_ref().map(Calibrated::json),
-            })
-        );
-        return;
-    }
-    if let Some(errors) = checked {
-        let worst = errors.iter().max_by(|a, b| a.1.total_cmp(b.1));
-        if let Some((name, error)) = worst {
-            println!(
-                "verified   {} tensors against the serial f64 model; greatest relative error {error:.1e} ({name})",
-                errors.len()
-            );
-        }
-    }
-    if let Some(median_s) = median_s {
-        println!(
-            "step time  {} predicted, {} measured (median of {})",
-            seconds(predicted_s),
-            seconds(median_s),
-            sorted.len()
-        );
-    }
-    let request = prepared
-        .origin
-        .as_ref()
-        .map(|origin| &origin.session.request);
-    if let Some(pipeline) = request.and_then(|request| request.pipeline.as_ref()) {
-        let schedule = &pipeline.schedule;
-        let measured = outcome
-            .timeline
-            .as_ref()
-            .map(|timeline| format!(", {:.0} % measured", 100.0 * timeline.idle_part()));
-        println!(
-            "pipeline   {}: {} stages on {} ranks, {} microbatches; idle {:.0} % predicted{}",
-            schedule.name,
-            schedule.n_stages,
-            schedule.n_ranks,
-            schedule.n_microbatches,
-            100.0 * predicted.idle_part(),
-            measured.unwrap_or_default()
-        );
-    }
-    println!(
-        "memory     {} a device predicted, {} allocated",
-        bytes(planned_bytes as f64),
-        bytes(peak_bytes as f64)
-    );
-    if let (Some(first), Some(last)) = (outcome.losses.first(), outcome.losses.last()) {
-        println!(
-            "loss       {first:.6} → {last:.6}  {}",
-            sparkline(&outcome.losses, 48)
-        );
-    }
-    if outcome.losses.len() <= 10 && !outcome.losses.is_empty() {
-        let losses: Vec<String> = outcome
-            .losses
-            .iter()
-            .map(|loss| format!("{loss:.6}"))
-            .collect();
-        println!("losses     {}", losses.join(" "));
-    }
-    if let Some(calibrated) = &outcome.calibrated {
-        println!("{}", calibrated.text());
-    }
-    for path in [&args.report, &args.trace, &args.save, &args.calibrate]
-        .into_iter()
-        .flatten()
-    {
-        println!("wrote      {}", absolute(path));
-    }
-}
-
-fn absolute(path: &Path) -> String {
-    std::path::absolute(path)
-        .unwrap_or_else(|_| path.to_path_buf())
-        .display()
-        .to_string()
 }

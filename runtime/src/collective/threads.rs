@@ -18,14 +18,17 @@ mod tests;
 
 use std::cell::{Cell, UnsafeCell};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::Duration;
 
 use meshweave_dsl::layout::ReduceKind;
+use meshweave_dsl::program::Program;
 
-use super::{CollectiveStats, Communicator, Crossing, CrossingOrder, Division, GroupIdx};
+use super::{
+    CollectiveStats, Communicator, Crossing, CrossingOrder, Division, GroupIdx, Place, describe,
+};
 use crate::error::{Error, Result};
 use crate::strided::{CopyLoop, CopyPlan};
 use barrier::Barrier;
@@ -63,6 +66,10 @@ pub struct World {
     threads: Vec<Mutex<Option<Thread>>>,
     /// Messages under way.
     mail: Mutex<Mail>,
+    /// What the ranks run, where they run a program.
+    program: OnceLock<Arc<Program>>,
+    /// Where each rank is in it: steps done, and the instruction (the greatest number between steps).
+    places: Vec<[AtomicU64; 2]>,
 }
 
 struct Group {
@@ -115,6 +122,10 @@ impl World {
             failure: Mutex::new(None),
             threads: (0..n_ranks).map(|_| Mutex::new(None)).collect(),
             mail: Mutex::new(BTreeMap::new()),
+            program: OnceLock::new(),
+            places: (0..n_ranks)
+                .map(|_| [AtomicU64::new(0), AtomicU64::new(u64::MAX)])
+                .collect(),
         })
     }
 
@@ -148,6 +159,20 @@ impl World {
         } else {
             None
         }
+    }
+
+    /// A call of a rank in words.
+    fn describe(&self, call: &str, rank: usize) -> String {
+        let Some(program) = self.program.get() else {
+            return call.to_string();
+        };
+        let [n_steps, instruction] = &self.places[rank];
+        let instruction = instruction.load(Ordering::Relaxed);
+        let place = Place {
+            n_steps: n_steps.load(Ordering::Relaxed) as usize,
+            instruction: (instruction != u64::MAX).then_some(instruction as usize),
+        };
+        describe(call, Some(program), rank, place)
     }
 
     fn check(&self) -> Result<()> {
@@ -350,6 +375,24 @@ impl Communicator for ThreadCommunicator {
 
     fn n_ranks(&self) -> usize {
         self.world.n_ranks
+    }
+
+    fn follow(&mut self, program: &Arc<Program>) -> Result<()> {
+        for channel in &program.channels {
+            if channel.from == self.rank || channel.from >= self.world.n_ranks {
+                self.world.open_channel(channel)?;
+            }
+        }
+        // The same program on every rank: the first one's serves all.
+        let _ = self.world.program.set(Arc::clone(program));
+        Ok(())
+    }
+
+    fn enter(&mut self, place: Place) {
+        let instruction = place.instruction.map_or(u64::MAX, |idx| idx as u64);
+        let [n_steps, at] = &self.world.places[self.rank];
+        n_steps.store(place.n_steps as u64, Ordering::Relaxed);
+        at.store(instruction, Ordering::Relaxed);
     }
 
     fn join(&mut self, ranks: &[usize]) -> Result<GroupIdx> {
@@ -644,6 +687,14 @@ impl Communicator for ThreadCommunicator {
 
     fn abort(&self, error: &Error) {
         self.world.fail(error);
+    }
+
+    fn settle(&self, _patience: Duration) -> Option<(usize, Error)> {
+        self.world.failure().map(|error| (self.rank, error))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.world.check()
     }
 
     fn stats(&self) -> CollectiveStats {

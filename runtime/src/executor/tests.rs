@@ -1,6 +1,8 @@
 //! Small programs written by hand, on one and two ranks.
 
 use std::ffi::c_void;
+use std::fs;
+use std::path::Path;
 
 use meshweave_dsl::graph::{ConstInit, Init};
 use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
@@ -12,6 +14,7 @@ use meshweave_dsl::program::{
 use meshweave_dsl::timeline::Category;
 
 use super::*;
+use crate::checkpoint::{DataOrder, Event, Keeper, restore};
 
 /// `w -= 0.1 dw`, one row an element.
 unsafe extern "C" fn descend(args: *const *mut c_void, begin: i64, end: i64) {
@@ -362,9 +365,95 @@ fn checkpoints_move_between_meshes() {
     )
     .unwrap();
     assert_ne!(three.get("w").unwrap(), one.get("w").unwrap());
-    crate::checkpoint::restore(&mut three, &path).unwrap();
+    restore(&mut three, &path, &order()).unwrap();
     assert_eq!(three.get("w").unwrap(), one.get("w").unwrap());
     assert_eq!(three.n_steps(), 1);
+}
+
+fn order() -> DataOrder {
+    DataOrder {
+        source: "x".into(),
+        n_batch: 1,
+        n_seq: 1,
+    }
+}
+
+/// Makes a checkpoint of a session and waits for it.
+fn keep(session: &Session, folder: &Path, n_kept: usize) -> Event {
+    let mut keeper = Keeper::new(folder, n_kept, session);
+    keeper.begin(session, &order()).unwrap();
+    let report = keeper.report(true);
+    keeper.conclude(&[report]).unwrap()
+}
+
+#[test]
+fn shards_move_between_meshes_and_the_oldest_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = SessionOptions::default();
+    let mut two = Session::new(program(2), kernels(), &options).unwrap();
+    two.set("x", &x()).unwrap();
+    for _ in 0..3 {
+        two.step().unwrap();
+        assert!(matches!(keep(&two, folder.path(), 2), Event::Made(_)));
+    }
+    let mut names: Vec<_> = fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["step-00000002", "step-00000003"]);
+    for n_ranks in [1, 2, 3] {
+        let mut session = Session::new(program(n_ranks), kernels(), &options).unwrap();
+        let resumed = restore(&mut session, folder.path(), &order()).unwrap();
+        assert_eq!((resumed.n_steps, session.n_steps()), (3, 3));
+        assert_eq!(session.get("w").unwrap(), two.get("w").unwrap());
+        let other = DataOrder {
+            n_batch: 2,
+            ..order()
+        };
+        let error = restore(&mut session, folder.path(), &other).unwrap_err();
+        assert!(error.to_string().contains("in batches of 2"), "{error}");
+    }
+}
+
+#[test]
+fn a_checkpoint_cut_off_at_any_byte_is_passed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = SessionOptions::default();
+    let mut two = Session::new(program(2), kernels(), &options).unwrap();
+    two.set("x", &x()).unwrap();
+    for _ in 0..2 {
+        two.step().unwrap();
+        keep(&two, folder.path(), 0);
+    }
+    let newest = folder.path().join("step-00000002");
+    let mut session = Session::new(program(1), kernels(), &options).unwrap();
+    let resumed_at =
+        |session: &mut Session| restore(session, folder.path(), &order()).unwrap().n_steps;
+    let mut n_files = 0;
+    for entry in fs::read_dir(&newest).unwrap() {
+        let path = entry.unwrap().path();
+        let bytes = fs::read(&path).unwrap();
+        for n in 0..bytes.len() {
+            fs::write(&path, &bytes[..n]).unwrap();
+            assert_eq!(resumed_at(&mut session), 1, "{} at {n}", path.display());
+            let mut changed = bytes.clone();
+            changed[n] ^= 1 << (n % 8);
+            fs::write(&path, &changed).unwrap();
+            assert_eq!(
+                resumed_at(&mut session),
+                1,
+                "{} changed at {n}",
+                path.display()
+            );
+        }
+        fs::remove_file(&path).unwrap();
+        assert_eq!(resumed_at(&mut session), 1, "{} is gone", path.display());
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(resumed_at(&mut session), 2);
+        n_files += 1;
+    }
+    assert_eq!(n_files, 3, "two ranks and the manifest");
 }
 
 #[test]

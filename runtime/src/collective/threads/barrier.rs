@@ -53,7 +53,7 @@ impl Barrier {
             let failure = match world.failure() {
                 Some(error) => Some(error),
                 None if waited >= world.options.timeout => {
-                    Some(self.missing(member_idx, call, waited))
+                    Some(self.missing(world, member_idx, call, waited))
                 }
                 None => None,
             };
@@ -159,15 +159,16 @@ impl Barrier {
         false
     }
 
-    fn missing(&self, member_idx: usize, call: &str, waited: Duration) -> Error {
+    fn missing(&self, world: &World, member_idx: usize, call: &str, waited: Duration) -> Error {
         let own = self.arrivals[member_idx].load(Ordering::Relaxed);
         let missing: Vec<String> = (self.ranks.iter().zip(&self.arrivals))
             .filter(|(_, arrivals)| arrivals.load(Ordering::Relaxed) < own)
             .map(|(rank, _)| rank.to_string())
             .collect();
         Error::Exhausted(format!(
-            "{call} of group {:?}: rank {} waited {:.1} s for rank {}, which did not arrive; raise the \
+            "{} of group {:?}: rank {} waited {:.1} s for rank {}, which did not arrive; raise the \
              timeout if the machine is slow",
+            world.describe(call, self.ranks[member_idx]),
             self.ranks,
             self.ranks[member_idx],
             waited.as_secs_f64(),

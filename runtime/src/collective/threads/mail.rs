@@ -119,7 +119,8 @@ impl World {
                     ("nothing from", pair.0)
                 };
                 let error = Error::Exhausted(format!(
-                    "{call} on rank {rank}: {what} rank {peer} after {:.1} s",
+                    "{} on rank {rank}: {what} rank {peer} after {:.1} s",
+                    self.describe(call, rank),
                     waited.as_secs_f64()
                 ));
                 self.fail(&error);

@@ -1,0 +1,166 @@
+//! What a run measured, and how it is printed.
+//!
+//! Enters: losses, times, memory, the program they belong to. Leaves: lines for people or one JSON value.
+//! Invariant: predicted and measured figures stand side by side, each called what it is.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use meshweave_compiler::resolve::Request;
+use meshweave_dsl::program::Program;
+use meshweave_dsl::timeline::Timeline;
+use serde_json::json;
+
+use super::Format;
+use super::calibrate::Calibrated;
+use super::render::{bytes, seconds, sparkline};
+use crate::report::predicted_timeline;
+
+/// What a run measured.
+#[derive(Default)]
+pub(super) struct Outcome {
+    pub(super) losses: Vec<f64>,
+    /// Wall seconds of every step.
+    pub(super) step_s: Vec<f64>,
+    pub(super) timeline: Option<Timeline>,
+    /// A signal ended the run before its last step.
+    pub(super) ended_early: bool,
+    /// Bytes allocated for each rank's arena.
+    pub(super) arena_bytes: Vec<usize>,
+    /// Errors of the first step against the serial interpreter, by tensor, where it was asked for.
+    pub(super) errors: Option<BTreeMap<String, f64>>,
+    /// What that timeline says of the cluster, where it was asked for.
+    pub(super) calibrated: Option<Calibrated>,
+}
+
+/// Files that a run wrote.
+#[derive(Default)]
+pub(super) struct Written<'a> {
+    pub(super) report: Option<&'a PathBuf>,
+    pub(super) trace: Option<&'a PathBuf>,
+    pub(super) save: Option<&'a PathBuf>,
+    pub(super) calibrate: Option<&'a PathBuf>,
+}
+
+/// Prints what a run of a program measured.
+pub(super) fn print(
+    program: &Program,
+    outcome: &Outcome,
+    request: Option<&Request>,
+    written: &Written<'_>,
+    format: Format,
+) {
+    let predicted = predicted_timeline(program);
+    let predicted_s = predicted.step_s();
+    let mut sorted = outcome.step_s.clone();
+    sorted.sort_by(f64::total_cmp);
+    let median_s = sorted.get(sorted.len() / 2).copied();
+    let arena_bytes = &outcome.arena_bytes;
+    let peak_bytes = arena_bytes.iter().copied().max().unwrap_or(0);
+    let planned_bytes = program
+        .ranks
+        .iter()
+        .map(|rank| rank.arena_bytes)
+        .max()
+        .unwrap_or(0);
+    if format == Format::Json {
+        println!(
+            "{}",
+            json!({
+                "losses": outcome.losses,
+                "ended_early": outcome.ended_early,
+                "step_s": {"predicted": predicted_s, "measured_median": median_s, "measured": outcome.step_s},
+                "memory_bytes": {"predicted": planned_bytes, "measured": arena_bytes},
+                "idle_part": {"predicted": predicted.idle_part(), "measured": outcome.timeline.as_ref().map(Timeline::idle_part)},
+                "actions": {
+                    "predicted": predicted.actions(program),
+                    "measured": outcome.timeline.as_ref().map(|timeline| timeline.actions(program)),
+                },
+                "errors": outcome.errors,
+                "report": written.report,
+                "trace": written.trace,
+                "calibrated": outcome.calibrated.as_ref().map(Calibrated::json),
+            })
+        );
+        return;
+    }
+    if let Some(errors) = &outcome.errors {
+        let worst = errors.iter().max_by(|a, b| a.1.total_cmp(b.1));
+        if let Some((name, error)) = worst {
+            println!(
+                "verified   {} tensors against the serial f64 model; greatest relative error {error:.1e} ({name})",
+                errors.len()
+            );
+        }
+    }
+    if let Some(median_s) = median_s {
+        println!(
+            "step time  {} predicted, {} measured (median of {})",
+            seconds(predicted_s),
+            seconds(median_s),
+            sorted.len()
+        );
+    }
+    if let Some(pipeline) = request.and_then(|request| request.pipeline.as_ref()) {
+        let schedule = &pipeline.schedule;
+        let measured = outcome
+            .timeline
+            .as_ref()
+            .map(|timeline| format!(", {:.0} % measured", 100.0 * timeline.idle_part()));
+        println!(
+            "pipeline   {}: {} stages on {} ranks, {} microbatches; idle {:.0} % predicted{}",
+            schedule.name,
+            schedule.n_stages,
+            schedule.n_ranks,
+            schedule.n_microbatches,
+            100.0 * predicted.idle_part(),
+            measured.unwrap_or_default()
+        );
+    }
+    println!(
+        "memory     {} a device predicted, {} allocated",
+        bytes(planned_bytes as f64),
+        bytes(peak_bytes as f64)
+    );
+    if let (Some(first), Some(last)) = (outcome.losses.first(), outcome.losses.last()) {
+        println!(
+            "loss       {first:.6} → {last:.6}  {}",
+            sparkline(&outcome.losses, 48)
+        );
+    }
+    if outcome.losses.len() <= 10 && !outcome.losses.is_empty() {
+        let losses: Vec<String> = outcome
+            .losses
+            .iter()
+            .map(|loss| format!("{loss:.6}"))
+            .collect();
+        println!("losses     {}", losses.join(" "));
+    }
+    if let Some(calibrated) = &outcome.calibrated {
+        println!("{}", calibrated.text());
+    }
+    if outcome.ended_early {
+        println!(
+            "ended      by a signal, after {} steps of this run",
+            outcome.step_s.len()
+        );
+    }
+    for path in [
+        written.report,
+        written.trace,
+        written.save,
+        written.calibrate,
+    ]
+    .into_iter()
+    .flatten()
+    {
+        println!("wrote      {}", absolute(path));
+    }
+}
+
+fn absolute(path: &Path) -> String {
+    std::path::absolute(path)
+        .unwrap_or_else(|_| path.to_path_buf())
+        .display()
+        .to_string()
+}
