@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+#[cfg(feature = "mlir")]
+use meshweave::dsl::{placement::Placement, trace};
+
 fn meshweave(args: &[&str], folder: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_meshweave"))
         .args(args)
@@ -79,6 +82,89 @@ fn a_folder_that_is_no_artifact_is_refused() {
     let output = meshweave(&["run", "."], folder.path());
     assert_eq!(output.status.code(), Some(1));
     insta::assert_snapshot!(String::from_utf8(output.stderr).unwrap());
+}
+
+/// The losses that a run prints.
+#[cfg(feature = "mlir")]
+fn losses(args: &[&str]) -> Vec<f64> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = meshweave(&[args, &["--format", "json"]].concat(), root);
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    let result: serde_json::Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{complaint}"));
+    let losses = result["losses"].as_array().unwrap().iter();
+    losses.map(|loss| loss.as_f64().unwrap()).collect()
+}
+
+#[cfg(feature = "mlir")]
+#[test]
+fn a_recorded_trace_places_the_experts_of_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (routes, placement, again) = (path("a.parquet"), path("p.json"), path("b.parquet"));
+    let example = "examples/folded-moe.weave";
+    let before = losses(&["run", example, "--routes", &routes]);
+    let published = [6.751000, 5.855239, 5.033547, 4.281944, 3.571185];
+    for (got, want) in before.iter().zip(published) {
+        assert!((got - want).abs() <= 1e-4, "{got} is not {want}");
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let place = [
+        "place",
+        &routes,
+        "--devices",
+        "4",
+        "--per-node",
+        "4",
+        "-o",
+        &placement,
+    ];
+    let output = meshweave(&place, root);
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{complaint}");
+    let placed = std::fs::read_to_string(&placement).unwrap();
+    let placed: Placement = serde_json::from_str(&placed).unwrap();
+    // Experts move, in another way in each layer.
+    let order = |layer: usize| placed.layer(layer).concat();
+    assert!(order(0) != (0..8).collect::<Vec<u16>>() || order(1) != order(0));
+
+    // The same model on other devices: the same losses and the same routes.
+    let args = [
+        "run",
+        example,
+        "--placement",
+        &placement,
+        "--routes",
+        &again,
+    ];
+    for (got, want) in losses(&args).iter().zip(&before) {
+        assert!((got - want).abs() <= 1e-5, "{got} is not {want}");
+    }
+    let (first, second) = (
+        trace::file::read(Path::new(&routes)).unwrap(),
+        trace::file::read(Path::new(&again)).unwrap(),
+    );
+    assert_eq!(first.n_tokens(), 5 * 8 * 64);
+    let n_same = (0..first.n_tokens()).filter(|token| first.token(*token) == second.token(*token));
+    assert!(n_same.count() > first.n_tokens() * 99 / 100);
+
+    let place = [
+        "place",
+        &routes,
+        "--devices",
+        "2",
+        "--per-node",
+        "2",
+        "-o",
+        &placement,
+    ];
+    assert!(meshweave(&place, root).status.success());
+    let refused = meshweave(&["run", example, "--placement", &placement], root);
+    let complaint = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        complaint.contains("it is for 2 devices, the plan divides the experts of"),
+        "{complaint}"
+    );
 }
 
 #[cfg(feature = "mlir")]

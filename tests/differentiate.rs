@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::model::{
     Activation, AttentionBias, DecoderConfig, Goal, GoldenSize, Mla, NormKind, Positions, Router,
-    SharedExperts, build_decoder,
+    RouterLosses, SharedExperts, build_decoder,
 };
 use meshweave_dsl::build::GraphBuilder;
 use meshweave_dsl::dtype::{DType, Scalar};
@@ -638,6 +638,10 @@ fn latent_attention_with_limited_groups() {
     ];
     for router in routers {
         let moe = config.moe.as_mut().unwrap();
+        moe.losses = RouterLosses {
+            balance: 0.3,
+            z: 0.2,
+        };
         moe.router = router;
         moe.shared = Some(SharedExperts {
             ffn: 5,

@@ -10,6 +10,8 @@ mod differentiate;
 mod equivalence;
 mod export;
 #[cfg(feature = "mlir")]
+mod folding;
+#[cfg(feature = "mlir")]
 mod fragments;
 mod golden;
 mod hf;

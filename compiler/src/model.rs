@@ -22,7 +22,7 @@ use meshweave_dsl::op::OpError;
 
 pub use config::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, Mla, MoeConfig, Norm,
-    NormKind, Positions, Router, SharedExperts,
+    NormKind, Positions, Router, RouterLosses, SharedExperts,
 };
 pub use golden::GoldenSize;
 
@@ -86,13 +86,18 @@ pub fn build_decoder(
     let rope = rope_tables(b, config, seq)?;
     let model = Model { config, seq, rope };
     let (wte, mut h) = b.within("embed", |b| model.embed(b, tokens))?;
+    let mut router_losses = Vec::new();
     for layer_idx in 0..config.n_layers {
         h = b.within(format!("layers[{layer_idx}]"), |b| {
             let h = b.within("attn", |b| model.attention(b, layer_idx, h))?;
             match &config.moe {
-                Some(moe) if !moe.dense_layers.contains(&layer_idx) => {
-                    b.within("moe", |b| model.moe(b, layer_idx, moe, h))
-                }
+                Some(moe) if !moe.dense_layers.contains(&layer_idx) => b.within("moe", |b| {
+                    let (h, scores) = model.moe(b, layer_idx, moe, h)?;
+                    if goal == Goal::Training {
+                        router_losses.extend(model.router_losses(b, moe, &scores)?);
+                    }
+                    Ok(h)
+                }),
                 _ => b.within("mlp", |b| model.mlp(b, layer_idx, h)),
             }
         })?;
@@ -102,7 +107,16 @@ pub fn build_decoder(
         None => logits,
         Some(targets) => {
             let losses = b.cross_entropy("loss.tokens", logits, targets, "vocab")?;
-            b.mean("loss", losses, ["batch", "seq"])?
+            match router_losses.as_slice() {
+                [] => b.mean("loss", losses, ["batch", "seq"])?,
+                [others @ .., last] => {
+                    let mut sum = b.mean("loss.cross_entropy", losses, ["batch", "seq"])?;
+                    for (idx, part) in others.iter().enumerate() {
+                        sum = b.add(&format!("loss.sum{idx}"), sum, *part)?;
+                    }
+                    b.add("loss", sum, *last)?
+                }
+            }
         }
     };
     b.output(output);

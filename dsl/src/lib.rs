@@ -14,6 +14,7 @@ pub mod build;
 pub mod weights;
 pub mod cluster;
 pub mod layout;
+pub mod fold;
 pub mod mapping;
 pub mod schedule;
 pub mod plan;

@@ -118,6 +118,8 @@ pub struct Session {
 
 struct Rank {
     rank: usize,
+    /// Of the instructions, for messages.
+    names: Vec<String>,
     prepared: Vec<Prepared>,
     communicator: Box<dyn Communicator>,
     pool: WorkerPool,
@@ -498,8 +500,11 @@ impl Rank {
             duration_s: 0.0,
             wait_s: 0.0,
         };
+        let instructions = program.ranks[rank].instructions.iter();
+        let names = instructions.map(|one| one.name.clone()).collect();
         Ok(Rank {
             rank,
+            names,
             clocks: vec![now; prepared.len()],
             drill: None,
             prepared,
@@ -578,8 +583,16 @@ impl Rank {
             } => {
                 // SAFETY: `prepare` made the routine from the buffers' types and checked that results
                 // are disjoint from the rest.
-                unsafe { routine.run(inputs, results) };
-                Ok(())
+                unsafe { routine.run(inputs, results) }.map_err(|error| {
+                    let rank = self.communicator.rank();
+                    let name = self.names.get(instruction_idx).map_or("?", String::as_str);
+                    match error {
+                        Error::Invalid(message) => {
+                            Error::Invalid(format!("`{name}` on rank {rank}: {message}"))
+                        }
+                        other => other,
+                    }
+                })
             }
             Prepared::Collective {
                 call,

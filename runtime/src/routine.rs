@@ -43,6 +43,8 @@ struct Move {
 struct TopK {
     /// First elements of a row in x, values and indices.
     rows: Vec<[usize; 3]>,
+    /// The dims that number the rows, the last one fastest.
+    row_dims: Vec<(Dim, usize)>,
     size: usize,
     stride: usize,
     k: usize,
@@ -104,6 +106,7 @@ impl Routine {
                 let rows: Vec<(Dim, usize)> = without(x, &[dim]);
                 Kind::TopK(TopK {
                     rows: offsets(&rows, [x, values, indices]),
+                    row_dims: rows,
                     size: size(x, dim)?,
                     stride: stride(x, dim)?,
                     k: *k,
@@ -149,10 +152,13 @@ impl Routine {
 
     /// Runs on raw memory.
     ///
+    /// # Errors
+    /// `Invalid` when the greatest of values that are no numbers are asked for, with their place.
+    ///
     /// # Safety
     /// The addresses are those of tensors of the planned types, in the op's order; inputs are valid
     /// for reads, results for writes, and results overlap neither inputs nor each other.
-    pub unsafe fn run(&self, inputs: &[*const u32], results: &[*mut u32]) {
+    pub unsafe fn run(&self, inputs: &[*const u32], results: &[*mut u32]) -> Result<()> {
         // SAFETY: as for this function; offsets were computed from the types.
         unsafe {
             match &self.0 {
@@ -163,7 +169,7 @@ impl Routine {
                     }
                 }
                 Kind::TopK(top_k) => {
-                    top_k.run(inputs[0].cast(), results[0].cast(), results[1].cast())
+                    top_k.run(inputs[0].cast(), results[0].cast(), results[1].cast())?;
                 }
                 Kind::TopKGrad(grad) => {
                     grad.run(inputs[0].cast(), inputs[1].cast(), results[0].cast());
@@ -171,18 +177,22 @@ impl Routine {
                 Kind::Moe(moe) => moe.run(inputs, results),
             }
         }
+        Ok(())
     }
 }
 
 impl TopK {
     /// # Safety
     /// As for [`Routine::run`].
-    unsafe fn run(&self, x: *const f32, values: *mut f32, indices: *mut i32) {
+    unsafe fn run(&self, x: *const f32, values: *mut f32, indices: *mut i32) -> Result<()> {
         let mut row_values = vec![0.0f32; self.size];
-        for [at_x, at_values, at_indices] in &self.rows {
+        for (row, [at_x, at_values, at_indices]) in self.rows.iter().enumerate() {
             for (i, value) in row_values.iter_mut().enumerate() {
                 // SAFETY: an element of the row.
                 *value = unsafe { *x.add(at_x + i * self.stride) };
+            }
+            if let Some(at) = row_values.iter().position(|value| value.is_nan()) {
+                return Err(self.not_a_number(row, at));
             }
             let mut taken = vec![false; self.size];
             for choice in 0..self.k {
@@ -202,6 +212,28 @@ impl TopK {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn not_a_number(&self, row: usize, at: usize) -> Error {
+        let mut rest = row;
+        let mut place: Vec<String> = self
+            .row_dims
+            .iter()
+            .rev()
+            .map(|(dim, size)| {
+                let index = rest % size;
+                rest /= size;
+                format!("{dim} {index}")
+            })
+            .collect();
+        place.reverse();
+        Error::Invalid(format!(
+            "the {} greatest of {} scores are to be chosen, and score {at} at {} is not a number: the weights or inputs before it have overflowed; lower the learning rate, or resume from an earlier checkpoint",
+            self.k,
+            self.size,
+            place.join(", ")
+        ))
     }
 }
 

@@ -236,7 +236,7 @@ fn read_model(path: &Path) -> Result<DecoderConfig> {
     Ok(imported.config)
 }
 
-fn read_placement(path: &Path) -> Result<Placement> {
+pub(super) fn read_placement(path: &Path) -> Result<Placement> {
     let text = std::fs::read_to_string(path).map_err(|error| unreadable(path, error))?;
     serde_json::from_str(&text).map_err(|error| {
         Error::plain(

@@ -20,7 +20,9 @@ use meshweave_runtime::{artifact, signals};
 use super::calibrate::{Origin, calibrated};
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
+use super::placed::Relabeling;
 use super::render::{plan_summary, seconds};
+use super::routes::{self, Recorder};
 use super::train::{Progress, Training, data_source, give_batch};
 use super::{Format, launch, runtime_error, write_atomically};
 use crate::compile::{CompileOptions, Compiled, target_features};
@@ -45,6 +47,12 @@ pub struct RunArgs {
     /// Compare the first step with the serial f64 interpreter: loss and every gradient (documents only).
     #[arg(long)]
     verify: bool,
+    /// Write a routing trace of all steps here (Parquet; documents with experts).
+    #[arg(long)]
+    routes: Option<PathBuf>,
+    /// Put experts on the devices that this placement of `meshweave place` gives them (documents only).
+    #[arg(long, conflicts_with = "checkpoint")]
+    placement: Option<PathBuf>,
     /// What the ranks are: threads of this process, or processes started by MPI.
     #[arg(long, value_enum, default_value_t = Backend::Threads)]
     backend: Backend,
@@ -78,6 +86,8 @@ struct Prepared {
     init: Init,
     data: Option<PathBuf>,
     origin: Option<Origin>,
+    routes: Option<Recorder>,
+    relabeling: Option<Relabeling>,
 }
 
 /// Runs a document or an artifact.
@@ -108,16 +118,31 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
     let data = data_source(prepared.execution.program(), path)?;
     let n_steps = args.job.steps.unwrap_or(prepared.n_steps);
     let mut training = Training::new(&args.job, data, &mut prepared.execution)?;
+    if let Some(relabeling) = &prepared.relabeling {
+        relabeling.apply(&mut prepared.execution)?;
+    }
     let mut outcome = Outcome::default();
     if args.verify {
         outcome.errors = Some(verify(&mut prepared, training.data(), &mut outcome)?);
+        if let Some(recorder) = &mut prepared.routes {
+            recorder.record(&prepared.execution)?;
+        }
     }
+    training.record(prepared.routes.take());
     let progress = match format {
         Format::Text => Progress::Shown,
         Format::Json => Progress::Hidden,
     };
     training.steps(&mut prepared.execution, n_steps, progress, &mut outcome)?;
     outcome.arena_bytes = prepared.execution.arena_bytes();
+    if let Some(n_tokens) = training.end_record()?
+        && format == Format::Text
+    {
+        eprintln!("recorded   the experts of {n_tokens} tokens (measured)");
+    }
+    if let Some(relabeling) = &prepared.relabeling {
+        relabeling.undo(&mut prepared.execution)?;
+    }
     training.end(&prepared.execution, &args.job)?;
     write_pictures(args, &prepared, &outcome)?;
     if let (Some(path), Some(origin), Some(timeline)) =
@@ -151,6 +176,8 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
         (args.report.is_some(), "--report"),
         (args.verify, "--verify"),
         (args.calibrate.is_some(), "--calibrate"),
+        (args.routes.is_some(), "--routes"),
+        (args.placement.is_some(), "--placement"),
     ] {
         if given {
             let message = format!("{flag} is for ranks that are threads");
@@ -215,6 +242,8 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
         (args.verify, "--verify"),
         (args.cluster.is_some(), "--cluster"),
         (args.calibrate.is_some(), "--calibrate"),
+        (args.routes.is_some(), "--routes"),
+        (args.placement.is_some(), "--placement"),
     ] {
         if given {
             return Err(Error::plain(
@@ -233,6 +262,8 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
         init,
         data: None,
         origin: None,
+        routes: None,
+        relabeling: None,
     })
 }
 
@@ -240,13 +271,20 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
 struct Made {
     origin: Origin,
     init: Init,
+    routes: Option<Recorder>,
+    relabeling: Option<Relabeling>,
 }
 
 /// The way of every document: what runs is what was written and read back.
 fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
     let folder = temporary_folder()?;
     let path = folder.path().join("artifact");
-    let Made { origin, init } = make_artifact(args, &path, format)?;
+    let Made {
+        origin,
+        init,
+        routes,
+        relabeling,
+    } = make_artifact(args, &path, format)?;
     let (program, kernels) = artifact::load(&path).map_err(runtime_error)?;
     Ok(Prepared {
         execution: Execution::new(program, kernels, &options(args, &init))
@@ -255,6 +293,8 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
         init,
         data: origin.session.request.data.clone(),
         origin: Some(origin),
+        routes,
+        relabeling,
     })
 }
 
@@ -264,8 +304,32 @@ fn make_artifact(args: &RunArgs, path: &Path, format: Format) -> Result<Made> {
         .job
         .init()?
         .unwrap_or_else(|| session.request.init.clone());
-    let model = session.model()?;
+    let mut model = session.model()?;
+    let recorded = match &args.routes {
+        Some(_) if model.stages.is_some() => {
+            return Err(Error::plain(
+                Class::Unsupported,
+                "the routes of a pipeline are not recorded yet",
+            )
+            .help("record without the `pipeline` block; losses and routes are the same"));
+        }
+        Some(path) => Some((path, routes::add_outputs(&mut model.graph)?)),
+        None => None,
+    };
     let solution = session.plan(&model)?;
+    let relabeling = match &args.placement {
+        Some(path) => Some(Relabeling::read(path, &model.graph, &solution.plan)?),
+        None => None,
+    };
+    let routes = match recorded {
+        Some((path, routes)) => Some(Recorder::new(
+            path,
+            routes,
+            &session.request.name,
+            relabeling.clone(),
+        )?),
+        None => None,
+    };
     if format == Format::Text {
         eprint!("{}", plan_summary(&session.request, &solution));
         if let Some(choice) = &session.choice {
@@ -303,7 +367,12 @@ fn make_artifact(args: &RunArgs, path: &Path, format: Format) -> Result<Made> {
         solution,
         locals,
     };
-    Ok(Made { origin, init })
+    Ok(Made {
+        origin,
+        init,
+        routes,
+        relabeling,
+    })
 }
 
 fn n_steps(job: &Job) -> usize {

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::job::JobArgs;
 use super::outcome::Outcome;
+use super::routes::Recorder;
 use super::runtime_error;
 use crate::error::{Error, Result};
 
@@ -123,6 +124,7 @@ pub(super) struct Training {
     kept_at: Option<usize>,
     /// Whether the ranks are processes, which have to agree.
     shared: bool,
+    routes: Option<Recorder>,
 }
 
 /// What a process says of itself after each step.
@@ -179,7 +181,21 @@ impl Training {
             shared: execution.ranks().len() < execution.program().ranks.len(),
             data,
             order,
+            routes: None,
         })
+    }
+
+    /// Records the routes of further steps.
+    pub(super) fn record(&mut self, routes: Option<Recorder>) {
+        self.routes = routes;
+    }
+
+    /// Ends the recording, if there is one; the number of its tokens.
+    ///
+    /// # Errors
+    /// Nothing can be written.
+    pub(super) fn end_record(&mut self) -> Result<Option<usize>> {
+        self.routes.take().map(Recorder::finish).transpose()
     }
 
     /// The data.
@@ -216,6 +232,9 @@ impl Training {
             let start = Instant::now();
             let timeline = execution.step().map_err(runtime_error)?;
             outcome.step_s.push(start.elapsed().as_secs_f64());
+            if let Some(recorder) = &mut self.routes {
+                recorder.record(execution)?;
+            }
             if has_loss {
                 let loss = execution.loss().map_err(runtime_error)?;
                 if !loss.is_finite() {

@@ -9,7 +9,7 @@ use super::fields::Fields;
 use super::rope::rope;
 use crate::model::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, Mla, MoeConfig, Norm,
-    NormKind, Positions, Router, SharedExperts,
+    NormKind, Positions, Router, RouterLosses, SharedExperts,
 };
 
 type Read<T> = Result<T, ImportError>;
@@ -310,6 +310,7 @@ fn mixtral_experts(fields: &mut Fields, ffn: usize) -> Read<MoeConfig> {
             scale: 1.0,
             groups: None,
         },
+        losses: RouterLosses::default(),
         shared: None,
         dense_layers: BTreeSet::new(),
     })
@@ -355,6 +356,7 @@ fn qwen_experts(family: Family, fields: &mut Fields, n_layers: usize) -> Read<Op
             scale: 1.0,
             groups: None,
         },
+        losses: RouterLosses::default(),
         shared,
         dense_layers,
     }))
@@ -603,6 +605,7 @@ fn deepseek_experts(
         ffn,
         capacity_factor: 0.0,
         router,
+        losses: RouterLosses::default(),
         shared,
         dense_layers,
     }))

@@ -145,6 +145,8 @@ pub struct MoeConfig {
     #[serde(default)]
     pub capacity_factor: f64,
     pub router: Router,
+    #[serde(default)]
+    pub losses: RouterLosses,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shared: Option<SharedExperts>,
     /// Layers with the plain `ffn` instead.
@@ -172,6 +174,21 @@ pub enum Router {
         scale: f64,
         groups: Option<(usize, usize)>,
     },
+}
+
+/// What every layer with experts adds to the loss of training, by its weights; 0 adds nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouterLosses {
+    /// On E Σᵢ fᵢ Pᵢ, the mean over sequences: fᵢ is the part of a sequence's assignments that expert i
+    /// gets, Pᵢ its mean probability (Switch Transformers, arXiv 2101.03961, equations 4 to 6; by
+    /// sequence, with sigmoid scores divided by their sum, DeepSeek-V3, arXiv 2412.19437, equations 17
+    /// to 20).
+    #[serde(default)]
+    pub balance: f64,
+    /// On the mean square of the logits' logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
+    #[serde(default)]
+    pub z: f64,
 }
 
 /// Experts that see every token: one dense block next to the routed ones.
@@ -284,6 +301,13 @@ impl DecoderConfig {
                 "`capacity_factor` is {}, but must be 0 (never drop) or positive",
                 moe.capacity_factor
             ));
+        }
+        for (name, weight) in [("balance", moe.losses.balance), ("z", moe.losses.z)] {
+            if !(weight >= 0.0 && weight.is_finite()) {
+                return invalid(format!(
+                    "the weight `{name}` of a router's loss is {weight}, but must be 0 (none) or positive"
+                ));
+            }
         }
         if self.ffn.bias {
             return Err(ModelError::Unsupported(format!(

@@ -18,6 +18,16 @@ const EXCLUDED: f64 = 1e9;
 /// The parts of a gated block: gate, up, down.
 type Parts = [Part; 3];
 
+/// What a router computes on the way to its choices.
+pub(super) struct Scores {
+    /// `[batch, seq, expert]`, before softmax or sigmoid.
+    logits: TensorId,
+    /// `[batch, seq, expert]`, after it, without bias and limits.
+    probs: TensorId,
+    /// `[batch, seq, choice]`.
+    expert: TensorId,
+}
+
 impl Model<'_> {
     /// h + ffn(norm(h)), `[batch, seq, embed]`.
     pub(super) fn mlp(&self, b: &mut GraphBuilder, layer_idx: usize, h: TensorId) -> Built {
@@ -83,9 +93,9 @@ impl Model<'_> {
         layer_idx: usize,
         moe: &MoeConfig,
         h: TensorId,
-    ) -> Built {
+    ) -> Result<(TensorId, Scores), ModelError> {
         let x = self.norm(b, "norm", "input", h)?;
-        let (expert, gate) = self.route(b, layer_idx, moe, x)?;
+        let (expert, gate, scores) = self.route(b, layer_idx, moe, x)?;
         let capacity = capacity(moe, self.seq);
         let slots = OpKind::MoeSlots {
             seq: "seq".into(),
@@ -128,17 +138,59 @@ impl Model<'_> {
             })?;
             out = b.add("out", out, dense)?;
         }
-        Ok(b.add("residual", h, out)?)
+        Ok((b.add("residual", h, out)?, scores))
     }
 
-    /// (expert, gate), both `[batch, seq, choice]`.
+    /// What a layer adds to the loss: a scalar each.
+    pub(super) fn router_losses(
+        &self,
+        b: &mut GraphBuilder,
+        moe: &MoeConfig,
+        scores: &Scores,
+    ) -> Result<Vec<TensorId>, ModelError> {
+        let dtype = self.config.dtype;
+        let mut losses = Vec::new();
+        if moe.losses.balance > 0.0 {
+            let probs = match moe.router {
+                Router::Softmax { .. } => scores.probs,
+                Router::Sigmoid { .. } => {
+                    let sum = b.reduce("balance.sum", ReduceKind::Sum, scores.probs, ["expert"])?;
+                    b.div("balance.probs", scores.probs, sum)?
+                }
+            };
+            let shape = b.ty(scores.expert).shape.clone();
+            let ones = b.constant("balance.ones", dtype, shape, ConstInit::Fill(Scalar(1.0)))?;
+            let scatter = OpKind::TopKGrad {
+                dim: "expert".into(),
+                choice: "choice".into(),
+                size: moe.n_experts,
+            };
+            let chosen = b.apply("balance.chosen", scatter, &[ones, scores.expert])?;
+            let counts = b.reduce("balance.counts", ReduceKind::Sum, chosen, ["seq"])?;
+            let total = b.reduce("balance.total", ReduceKind::Sum, probs, ["seq"])?;
+            let both = b.mul("balance.both", counts, total)?;
+            let sum = b.reduce("balance.loss", ReduceKind::Sum, both, ["batch", "expert"])?;
+            let (batch, seq) = (b.size_of(scores.expert, "batch")?, self.seq as f64);
+            let share = moe.n_experts as f64 / (moe.top_k as f64 * seq * seq * batch as f64);
+            losses.push(b.scale("balance", sum, moe.losses.balance * share)?);
+        }
+        if moe.losses.z > 0.0 {
+            let lse = b.reduce("z.lse", ReduceKind::Lse, scores.logits, ["expert"])?;
+            let square = b.unary("z.square", UnaryFn::Square, lse)?;
+            let mean = b.mean("z.mean", square, ["batch", "seq"])?;
+            losses.push(b.scale("z", mean, moe.losses.z)?);
+        }
+        Ok(losses)
+    }
+
+    /// (expert, gate), both `[batch, seq, choice]`, and the scores behind them.
     fn route(
         &self,
         b: &mut GraphBuilder,
         layer_idx: usize,
         moe: &MoeConfig,
         x: TensorId,
-    ) -> Result<(TensorId, TensorId), ModelError> {
+    ) -> Result<(TensorId, TensorId, Scores), ModelError> {
         let config = self.config;
         let shape = [("embed", config.embed), ("expert", moe.n_experts)];
         let init = Stream::layer(layer_idx, Part::Router).init(config.embed);
@@ -152,7 +204,7 @@ impl Model<'_> {
                 normalize, scale, ..
             } => (*normalize, *scale),
         };
-        let (expert, mut gate) = match &moe.router {
+        let (expert, mut gate, probs) = match &moe.router {
             Router::Softmax { groups, .. } => {
                 let probs = b.softmax("probs", scores, "expert")?;
                 let (values, expert) = match groups {
@@ -164,7 +216,7 @@ impl Model<'_> {
                         b.top_k("chosen", masked, "expert", "choice", moe.top_k)?
                     }
                 };
-                (expert, values)
+                (expert, values, probs)
             }
             Router::Sigmoid { groups, .. } => {
                 let probs = b.unary("probs", UnaryFn::Sigmoid, scores)?;
@@ -183,7 +235,8 @@ impl Model<'_> {
                 let mut shape = b.ty(expert).shape.clone();
                 shape.push(("expert".into(), moe.n_experts));
                 let wide = b.expand("probs.wide", probs, shape)?;
-                (expert, b.pick("gates.chosen", wide, expert, "expert")?)
+                let gate = b.pick("gates.chosen", wide, expert, "expert")?;
+                (expert, gate, probs)
             }
         };
         if normalize {
@@ -193,7 +246,12 @@ impl Model<'_> {
         if scale != 1.0 {
             gate = b.scale("gates.scaled", gate, scale)?;
         }
-        Ok((expert, gate))
+        let scores = Scores {
+            logits: scores,
+            probs,
+            expert,
+        };
+        Ok((expert, gate, scores))
     }
 
     /// 1 for the experts of the chosen groups, else 0: `[batch, seq, expert]`.

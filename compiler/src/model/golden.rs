@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, MoeConfig, Norm,
-    NormKind, Positions, Router,
+    NormKind, Positions, Router, RouterLosses,
 };
 
 /// The sizes of a golden model.
@@ -97,6 +97,7 @@ impl DecoderConfig {
                     scale: 1.0,
                     groups: None,
                 },
+                losses: RouterLosses::default(),
                 shared: None,
                 dense_layers: BTreeSet::new(),
             }),

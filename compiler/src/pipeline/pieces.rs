@@ -13,6 +13,7 @@ use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::verify::{verify_global, verify_local, verify_ranks};
 use meshweave_dsl::graph::{Graph, Op, OpId, Role, TensorId};
 use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
+use meshweave_dsl::name::Axis;
 use meshweave_dsl::op::{BinaryFn, OpKind, PARTIAL_FACTOR};
 use meshweave_dsl::pipeline::{OpPart, Phase, PipelinePlan};
 use meshweave_dsl::plan::{Placement, Plan};
@@ -215,7 +216,7 @@ impl<'a> Pieces<'a> {
     }
 
     /// The layout of a value between pieces: of those that its maker leaves and its readers ask for,
-    /// without partial values, the one with the least bytes on a rank, then the cheapest to make.
+    /// without partial values that no reader asks for, the one with the least bytes on a rank, then the cheapest to make.
     fn passing_layout(&self, id: TensorId) -> Option<Layout> {
         let made = self.made_layout(id);
         let ty = self.graph.ty(id);
@@ -227,8 +228,17 @@ impl<'a> Pieces<'a> {
             layouts.extend(asked.map(|(_, layout)| layout));
         }
         let mesh = &self.plan.mesh;
+        // A reader that carries partial sums through cannot take them reduced.
+        let asked = layouts
+            .iter()
+            .skip(1)
+            .flat_map(|layout| layout.partial.keys());
+        let carried: BTreeSet<Axis> = asked.cloned().collect();
         let choices = layouts.into_iter().filter_map(|mut layout| {
-            layout.partial.clear();
+            layout.partial.retain(|axis, _| carried.contains(axis));
+            if layout.partial.len() < carried.len() {
+                return None;
+            }
             let (seconds, _) = reshard_path(&made, &layout, ty, mesh, self.cluster)?;
             let n_bytes = largest_local_type(ty, &layout, mesh).n_bytes();
             Some((n_bytes, seconds, layout))

@@ -46,9 +46,11 @@ pub fn direct(
     let mut claims = Claims {
         scene: &scene,
         meshes: &meshes,
+        folded: BTreeSet::new(),
         claims: Vec::new(),
         diagnostics: &mut diagnostics,
     };
+    claims.find_folded();
     for item in &expanded {
         claims.read(item);
     }
@@ -213,6 +215,8 @@ type Settled = BTreeMap<TensorId, BTreeMap<Dim, Decision>>;
 struct Claims<'a> {
     scene: &'a Scene<'a>,
     meshes: &'a Meshes<'a>,
+    /// What the mesh that refolds the other is used on.
+    folded: BTreeSet<TensorId>,
     claims: Vec<Claim>,
     diagnostics: &'a mut Vec<Diagnostic>,
 }
@@ -226,6 +230,23 @@ impl Claims<'_> {
             TacticItem::Forbid(forbid) => self.forbid(forbid, expanded),
             TacticItem::Prefer(prefer) => self.prefer(prefer, expanded),
             TacticItem::Apply(_) => {}
+        }
+    }
+
+    /// The tensors that the folded mesh is used on, by the names of their blocks.
+    fn find_folded(&mut self) {
+        for selector in &self.meshes.folded_on {
+            let found: Vec<TensorId> = self
+                .scene
+                .graph
+                .tensor_ids()
+                .filter(|id| self.scene.is_excepted(*id, &[&selector.node]))
+                .collect();
+            if found.is_empty() {
+                let diagnostic = self.matches_nothing(selector, selector.span, None);
+                self.diagnostics.push(diagnostic);
+            }
+            self.folded.extend(found);
         }
     }
 
@@ -308,16 +329,17 @@ impl Claims<'_> {
         let mut axes: Vec<Axis> = Vec::new();
         let mut is_complete = true;
         for (reference, span) in references {
-            match self.meshes.axis(reference, span) {
-                Ok(axis) if axes.contains(&axis) => {
-                    self.diagnostics.push(
-                        Diagnostic::invalid(format!("axis `{axis}` is named twice"))
-                            .code("W109")
-                            .at(span, ""),
-                    );
+            match self.meshes.axes(reference, span) {
+                Ok(parts) if parts.iter().any(|axis| axes.contains(axis)) => {
+                    let message = match parts.as_slice() {
+                        [axis] => format!("axis `{axis}` is named twice"),
+                        _ => format!("`{reference}` shares ranks with another of these axes"),
+                    };
+                    self.diagnostics
+                        .push(Diagnostic::invalid(message).code("W109").at(span, ""));
                     is_complete = false;
                 }
-                Ok(axis) => axes.push(axis),
+                Ok(parts) => axes.extend(parts),
                 Err(diagnostic) => {
                     // One finding a place: the axis may be named several times.
                     if !self.diagnostics.contains(&diagnostic) {
@@ -336,11 +358,24 @@ impl Claims<'_> {
         let references = shard.over.iter().map(|axis| (&axis.node, place(axis.span)));
         let axes = self.axes(references);
         // Each target is a claim of its own: how specific it is does not depend on the others.
-        let scopes: Vec<Vec<TensorId>> = shard
+        let mut scopes: Vec<Vec<TensorId>> = shard
             .on
             .iter()
             .map(|target| self.target(target, shard, expanded))
             .collect();
+        let mut folded = shard
+            .over
+            .iter()
+            .map(|axis| self.meshes.is_folded(&axis.node));
+        if let Some(is_folded) = folded.next().flatten()
+            && !self.folded.is_empty()
+            && folded.all(|other| other == Some(is_folded))
+        {
+            // Each mesh divides the part of the model that it is used on.
+            for scope in &mut scopes {
+                scope.retain(|id| self.folded.contains(id) == is_folded);
+            }
+        }
         let Some(axes) = axes else { return };
         let mut n_divided = 0;
         for scope in &scopes {
@@ -833,12 +868,9 @@ impl Claims<'_> {
         {
             return axes.clone();
         }
-        let definition = self.meshes.definition;
-        let order = definition.into_iter().flat_map(|(mesh, _)| &mesh.axes);
+        let mut order = self.meshes.order();
+        order.retain(|axis| named.contains(&axis));
         order
-            .map(|axis| Axis::from(axis.name.as_str()))
-            .filter(|axis| named.contains(&axis))
-            .collect()
     }
 
     fn stronger(

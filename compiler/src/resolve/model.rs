@@ -15,7 +15,7 @@ use super::settings::Settings;
 use super::{ModelSource, existing_file};
 use crate::model::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, GoldenSize, ModelError,
-    MoeConfig, Norm, NormKind, Positions, Router, SharedExperts,
+    MoeConfig, Norm, NormKind, Positions, Router, RouterLosses, SharedExperts,
 };
 
 /// The families that a definition may start from.
@@ -355,6 +355,8 @@ fn llama(definition: &Definition, diagnostics: &mut Vec<Diagnostic>) -> Option<D
             "topk",
             "capacity",
             "shared_ffn",
+            "balance",
+            "z",
         ],
     );
     let config = llama_config(definition, &mut s);
@@ -435,8 +437,11 @@ fn experts(
     let top_k = s.count("topk", 1);
     let capacity = s.number("capacity", "from 0 (which never drops) on", |c| c >= 0.0);
     let shared = s.count("shared_ffn", 1);
+    let weight = "from 0 (which adds nothing) on";
+    let balance = s.number("balance", weight, |w| w >= 0.0);
+    let z = s.number("z", weight, |w| w >= 0.0);
     if !s.has("experts") {
-        for key in ["topk", "capacity", "shared_ffn"] {
+        for key in ["topk", "capacity", "shared_ffn", "balance", "z"] {
             if s.has(key) {
                 s.diagnostics.push(
                     Diagnostic::invalid(format!(
@@ -460,6 +465,10 @@ fn experts(
             normalize: true,
             scale: 1.0,
             groups: None,
+        },
+        losses: RouterLosses {
+            balance: balance.unwrap_or(0.0),
+            z: z.unwrap_or(0.0),
         },
         shared: shared.map(|ffn| SharedExperts { ffn, gated: false }),
         dense_layers: BTreeSet::new(),

@@ -63,19 +63,27 @@ fn summary(certificate: &Certificate) -> Vec<String> {
 
 /// Gives the mesh its witnesses, or adds the mesh.
 fn witness_mesh(document: &mut Document, mesh: &Mesh) {
-    let definition = document
-        .body
-        .lines
-        .iter_mut()
-        .find_map(|line| match &mut line.item.node {
-            Statement::Mesh(definition) => Some(definition),
-            _ => None,
-        });
-    if let Some(definition) = definition {
-        for axis in &mut definition.axes {
-            let degree = mesh.degree(&axis.name.as_str().into()) as u64;
-            witness(&mut axis.node.degree, degree);
+    let is_folded = document.statements().any(
+        |statement| matches!(&statement.node, Statement::Mesh(mesh) if mesh.refolds.is_some()),
+    );
+    let mut is_witnessed = false;
+    for line in &mut document.body.lines {
+        let Statement::Mesh(definition) = &mut line.item.node else {
+            continue;
+        };
+        if is_witnessed && definition.refolds.is_none() {
+            continue;
         }
+        is_witnessed = true;
+        for axis in &mut definition.axes {
+            let degree = match is_folded {
+                true => folded_degree(mesh, axis.name.as_str()),
+                false => mesh.degree(&axis.name.as_str().into()),
+            };
+            witness(&mut axis.node.degree, degree as u64);
+        }
+    }
+    if is_witnessed {
         return;
     }
     let axes: Vec<Spanned<ast::Axis>> = mesh
@@ -102,6 +110,18 @@ fn witness_mesh(document: &mut Document, mesh: &Mesh) {
     line.lead.push(Trivia::Blank);
     let at = behind_head(document);
     document.body.lines.insert(at, line);
+}
+
+/// The degree of an axis of one of two meshes: that of all its parts in their refinement.
+fn folded_degree(mesh: &Mesh, name: &str) -> usize {
+    let is_part = |axis: &Axis| {
+        let of = axis.as_str().split_once('_');
+        axis.as_str() == name || of.is_some_and(|(a, b)| a == name || b == name)
+    };
+    let axes = mesh.axes().iter();
+    axes.filter(|(axis, _)| is_part(axis))
+        .map(|(_, degree)| degree)
+        .product()
 }
 
 /// The place behind the statements that say what is run.
@@ -501,16 +521,17 @@ impl Reader<'_, '_> {
             };
             let mut degrees = Vec::new();
             for reference in axes {
-                let axis = self.meshes.axis(reference, layout.span)?;
-                degrees.push(self.mesh.degree(&axis));
-                if placement
-                    .factors
-                    .insert(axis, factor.name.clone())
-                    .is_some()
-                {
-                    return Err(Box::new(invalid(format!(
-                        "axis `{reference}` divides `{name}` twice"
-                    ))));
+                for axis in self.meshes.axes(reference, layout.span)? {
+                    degrees.push(self.mesh.degree(&axis));
+                    if placement
+                        .factors
+                        .insert(axis, factor.name.clone())
+                        .is_some()
+                    {
+                        return Err(Box::new(invalid(format!(
+                            "axis `{reference}` divides `{name}` twice"
+                        ))));
+                    }
                 }
             }
             let n_parts: usize = degrees.iter().product();
@@ -586,14 +607,15 @@ impl Reader<'_, '_> {
             };
             let mut degrees = Vec::new();
             for reference in axes {
-                let axis = self.meshes.axis(reference, text.span)?;
-                if !once(&axis) {
-                    return Err(Box::new(invalid(format!(
-                        "axis `{axis}` divides {name} twice"
-                    ))));
+                for axis in self.meshes.axes(reference, text.span)? {
+                    if !once(&axis) {
+                        return Err(Box::new(invalid(format!(
+                            "axis `{axis}` divides {name} twice"
+                        ))));
+                    }
+                    degrees.push(self.mesh.degree(&axis));
+                    layout = layout.shard(&dim, &axis);
                 }
-                degrees.push(self.mesh.degree(&axis));
-                layout = layout.shard(&dim, &axis);
             }
             let n_parts: usize = degrees.iter().product();
             if n_parts > 1 && smallest_part(size, &degrees) == 0 {
@@ -609,8 +631,9 @@ impl Reader<'_, '_> {
                 Reduce::Lse => ReduceKind::Lse,
             };
             for reference in &partial.axes {
-                let axis = self.meshes.axis(reference, text.span)?;
-                layout = layout.partial(axis, kind);
+                for axis in self.meshes.axes(reference, text.span)? {
+                    layout = layout.partial(axis, kind);
+                }
             }
         }
         Ok(layout)

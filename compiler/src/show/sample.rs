@@ -614,6 +614,7 @@ pub(super) fn report_input(n_layers: usize) -> ReportInput {
             note: "graph to kernels".into(),
         }],
         lower_bound_s: Some(predicted.step_s() * 0.87),
+        grids: Vec::new(),
         plan_text: Some(
             "plan \"demo\" model \"small.weave\" cluster \"host:8\"\n\
              # chosen by the search\n\

@@ -11,7 +11,7 @@ use super::known;
 use super::table::{Row, number_after, number_before};
 use crate::model::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, Mla, MoeConfig, Norm,
-    NormKind, Positions, Router, SharedExperts,
+    NormKind, Positions, Router, RouterLosses, SharedExperts,
 };
 use crate::plan::estimate::Parameters;
 
@@ -91,6 +91,7 @@ pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
                 scale: 1.0,
                 groups: None,
             },
+            losses: RouterLosses::default(),
             shared: shared(&extra, width).map(|ffn| SharedExperts { ffn, gated: false }),
             dense_layers: (0..dense_layers(&extra).min(n_layers)).collect(),
         }

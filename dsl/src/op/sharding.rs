@@ -126,10 +126,10 @@ impl OpKind {
             }
             Self::MoeSlots { seq, choice, .. } => rule.dims_except(&[seq, choice]),
             Self::MoeDispatch(dims) | Self::MoeCombine(dims) | Self::MoeGateGrad(dims) => {
-                let MoeDims {
-                    seq, choice, slot, ..
-                } = dims;
-                rule.dims_except(&[seq, choice, slot])
+                // Slots are ranks within whole sequences, so a part of a sequence fills its own slots
+                // (the others are 0 and summed) and reads its own outputs.
+                let MoeDims { choice, slot, .. } = dims;
+                rule.dims_except(&[choice, slot])
             }
             Self::AllGather { .. }
             | Self::AllReduce { .. }

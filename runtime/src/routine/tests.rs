@@ -39,7 +39,7 @@ fn check(op: &OpKind, inputs: &[(TensorType, Fill)]) {
     let input_addresses: Vec<*const u32> = words.iter().map(|w| w.as_ptr()).collect();
     let result_addresses: Vec<*mut u32> = results.iter_mut().map(|w| w.as_mut_ptr()).collect();
     // SAFETY: every vector has the elements of its type.
-    unsafe { routine.run(&input_addresses, &result_addresses) };
+    unsafe { routine.run(&input_addresses, &result_addresses) }.unwrap();
     for (got, want) in results.iter().zip(&expected) {
         let dtype = want.ty().dtype;
         for (i, (got, want)) in got.iter().zip(want.data()).enumerate() {

@@ -10,7 +10,7 @@ use super::activations::LayerSizes;
 use super::*;
 use crate::model::{
     Activation, AttentionBias, AttentionConfig, DecoderConfig, FfnConfig, Mla, MoeConfig, Norm,
-    NormKind, Positions, Router,
+    NormKind, Positions, Router, RouterLosses,
 };
 use crate::plan::estimate::workload::AttentionKernel;
 
@@ -89,6 +89,7 @@ fn mixtral() -> DecoderConfig {
                 scale: 1.0,
                 groups: None,
             },
+            losses: RouterLosses::default(),
             shared: None,
             dense_layers: BTreeSet::new(),
         }),
