@@ -9,7 +9,7 @@ use meshweave_compiler::plan::estimate::{Estimate, Job, estimate, memory};
 use meshweave_compiler::plan::outer::compare::{Change, changed, choices};
 use meshweave_compiler::plan::outer::conflict::conflict;
 use meshweave_compiler::plan::outer::{
-    self, Certificate, Digests, Found, Options, OuterError, Priced,
+    self, Certificate, Digests, FamilyRow, Found, Options, OuterError, Priced,
 };
 use meshweave_compiler::resolve::{self, MappingRequest, print_mapping};
 use meshweave_dsl::diagnostics::{Class, Diagnostic, Span};
@@ -341,6 +341,7 @@ pub fn explain(mapped: &Mapped) -> String {
     }
     text += &format!("  by pipeline rank: {}\n", by_rank(&mapped.memory_bytes()));
     if let Some(found) = &mapped.found {
+        text += &families(&found.certificate.schedules);
         text += "\nOther grids (predicted)\n";
         for other in found.runners_up.iter().take(8) {
             let slower = 100.0 * (other.a_sequence_s() / found.best.a_sequence_s() - 1.0);
@@ -394,6 +395,43 @@ pub fn explain(mapped: &Mapped) -> String {
     }
     text.push('\n');
     text
+}
+
+/// Families of schedules beside the chosen one, the fastest first; empty without a pipeline.
+fn families(rows: &[FamilyRow]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut text = String::from(
+        "\nFamilies of schedules (predicted; simulated with the stages' own costs where near)\n",
+    );
+    text += "  family           closed form   simulated  peak memory  why\n";
+    let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
+    for row in rows {
+        text += &format!(
+            "  {:<15} {:>12} {:>11} {:>12}  {}\n",
+            row.family,
+            or_dash(row.predicted_s.map(seconds)),
+            or_dash(row.simulated_s.map(seconds)),
+            or_dash(row.peak_bytes.map(|peak| bytes(peak as f64))),
+            row.why
+        );
+    }
+    text
+}
+
+/// Why the schedule is the plan's, in a line: the nearest other family.
+fn why_schedule(rows: &[FamilyRow]) -> Option<String> {
+    let chosen = rows.first()?;
+    let next = rows.get(1..)?.iter().find(|row| row.predicted_s.is_some());
+    let n_compared = rows.iter().filter(|row| row.predicted_s.is_some()).count();
+    let nearest = next.map_or_else(String::new, |next| {
+        format!("; next {}, {}", next.family, next.why)
+    });
+    Some(format!(
+        "schedule: {}, the fastest of {n_compared} families{nearest}",
+        chosen.family
+    ))
 }
 
 /// What the best step would take without each statement.
@@ -546,6 +584,7 @@ fn certificate_lines(
         format!("simulated: {seconds} a step, with the schedule run action by action")
     });
     let mut lines: Vec<String> = simulated.into_iter().collect();
+    lines.extend(why_schedule(&certificate.schedules));
     let bound_s = show(certificate.lower_bound_s);
     let gap = 100.0 * certificate.gap;
     lines.push(match mapped.request.open_batch {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use meshweave::compiler::plan::outer::FamilyRow;
 use meshweave::dsl::diagnostics::{Color, SourceId};
 use meshweave::dsl::weave;
 use meshweave::session::Session;
@@ -78,6 +79,12 @@ fn a_printed_plan_reads_back_as_its_mapping() {
              pipeline main.pp {\n  schedule 1f1b\n}\n\
              memory {\n  recompute layers[*] = first (3,2,2,1,1,0,0,0)\n}",
         ),
+        (
+            "h100:32",
+            MIXTRAL,
+            "train batch 128 seq 4096\nmesh main = pp:4 > dp:rest > tp:1\n\
+             pipeline main.pp {\n  schedule auto{dualpipe, dualpipe-v}\n}",
+        ),
     ] {
         let session = session(cluster, model, rest);
         let mapped = session.search_mapping().unwrap();
@@ -95,6 +102,34 @@ fn a_printed_plan_reads_back_as_its_mapping() {
         let document = weave::parse(&text, SourceId(0)).document;
         assert!(!weave::print(&document.thaw()).contains(":="));
     }
+}
+
+#[test]
+fn the_families_of_schedules_are_compared() {
+    let session = session(
+        "h100:64",
+        MIXTRAL,
+        "train batch 256 seq 4096\nmesh main = pp:8 > dp:rest > tp:1\n\
+         pipeline main.pp {\n  schedule auto{1f1b, zb-h1, zb-v, dualpipe}\n}",
+    );
+    let mapped = session.search_mapping().unwrap();
+    let certificate = &mapped.found.as_ref().unwrap().certificate;
+    let rows = &certificate.schedules;
+    assert_eq!(rows[0].why, "chosen");
+    assert_eq!(rows[0].family, mapped.mapping.pipeline.schedule);
+    assert_eq!(rows[0].simulated_s, certificate.simulated_s);
+    assert_eq!(rows.len(), 13);
+    let seconds = |row: &FamilyRow| row.simulated_s.or(row.predicted_s);
+    for row in &rows[1..] {
+        if let (Some(own), Some(chosen)) = (row.simulated_s, seconds(&rows[0])) {
+            assert!(chosen <= own, "{row:?} beats the chosen one");
+        }
+        let is_allowed = ["1f1b", "zb-h1", "zb-v", "dualpipe"].contains(&row.family.as_str());
+        assert!(is_allowed || row.predicted_s.is_none(), "{row:?}");
+        assert!(!row.why.is_empty());
+    }
+    let text = session.mapping_text(&mapped);
+    assert!(text.contains("# | schedule: "), "{text}");
 }
 
 #[test]

@@ -33,9 +33,10 @@ mod draw;
 mod tests;
 
 pub use backfill::backfill;
+pub(crate) use builtin::unchecked;
 pub use builtin::{Builtin, Placement, Shape, build};
 pub use check::check;
-pub use closed_form::{ClosedForm, Exactness, RankCosts, closed_form};
+pub use closed_form::{ClosedForm, Exactness, RankCosts, closed_form, pair_s};
 pub use deadlock::check_lowered;
 pub use definition::{definitions, from_definition, named};
 pub use draw::{Terminal, legend, memory_curves, terminal};

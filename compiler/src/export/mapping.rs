@@ -35,6 +35,14 @@ fn unsupported(what: &str, target: Target) -> ExportError {
     ))
 }
 
+/// A schedule that the target does not run, with those that it does.
+fn unknown_schedule(schedule: &str, known: &str, target: Target) -> ExportError {
+    ExportError::Unsupported(format!(
+        "the plan uses schedule `{schedule}`, which {} cannot express; plan with `schedule auto{{{known}}}`",
+        target.name()
+    ))
+}
+
 fn refuse(is_used: bool, what: &str, target: Target) -> Result<()> {
     match is_used {
         true => Err(unsupported(what, target)),
@@ -46,8 +54,13 @@ fn megatron(workload: &Workload, mapping: &Mapping) -> Result<String> {
     let target = Target::Megatron;
     let pipeline = &mapping.pipeline;
     let is_known = matches!(pipeline.schedule.as_str(), "1f1b" | "interleaved");
-    let schedule = format!("schedule `{}`", pipeline.schedule);
-    refuse(mapping.pp > 1 && !is_known, &schedule, target)?;
+    if mapping.pp > 1 && !is_known {
+        return Err(unknown_schedule(
+            &pipeline.schedule,
+            "1f1b, interleaved",
+            target,
+        ));
+    }
     refuse(
         mapping.offload.activations > 0.0,
         "offloading of activations",
@@ -235,7 +248,12 @@ fn torchtitan(workload: &Workload, mapping: &Mapping) -> Result<String> {
         "gpipe" => "GPipe",
         "zb-v" => "ZBVZeroBubble",
         "dualpipe-v" => "DualPipeV",
-        other => return Err(unsupported(&format!("schedule `{other}`"), target)),
+        "looped-bfs" => "LoopedBFS",
+        "interleaved-zb" => "InterleavedZeroBubble",
+        other => {
+            let known = "gpipe, 1f1b, looped-bfs, interleaved, interleaved-zb, zb-v, dualpipe-v";
+            return Err(unknown_schedule(other, known, target));
+        }
     };
     let shard = match mapping.zero.stage {
         0 => 1,

@@ -21,9 +21,11 @@ pub use capacity::{Bound, Capacity, Target, max_batch};
 pub use memory::{Framework, MemoryEstimate, memory};
 pub use workload::{AttentionKernel, Job, Parameters, Software, Workload};
 
+use super::cost::efficiency::Efficiency;
 use super::cost::links::send_seconds;
+use crate::schedule::{Builtin, Shape};
 use layer::{LayerCost, Pricer};
-use pipeline::{RankWork, round_wait_s, wait_s};
+use pipeline::{PipelineShape, PipelineTime, RankWork, round_wait_s};
 use stages::Stages;
 use sync::{Cover, Held, data_parallel_s, optimizer_s};
 
@@ -96,6 +98,9 @@ pub struct StageEstimate {
     pub backward_weight_s: f64,
     /// Recomputation, before the backward pass.
     pub recompute_s: f64,
+    /// Of the forward, and of the backward with its recomputation, the exchange between experts.
+    pub forward_exchange_s: f64,
+    pub backward_exchange_s: f64,
     /// Sending the stage's output to the next one.
     pub p2p_s: f64,
     /// Of the pipeline rank that holds the stage.
@@ -131,29 +136,26 @@ pub fn estimate(
         1 => 0.0,
         _ => send_seconds(pricer.boundary_bytes(), is_spread, cluster),
     };
-    // Per pipeline rank: all its chunks.
-    let mut ranks = Vec::with_capacity(mapping.pp);
-    let mut memories = Vec::with_capacity(mapping.pp);
-    let mut sums = Vec::with_capacity(mapping.pp);
-    for pipeline_rank in 0..mapping.pp {
-        let mut sum = LayerCost::default();
-        for chunk in 0..mapping.pipeline.chunks {
-            sum = sum.then(costs[stages.stage_of(pipeline_rank, chunk)]);
-        }
-        ranks.push(RankWork {
-            forward_s: sum.forward.seconds(),
-            backward_input_s: sum.backward_input.seconds() + sum.recompute.seconds(),
-            backward_weight_s: sum.backward_weight.seconds(),
-        });
-        sums.push(sum);
-        memories.push(memory(workload, mapping, cluster, pipeline_rank));
-    }
-    let schedule = mapping.pipeline.schedule.as_str();
-    let (pace, wait_s) = match workload.job {
-        Job::Train | Job::Prefill => wait_s(schedule, mapping.pipeline.chunks, &ranks),
+    let work: Vec<RankWork> = costs.iter().map(work_of).collect();
+    let pipeline = pipeline(workload, mapping, cluster, &stages);
+    let ranks = pipeline.ranks(&work);
+    let PipelineTime {
+        pace,
+        hidden_s,
+        wait_s,
+    } = match workload.job {
+        _ if mapping.pp == 1 => PipelineTime::default(),
+        Job::Train | Job::Prefill => pipeline.time(&work),
         Job::Decode { .. } => round_wait_s(n_microbatches, &ranks),
     };
-    let sum = sums[pace];
+    let memories: Vec<MemoryEstimate> = (0..mapping.pp)
+        .map(|rank| memory(workload, mapping, cluster, rank))
+        .collect();
+    let sum = stages
+        .on(pace)
+        .fold(LayerCost::default(), |sum, (stage, part)| {
+            sum.then(costs[stage].times(part))
+        });
     let passes = sum
         .forward
         .then(sum.backward_input)
@@ -165,7 +167,7 @@ pub fn estimate(
         recompute: again.seconds(),
         tp: passes.tp,
         cp: passes.cp,
-        ep: passes.ep,
+        ep: passes.ep - n_microbatches * hidden_s,
         p2p: p2p_s(workload, mapping, send_s, n_microbatches),
         bubble: wait_s,
         ..Parts::default()
@@ -196,6 +198,8 @@ pub fn estimate(
             backward_input_s: cost.backward_input.seconds(),
             backward_weight_s: cost.backward_weight.seconds(),
             recompute_s: cost.recompute.seconds(),
+            forward_exchange_s: cost.forward.ep,
+            backward_exchange_s: backward_exchange_s(cost),
             p2p_s: send_s,
             memory: memories[stages.rank_of(stage_idx)],
         })
@@ -213,6 +217,55 @@ pub fn estimate(
         tokens_per_s: workload.tokens() / step_s,
     })
 }
+
+/// The work of a stage on a microbatch.
+fn work_of(cost: &LayerCost) -> RankWork {
+    RankWork {
+        forward_s: cost.forward.seconds(),
+        backward_input_s: cost.backward_input.seconds() + cost.recompute.seconds(),
+        backward_weight_s: cost.backward_weight.seconds(),
+        exchange_s: cost.forward.ep + backward_exchange_s(cost),
+    }
+}
+
+/// The exchange between experts of a backward pass with its recomputation.
+fn backward_exchange_s(cost: &LayerCost) -> f64 {
+    cost.backward_input.ep + cost.backward_weight.ep + cost.recompute.ep
+}
+
+/// The pipeline of a mapping; a schedule that is not built in counts as 1F1B.
+fn pipeline<'a>(
+    workload: &Workload,
+    mapping: &Mapping,
+    cluster: &Cluster,
+    stages: &'a Stages,
+) -> PipelineShape<'a> {
+    PipelineShape {
+        family: family(mapping),
+        stages,
+        n_microbatches: mapping.n_microbatches(workload.batch).max(1),
+        slowdown: pair_slowdown(cluster),
+        post_validates: workload.software.post_validates,
+    }
+}
+
+/// The family of a mapping's schedule.
+pub(crate) fn family(mapping: &Mapping) -> Builtin {
+    Builtin::find(&mapping.pipeline.schedule).unwrap_or(Builtin::OneFOneB)
+}
+
+/// What a pair's work takes longer because some units send and receive: 20 of the 132 of an H800
+/// (DeepSeek-V3, arXiv 2412.19437, §3.2.2), as many on other devices.
+pub(crate) fn pair_slowdown(cluster: &Cluster) -> f64 {
+    let n_units = Efficiency::of(cluster.device.arch).n_units as f64;
+    if n_units <= 2.0 * EXCHANGE_UNITS {
+        return 1.0;
+    }
+    n_units / (n_units - EXCHANGE_UNITS)
+}
+
+/// Units of a device that drive the exchange of experts beside computation.
+const EXCHANGE_UNITS: f64 = 20.0;
 
 /// The cost of every stage, in model order; layers of a kind are priced once.
 fn stage_costs(
@@ -302,7 +355,7 @@ fn p2p_s(workload: &Workload, mapping: &Mapping, send_s: f64, n_microbatches: f6
     let directions = if workload.job == Job::Train { 2.0 } else { 1.0 };
     let fill = directions * (mapping.pp - 1) as f64 * send_s;
     let chunks = mapping.pipeline.chunks as f64;
-    let is_split = mapping.pipeline.schedule.starts_with("zb");
+    let is_split = family(mapping).splits_backward();
     let exposed_s = if workload.software.blocking_p2p && !is_split {
         send_s + BLOCKING_S
     } else if chunks > 1.0 || is_split {
@@ -320,7 +373,10 @@ const BLOCKING_S: f64 = 800e-6;
 fn held(workload: &Workload, mapping: &Mapping, stages: &Stages, pipeline_rank: usize) -> Held {
     let parameters = workload.parameters();
     let tp = mapping.tp as f64;
-    let mut held = Held::default();
+    let mut held = Held {
+        n_copies: stages.n_copies() as f64,
+        ..Held::default()
+    };
     let mut layer = |is_moe: bool| {
         held.n_layers += 1.0;
         held.dense += parameters.attention / tp;
@@ -333,8 +389,8 @@ fn held(workload: &Workload, mapping: &Mapping, stages: &Stages, pipeline_rank: 
         }
     };
     let (mut embeds, mut predicts) = (false, false);
-    for chunk in 0..mapping.pipeline.chunks {
-        let stage = stages.get(stages.stage_of(pipeline_rank, chunk));
+    for (stage, _) in stages.on(pipeline_rank) {
+        let stage = stages.get(stage);
         stage
             .layers
             .clone()
@@ -354,6 +410,35 @@ fn held(workload: &Workload, mapping: &Mapping, stages: &Stages, pipeline_rank: 
     held
 }
 
+/// Checks that the schedule is one that trains on whole sequences and the same weights, and is defined
+/// for the pipeline.
+fn fits(workload: &Workload, mapping: &Mapping) -> Result<(), Unpriced> {
+    let name = &mapping.pipeline.schedule;
+    let Some(family) = Builtin::families().find(|family| family.name() == name) else {
+        return Err(match Builtin::find(name) {
+            Some(_) => Unpriced::Unsupported(format!(
+                "schedule `{name}` has no price in a plan: it divides sequences or trains on stale weights; \
+                 `meshweave schedule show {name}` simulates it"
+            )),
+            None => Unpriced::Invalid(format!(
+                "there is no schedule `{name}`; there are {}",
+                names_of_families()
+            )),
+        });
+    };
+    let n_microbatches = mapping.n_microbatches(workload.batch).max(1);
+    let shape = Shape::new(mapping.pp, n_microbatches).chunks(mapping.pipeline.chunks);
+    family
+        .fits(&shape)
+        .map_err(|error| Unpriced::Invalid(error.to_string()))
+}
+
+/// The schedules that plans choose among, in words.
+pub fn names_of_families() -> String {
+    let names: Vec<&str> = Builtin::families().map(Builtin::name).collect();
+    names.join(", ")
+}
+
 /// What must hold before anything is priced.
 fn check(workload: &Workload, mapping: &Mapping, cluster: &Cluster) -> Result<(), Unpriced> {
     let invalid = |message: String| Err(Unpriced::Invalid(message));
@@ -369,6 +454,9 @@ fn check(workload: &Workload, mapping: &Mapping, cluster: &Cluster) -> Result<()
             mapping.n_ranks(),
             cluster.n_devices()
         ));
+    }
+    if mapping.pp > 1 && workload.job == Job::Train {
+        fits(workload, mapping)?;
     }
     let offload = mapping.offload;
     if (offload.optimizer || offload.activations > 0.0) && cluster.device.host_bytes_per_s <= 0.0 {

@@ -17,7 +17,7 @@ mod search;
 mod serving;
 mod only;
 mod digest;
-mod simulated;
+mod families;
 pub mod conflict;
 pub mod compare;
 
@@ -27,8 +27,10 @@ use meshweave_dsl::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
 use super::estimate::{Job, Workload, memory};
+use crate::schedule::Builtin;
 
 pub use digest::Digests;
+pub use families::FamilyRow;
 pub use only::the_only;
 pub use search::{Counts, Priced};
 pub use space::{Allowed, Cuts, Preference, ShardGroup, Space, Whole};
@@ -102,10 +104,12 @@ pub struct Certificate {
     pub predicted_s: f64,
     /// The step with its schedule simulated action by action, where it has one.
     pub simulated_s: Option<f64>,
+    /// What the families of schedules take, the chosen one first; empty without a pipeline.
+    pub schedules: Vec<FamilyRow>,
     /// No mapping of the space is faster under these prices; of several batches: no step that makes as
     /// many tokens a second as the best one could take less.
     pub lower_bound_s: f64,
-    /// How far the prediction is above the bound, as a part of it.
+    /// How far the step is above the bound, as a part of it: the simulated one where there is one.
     pub gap: f64,
     pub tokens_per_s: f64,
     /// No mapping and no batch of the space makes more tokens a second under these prices.
@@ -164,15 +168,19 @@ pub fn search(
     }
     let not_searched = not_searched(&problem, &outcome);
     let mut best = outcome.best;
-    let simulated_s = choose_by_simulation(&problem, &mut best);
-    let mut best = best.into_iter();
-    let first = best
-        .next()
+    let choice = families::choose(&problem, &mut layers, &best, &outcome.of_family);
+    let (first, simulated_s) = choice
+        .first
         .ok_or_else(|| OuterError::Internal("nothing found".into()))?;
     let workload = Workload {
         batch: first.batch,
         ..workload.clone()
     };
+    best.retain(|other| other.mapping != first.mapping);
+    // A schedule of uneven stages may take less than its closed form says.
+    let lower_bound_s = outcome
+        .lower_bound_s
+        .min(simulated_s.unwrap_or(f64::INFINITY));
     let memory_bytes = (0..first.mapping.pp)
         .map(|rank| memory(&workload, &first.mapping, cluster, rank).total().0)
         .collect();
@@ -183,10 +191,11 @@ pub fn search(
     let certificate = Certificate {
         predicted_s: first.estimate.step_s,
         simulated_s,
-        lower_bound_s: outcome.lower_bound_s,
-        gap: (first.estimate.step_s / outcome.lower_bound_s - 1.0).max(0.0),
+        lower_bound_s,
+        gap: (simulated_s.unwrap_or(first.estimate.step_s) / lower_bound_s - 1.0).max(0.0),
+        schedules: choice.rows,
         tokens_per_s: first.estimate.tokens_per_s,
-        most_tokens_per_s: workload.tokens() / outcome.lower_bound_s,
+        most_tokens_per_s: workload.tokens() / lower_bound_s,
         batch: first.batch,
         first_token_s,
         mfu: first.estimate.mfu,
@@ -199,7 +208,7 @@ pub fn search(
     };
     Ok(Found {
         best: first,
-        runners_up: best.collect(),
+        runners_up: best,
         certificate,
         solve_s: start.elapsed().as_secs_f64(),
     })
@@ -235,42 +244,6 @@ fn sweep(
         sweep.add(problem.space, batch, found);
     }
     sweep
-}
-
-/// Mappings that are simulated.
-const N_SIMULATED: usize = 4;
-/// Part of a step by which a runner-up may be slower in closed form and still be simulated.
-const CLOSE: f64 = 0.02;
-
-/// Simulates the best mapping and the runners-up that are close to it, and puts the one first whose
-/// simulated step is shortest; its simulated seconds.
-fn choose_by_simulation(problem: &Problem<'_>, best: &mut [Priced]) -> Option<f64> {
-    if matches!(problem.workload.job, Job::Decode { .. }) {
-        // Steps follow each other without a wait: there is nothing to simulate.
-        return None;
-    }
-    let first_s = best.first()?.a_sequence_s();
-    let mut simulated: Vec<(usize, Option<f64>)> = Vec::new();
-    for (idx, priced) in best.iter().enumerate().take(N_SIMULATED) {
-        if priced.a_sequence_s() <= first_s * (1.0 + CLOSE) {
-            let workload = Workload {
-                batch: priced.batch,
-                ..problem.workload.clone()
-            };
-            let seconds = simulated::simulated_s(&workload, &priced.mapping, &priced.estimate);
-            simulated.push((idx, seconds));
-        }
-    }
-    let seconds = |(idx, simulated_s): &(usize, Option<f64>)| {
-        let priced = &best[*idx];
-        simulated_s.unwrap_or(priced.estimate.step_s) / priced.batch as f64
-    };
-    let shortest = simulated
-        .iter()
-        .min_by(|a, b| seconds(a).total_cmp(&seconds(b)).then(a.0.cmp(&b.0)))?;
-    let (idx, simulated_s) = *shortest;
-    best[..=idx].rotate_right(1);
-    simulated_s
 }
 
 /// The best outcome on fewer devices, whole nodes of them and more than half; `none` if there is none.
@@ -413,10 +386,12 @@ fn not_searched(problem: &Problem<'_>, outcome: &search::Outcome) -> Vec<String>
     }
     if problem.workload.job == Job::Train {
         if space.pp != Allowed::only(1) {
-            list.push(format!(
-                "schedules other than {}",
-                space.schedules.join(", ")
-            ));
+            list.push(if space.schedules.len() == Builtin::families().count() {
+                "schedules of one's own, and those that divide sequences or train on stale weights"
+                    .into()
+            } else {
+                format!("schedules other than {}", space.schedules.join(", "))
+            });
             if space.cuts == Cuts::Any {
                 list.push(
                     "cuts other than the even one and those of the fastest slowest stage, with and \

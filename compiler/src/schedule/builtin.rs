@@ -275,6 +275,75 @@ impl Builtin {
         )
     }
 
+    /// Those that a plan chooses among: sequences are whole, and every gradient of a step is one of the
+    /// same weights.
+    pub fn families() -> impl Iterator<Item = Self> {
+        let all = Self::ALL.into_iter();
+        all.filter(|builtin| *builtin != Self::PipeDream && !builtin.is_sliced())
+    }
+
+    /// Whether forwards run in pairs with backwards of other microbatches, so that the messages of one
+    /// travel while the other computes.
+    pub fn has_pairs(self) -> bool {
+        matches!(self, Self::DualPipe | Self::DualPipeV)
+    }
+
+    /// Copies of the model on the ranks of one pipeline.
+    pub fn n_copies(self) -> usize {
+        match self.placement() {
+            Placement::TwoWay => 2,
+            _ => 1,
+        }
+    }
+
+    /// The part of a rank's forwards that run in pairs.
+    pub fn paired_part(self, shape: &Shape, rank: usize) -> f64 {
+        let n_pairs = match self {
+            Self::DualPipe => dual::n_pairs(
+                rank.min(shape.n_ranks - 1 - rank),
+                shape.n_ranks / 2,
+                shape.n_microbatches / 2,
+            ),
+            Self::DualPipeV => dual::n_pairs(rank, shape.n_ranks, shape.n_microbatches),
+            _ => return 0.0,
+        };
+        let n_forwards = match self {
+            Self::DualPipe => shape.n_microbatches,
+            _ => 2 * shape.n_microbatches,
+        };
+        n_pairs as f64 / n_forwards as f64
+    }
+
+    /// Checks that the rule is defined for a shape.
+    ///
+    /// # Errors
+    /// [`PipelineError::Invalid`] that names the count, and what would do.
+    pub fn fits(self, shape: &Shape) -> Result<(), PipelineError> {
+        let name = self.name();
+        if let Some(n_chunks) = self.fixed_chunks()
+            && n_chunks != shape.n_chunks
+        {
+            return Err(PipelineError::Invalid(format!(
+                "`{name}` has {n_chunks} chunks a rank and {} are asked for; leave the number out, or \
+                 take `interleaved`",
+                shape.n_chunks
+            )));
+        }
+        if shape.n_slices > 1 && !self.is_sliced() {
+            return Err(PipelineError::Invalid(format!(
+                "`{name}` takes whole sequences and {} slices are asked for; take `seq1f1b`",
+                shape.n_slices
+            )));
+        }
+        if self.placement() == Placement::TwoWay {
+            patterns::two_way(shape, name)?;
+        }
+        if self.has_pairs() {
+            dual::enough(shape, name)?;
+        }
+        Ok(())
+    }
+
     /// The shape with the chunks and slices that this schedule has, where it leaves no choice.
     #[must_use]
     pub fn fit(self, shape: Shape) -> Shape {
@@ -375,6 +444,22 @@ pub(super) fn group_of(microbatch: i64, shape: &Shape) -> (i64, i64) {
     }
 }
 
+/// A schedule as its rule gives it, for prices: those who run it take [`build`].
+pub(crate) fn unchecked(
+    builtin: Builtin,
+    shape: &Shape,
+    costs: Option<&Costs>,
+) -> Result<Schedule, PipelineError> {
+    shape.check()?;
+    builtin.fits(shape)?;
+    let schedule = builtin.order(shape)?;
+    if builtin.placement() == Placement::V && builtin != Builtin::DualPipeV {
+        let even = Costs::even(shape.n_ranks, schedule.n_stages, 1.0, 1.0, 1.0);
+        return backfill(&hasten_drain(&schedule), costs.unwrap_or(&even));
+    }
+    Ok(schedule)
+}
+
 /// Builds a schedule and checks it, deadlocks included. `O(n log n)`.
 ///
 /// Those of the V family are patterns of equal slots; their gaps at both ends are then filled by
@@ -388,28 +473,8 @@ pub fn build(
     shape: &Shape,
     costs: Option<&Costs>,
 ) -> Result<Schedule, PipelineError> {
-    shape.check()?;
     let name = builtin.name();
-    if let Some(n_chunks) = builtin.fixed_chunks()
-        && n_chunks != shape.n_chunks
-    {
-        return Err(PipelineError::Invalid(format!(
-            "`{name}` has {n_chunks} chunks a rank and {} are asked for; leave the number out, or take \
-             `interleaved`",
-            shape.n_chunks
-        )));
-    }
-    if shape.n_slices > 1 && !builtin.is_sliced() {
-        return Err(PipelineError::Invalid(format!(
-            "`{name}` takes whole sequences and {} slices are asked for; take `seq1f1b`",
-            shape.n_slices
-        )));
-    }
-    let mut schedule = builtin.order(shape)?;
-    if builtin.placement() == Placement::V && builtin != Builtin::DualPipeV {
-        let even = Costs::even(shape.n_ranks, schedule.n_stages, 1.0, 1.0, 1.0);
-        schedule = backfill(&hasten_drain(&schedule), costs.unwrap_or(&even))?;
-    }
+    let schedule = unchecked(builtin, shape, costs)?;
     let internal = |error: PipelineError| {
         PipelineError::Internal(format!("schedule `{name}` as built is wrong: {error}"))
     };

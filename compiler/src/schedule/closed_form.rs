@@ -36,6 +36,15 @@ impl RankCosts {
     }
 }
 
+/// What a pair of a forward and a backward of different microbatches takes, of which `exchange_s` are
+/// messages that one of them can send while the other computes: max(work · `slowdown`, exchange),
+/// since what is sent takes units from what computes (DeepSeek-V3, arXiv 2412.19437, §3.2.1 and figure
+/// 4), or one after the other where that is less.
+pub fn pair_s(both_s: f64, exchange_s: f64, slowdown: f64) -> f64 {
+    let work_s = both_s - exchange_s;
+    (work_s * slowdown).max(exchange_s).min(both_s)
+}
+
 /// How exact a formula is at equal stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -135,6 +135,13 @@ fn row(stages: [u32; 2], microbatches: [Vec<u32>; 2]) -> Row {
     }
 }
 
+/// The pairs that [`Row::phases`] makes.
+pub(super) fn n_pairs(depth: usize, half: usize, n: usize) -> usize {
+    let to_middle = half.saturating_sub(1 + depth);
+    let n_steady = (n + depth + 1).saturating_sub(2 * half);
+    (2 * n_steady + to_middle).saturating_sub(usize::from(to_middle == 0 && n_steady > 0))
+}
+
 /// DualPipe: two copies of the model in opposite directions, half of the microbatches each.
 ///
 /// # Errors
@@ -185,7 +192,7 @@ pub(super) fn dualpipe_v(shape: &Shape) -> Result<Schedule, PipelineError> {
     Ok(finish("dualpipe-v", shape, &Placement::V, rows))
 }
 
-fn enough(shape: &Shape, name: &str) -> Result<(), PipelineError> {
+pub(super) fn enough(shape: &Shape, name: &str) -> Result<(), PipelineError> {
     if shape.n_microbatches < 2 * shape.n_ranks {
         return Err(PipelineError::Invalid(format!(
             "`{name}` is defined for at least two microbatches a rank and there are {} on {} ranks; take \

@@ -11,6 +11,7 @@ use meshweave_dsl::schedule::{Action, ActionKind, Schedule, Updates};
 use serde::{Deserialize, Serialize};
 
 use super::PipelineError;
+use super::closed_form::pair_s;
 use super::index::Index;
 use super::memory;
 
@@ -22,6 +23,10 @@ pub struct StageCosts {
     pub backward_input_s: f64,
     pub backward_weight_s: f64,
     pub recompute_s: f64,
+    /// Of the forward, and of the backward of the input with its recompute: messages within the stage
+    /// that another microbatch's work can hide in a pair.
+    pub forward_exchange_s: f64,
+    pub backward_exchange_s: f64,
     /// Time on the link of the activations to the stage after, and of their gradients back.
     pub p2p_s: f64,
     /// Kept from the forward to the end of the backward.
@@ -61,6 +66,9 @@ pub struct Costs {
     pub contention: Contention,
     /// What an overlapped pair takes, as a share of what its two actions take alone: 1 gains nothing.
     pub overlap: f64,
+    /// By how much the work of a pair takes longer while its messages are sent; see
+    /// [`pair_s`](super::pair_s).
+    pub pair_slowdown: f64,
     /// Update of the weights after a rank's last action.
     pub update_s: f64,
     /// Whether all ranks wait for each other before they update: global gradient clipping, checks
@@ -99,6 +107,7 @@ impl Costs {
             latency_s: 0.0,
             contention: Contention::default(),
             overlap: 1.0,
+            pair_slowdown: 1.0,
             update_s: 0.0,
             barrier: false,
             memory_limit_bytes: None,
@@ -114,6 +123,17 @@ impl Costs {
             ActionKind::W => stage.backward_weight_s,
             ActionKind::B => stage.backward_input_s + stage.backward_weight_s,
             ActionKind::R => stage.recompute_s,
+        };
+        whole / schedule.n_slices as f64
+    }
+
+    /// Of the seconds of an action, messages that a pair can hide.
+    fn exchange_s(&self, schedule: &Schedule, action: Action) -> f64 {
+        let stage = &self.stages[schedule.model_stage(action.stage)];
+        let whole = match action.kind {
+            ActionKind::F => stage.forward_exchange_s,
+            ActionKind::I | ActionKind::B => stage.backward_exchange_s,
+            ActionKind::W | ActionKind::R => 0.0,
         };
         whole / schedule.n_slices as f64
     }
@@ -466,7 +486,12 @@ impl<'a> Run<'a> {
             return;
         }
         if last > first {
-            work_s *= self.costs.overlap;
+            let pair = &row[position..=position + 1];
+            let exchanges = pair.iter();
+            let exchange_s = exchanges
+                .map(|action| self.costs.exchange_s(schedule, *action))
+                .sum();
+            work_s = pair_s(work_s, exchange_s, self.costs.pair_slowdown) * self.costs.overlap;
         }
         let span = TimeSpan {
             start_s,

@@ -48,7 +48,9 @@ pub(super) fn cluster(row: Row<'_>) -> Result<Cluster, String> {
     let n_devices = row.count("gpus").ok_or("`gpus` is blank")?;
     let mut cluster =
         Cluster::preset(&format!("{preset}:{n_devices}")).map_err(|error| error.to_string())?;
-    let interconnect = row.text_or_blank("interconnect").to_ascii_lowercase();
+    // `GB/s` are bytes of the links of a node; networks are told in bits.
+    let interconnect = row.text_or_blank("interconnect").replace("GB/s", "bytes");
+    let interconnect = interconnect.to_ascii_lowercase();
     let is_rack = cluster.device.name.starts_with("gb");
     let per_node = row.count("gpus_per_node").filter(|_| !is_rack);
     if let Some(per_node) = per_node {

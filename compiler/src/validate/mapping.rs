@@ -144,8 +144,8 @@ fn schedules(row: Row<'_>, words: &str, pp: usize, workload: &Workload) -> Vec<(
     }
     let chunks = row.count("vpp");
     let named = [
-        ("zb-2p", "zb-2p", 1),
-        ("zb-1p", "zb-1p", 1),
+        ("zb-2p", "zb-h2", 1),
+        ("zb-1p", "zb-h1", 1),
         ("zb-h1", "zb-h1", 1),
         ("zb-h2", "zb-h2", 1),
         ("zb-v", "zb-v", 2),
@@ -154,7 +154,7 @@ fn schedules(row: Row<'_>, words: &str, pp: usize, workload: &Workload) -> Vec<(
         ("v-min", "v-min", 2),
         ("dualpipev", "dualpipe-v", 2),
         ("dualpipe-v", "dualpipe-v", 2),
-        ("dualpipe", "dualpipe", 2),
+        ("dualpipe", "dualpipe", 1),
         ("gpipe", "gpipe", 1),
         ("afab", "gpipe", 1),
     ];

@@ -52,10 +52,9 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
             ..Software::fsdp()
         }
     } else if names(&["deepseek"]) {
-        // DeepEP and DualPipe (arXiv 2412.19437, §3.2).
+        // DeepEP (arXiv 2412.19437, §3.2.2); what runs beside the exchange is DualPipe's to say.
         Software {
             dispatch_once_a_node: true,
-            overlap_ep: true,
             fused_loss: true,
             ..Software::default()
         }
@@ -98,6 +97,7 @@ pub(super) fn software(row: Row<'_>, arch: Arch) -> Software {
         software.gathers_a_layer = 12.0;
         software.gather_part = 0.25;
     }
+    software.post_validates = names(&["zero-bubble"]);
     if names(&["mosaic", "llm-foundry"]) {
         // MPT's attention is FlashAttention 1 in Triton, for its ALiBi.
         software.attention = AttentionKernel::Flash1;

@@ -105,7 +105,8 @@ const CONTENTION: f64 = 0.2;
 /// Part of a collective that is cut into pieces under its contraction and stays exposed: the first
 /// piece and the last.
 const PIECES_EXPOSED: f64 = 0.25;
-/// Part of an overlapped `all_to_all` that stays exposed.
+/// Part of an overlapped `all_to_all` that stays exposed where the schedule has no pairs that are priced
+/// one by one.
 const EXCHANGE_EXPOSED: f64 = 0.4;
 
 /// What a random number for dropout costs, in passes: Philox is bound by arithmetic (Table 6 of arXiv
@@ -120,6 +121,8 @@ pub struct Pricer<'a> {
     device: &'a Device,
     efficiency: Efficiency,
     software: &'a Software,
+    /// The schedule runs forwards beside backwards; the pipeline's price says what that hides.
+    has_pairs: bool,
     /// T, D.
     tokens: f64,
     embed: f64,
@@ -170,6 +173,7 @@ impl<'a> Pricer<'a> {
             device: &cluster.device,
             efficiency: Efficiency::of(cluster.device.arch),
             software: &workload.software,
+            has_pairs: super::family(mapping).has_pairs(),
             tokens,
             embed: workload.model.embed as f64,
             tp,
@@ -216,7 +220,7 @@ impl<'a> Pricer<'a> {
         let (tp_forward, tp_backward) = self.tp_exposed(moe.is_some(), all);
         let cp = self.cp_exposed(core);
         let ep = exchange
-            * if self.software.overlap_ep {
+            * if self.software.overlap_ep && !self.has_pairs {
                 EXCHANGE_EXPOSED
             } else {
                 1.0

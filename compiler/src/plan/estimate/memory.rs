@@ -125,6 +125,8 @@ struct Held {
     n_dense_layers: f64,
     n_moe_layers: f64,
     predicts: bool,
+    /// Ranks of a pipeline that hold a weight; layers are counted once, weights on each.
+    n_copies: usize,
 }
 
 impl Held {
@@ -200,7 +202,10 @@ fn held(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Held {
     let stages = Stages::new(workload, mapping);
     let (tp, within) = (mapping.tp as f64, (mapping.etp * mapping.ep) as f64);
     let experts = parameters.n_experts * parameters.expert / within;
-    let mut held = Held::default();
+    let mut held = Held {
+        n_copies: stages.n_copies(),
+        ..Held::default()
+    };
     let add_layer = |held: &mut Held, is_moe: bool| {
         let dense = parameters.active(is_moe)
             - if is_moe {
@@ -220,8 +225,8 @@ fn held(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Held {
         }
     };
     let mut embeds = false;
-    for chunk in 0..mapping.pipeline.chunks {
-        let stage = stages.get(stages.stage_of(pipeline_rank, chunk));
+    for (stage, _) in stages.on(pipeline_rank) {
+        let stage = stages.get(stage);
         for layer_idx in stage.layers.clone() {
             add_layer(&mut held, workload.is_moe(layer_idx));
         }
@@ -246,9 +251,8 @@ fn held(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Held {
         // A tied head on another rank than the embedding is a second copy of it.
         held.dense += held.head;
     }
-    let copies = schedules::weight_copies(&mapping.pipeline.schedule);
-    held.dense *= copies;
-    held.experts *= copies;
+    held.n_dense_layers /= held.n_copies as f64;
+    held.n_moe_layers /= held.n_copies as f64;
     held
 }
 
@@ -279,17 +283,20 @@ fn training(
     let framework = &workload.software.framework;
     let (precision, zero) = (mapping.precision, mapping.zero);
     let replicas = mapping.dp * mapping.cp;
+    let n_copies = held.n_copies.max(1);
     // Bytes of something of every parameter that is divided from a stage of ZeRO on (Rajbhandari et al.
-    // 2020, arXiv 1910.02054, Figure 1); experts have their own replicas.
+    // 2020, arXiv 1910.02054, Figure 1); experts have their own replicas, and each copy of the model in
+    // a pipeline of two directions has as many.
     let divided = |per_parameter: f64, from_stage: u8| {
         let shard = |replicas: usize| match zero.stage >= from_stage {
             true => zero.group.unwrap_or(replicas).min(replicas).max(1) as f64,
             false => 1.0,
         };
-        per_parameter * (held.dense / shard(replicas) + held.experts / shard(mapping.edp()))
+        let (dense, experts) = (replicas * n_copies, mapping.edp() * n_copies);
+        per_parameter * (held.dense / shard(dense) + held.experts / shard(experts))
     };
     let whole_parameters = held.dense + held.experts;
-    let is_replicated = replicas > 1;
+    let is_replicated = replicas * n_copies > 1;
     let parameters = divided(f64::from(precision.parameter_bytes), 3);
     // Host optimizers of ZeRO-2 and up take the gradients with them (ZeRO-Offload, arXiv 2101.06840).
     let gradients_leave = mapping.offload.optimizer && zero.stage >= 2;
@@ -422,8 +429,8 @@ fn inference(
     };
     let stages = Stages::new(workload, mapping);
     let mut layer_tokens = 0.0;
-    for chunk in 0..mapping.pipeline.chunks {
-        let stage = stages.get(stages.stage_of(pipeline_rank, chunk));
+    for (stage, _) in stages.on(pipeline_rank) {
+        let stage = stages.get(stage);
         for layer_idx in stage.layers.clone() {
             let window = workload.window_of(layer_idx).unwrap_or(n_tokens);
             layer_tokens += window.min(n_tokens) as f64 / mapping.cp as f64;

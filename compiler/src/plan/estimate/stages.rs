@@ -1,13 +1,15 @@
 //! Which layers each stage of a pipeline holds.
 //!
 //! Enters: a workload and a mapping. Leaves: a range of layers a stage, in model order.
-//! Invariant: every layer is in exactly one stage; the first stage embeds, the last one predicts.
+//! Invariant: every layer is in exactly one stage; the first stage embeds, the last one predicts; a rank
+//! runs its stages for all microbatches, or, with two copies of the model, each of two for half of them.
 
 use std::ops::Range;
 
 use meshweave_dsl::mapping::Mapping;
 
 use super::workload::Workload;
+use crate::schedule::{Builtin, Placement};
 
 /// The layers of one stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +26,7 @@ pub struct StageLayers {
 pub struct Stages {
     stages: Vec<StageLayers>,
     pp: usize,
-    is_v: bool,
+    placement: Placement,
 }
 
 impl Stages {
@@ -32,9 +34,18 @@ impl Stages {
     /// every prediction layer count as a layer (Megatron-Core's `account_for_embedding_in_pipeline_split`
     /// and `account_for_loss_in_pipeline_split`).
     pub fn new(workload: &Workload, mapping: &Mapping) -> Self {
-        let n_stages = mapping.n_stages().max(1);
         let n_layers = workload.model.n_layers;
-        let slots = n_layers + 2 + workload.prediction_layers;
+        Self::divided(n_layers, n_layers + 2 + workload.prediction_layers, mapping)
+    }
+
+    /// The stages of so many layers, the ends of the model not counted.
+    #[cfg(test)]
+    pub fn of_layers(n_layers: usize, mapping: &Mapping) -> Self {
+        Self::divided(n_layers, n_layers + 2, mapping)
+    }
+
+    fn divided(n_layers: usize, slots: usize, mapping: &Mapping) -> Self {
+        let n_stages = mapping.n_stages().max(1);
         let even = |stage: usize| {
             if n_layers.is_multiple_of(n_stages) {
                 return n_layers / n_stages;
@@ -64,7 +75,7 @@ impl Stages {
         Self {
             stages,
             pp: mapping.pp,
-            is_v: places_in_a_v(&mapping.pipeline.schedule),
+            placement: placement(&mapping.pipeline.schedule),
         }
     }
 
@@ -78,42 +89,71 @@ impl Stages {
         &self.stages[stage.min(self.stages.len() - 1)]
     }
 
-    /// The pipeline rank that runs a stage.
+    /// Ranks of the pipeline.
+    pub fn n_ranks(&self) -> usize {
+        self.pp
+    }
+
+    /// The pipeline rank that runs a stage, of two copies the first one's.
     pub fn rank_of(&self, stage: usize) -> usize {
         let (chunk, place) = (stage / self.pp, stage % self.pp);
-        if self.is_v && chunk % 2 == 1 {
+        if self.placement == Placement::V && chunk % 2 == 1 {
             self.pp - 1 - place
         } else {
             place
         }
     }
 
-    /// Layers of a pipeline rank, those that predict further tokens included.
+    /// Layers of a pipeline rank, those that predict further tokens included; of two copies of the model
+    /// the mean, of which a rank runs half of the microbatches each.
     pub fn n_layers_of(&self, pipeline_rank: usize, workload: &Workload) -> usize {
-        let own = self.stages.iter().enumerate();
-        own.filter(|(stage, _)| self.rank_of(*stage) == pipeline_rank)
-            .map(|(_, stage)| {
-                let ahead = if stage.predicts {
-                    workload.prediction_layers
-                } else {
-                    0
-                };
-                stage.layers.len() + ahead
-            })
-            .sum()
+        let own = self.on(pipeline_rank).map(|(stage, part)| {
+            let stage = self.get(stage);
+            let ahead = if stage.predicts {
+                workload.prediction_layers
+            } else {
+                0
+            };
+            part * (stage.layers.len() + ahead) as f64
+        });
+        own.sum::<f64>().ceil() as usize
     }
 
-    /// The stage that a pipeline rank runs as its so-manieth chunk.
-    pub fn stage_of(&self, pipeline_rank: usize, chunk: usize) -> usize {
-        if self.is_v && chunk % 2 == 1 {
-            chunk * self.pp + self.pp - 1 - pipeline_rank
-        } else {
-            chunk * self.pp + pipeline_rank
+    /// The stages that a pipeline rank runs, each with the part of the microbatches that it runs there.
+    pub fn on(&self, pipeline_rank: usize) -> impl Iterator<Item = (usize, f64)> {
+        let (pp, n_stages) = (self.pp, self.stages.len());
+        let (is_v, is_two_way) = (
+            self.placement == Placement::V,
+            self.placement == Placement::TwoWay && self.pp > 1,
+        );
+        let n_places = if is_two_way { 2 } else { n_stages / pp };
+        (0..n_places).map(move |place| {
+            let turned = pp - 1 - pipeline_rank;
+            match place {
+                1 if is_two_way => (turned, 0.5),
+                _ if is_two_way => (pipeline_rank, 0.5),
+                _ if is_v && place % 2 == 1 => (place * pp + turned, 1.0),
+                _ => (place * pp + pipeline_rank, 1.0),
+            }
+        })
+    }
+
+    /// The first stage in model order that a pipeline rank runs.
+    pub fn first_on(&self, pipeline_rank: usize) -> usize {
+        let stages = self.on(pipeline_rank).map(|(stage, _)| stage);
+        stages.min().unwrap_or(0)
+    }
+
+    /// Copies of a stage: on so many ranks of a pipeline are its weights.
+    pub fn n_copies(&self) -> usize {
+        match self.placement {
+            Placement::TwoWay if self.pp > 1 => 2,
+            _ => 1,
         }
     }
 }
 
-/// Schedules whose second chunks run back from the last rank to the first.
-fn places_in_a_v(schedule: &str) -> bool {
-    ["zb-v", "dualpipe-v", "v-half", "v-min"].contains(&schedule)
+/// Where the stages of a schedule lie; those of an unknown one in rounds.
+fn placement(schedule: &str) -> Placement {
+    Builtin::find(schedule).map_or(Placement::Loop, Builtin::placement)
 }

@@ -19,6 +19,8 @@ pub struct Held {
     /// Divided over `etp · ep`, replicated over `edp`.
     pub experts: f64,
     pub n_layers: f64,
+    /// Ranks of a pipeline that hold a weight: replicas of each other, as those of data parallelism are.
+    pub n_copies: f64,
 }
 
 /// Passes of a rank for one microbatch.
@@ -174,7 +176,7 @@ fn fsdp_s(
 pub fn optimizer_s(mapping: &Mapping, cluster: &Cluster, held: Held) -> (f64, f64) {
     let share = |ranks: usize| {
         if mapping.zero.stage > 0 {
-            ranks as f64
+            ranks as f64 * held.n_copies.max(1.0)
         } else {
             1.0
         }

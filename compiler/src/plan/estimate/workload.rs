@@ -61,6 +61,9 @@ pub struct Software {
     pub overlap_ep: bool,
     /// A token goes to a node once, however many of its experts are there (DeepEP, HybridEP).
     pub dispatch_once_a_node: bool,
+    /// Ranks of a pipeline begin a step before the others have ended the last one, and check afterwards
+    /// (Qi et al., arXiv 2401.10241, §4).
+    pub post_validates: bool,
     /// The host waits for every message of the pipeline.
     pub blocking_p2p: bool,
     /// Collectives that gather the weights of a layer under ZeRO-3: 1 of a flat parameter, or one a
@@ -95,6 +98,7 @@ impl Default for Software {
             overlap_dp: true,
             overlap_ep: false,
             dispatch_once_a_node: false,
+            post_validates: false,
             blocking_p2p: false,
             gathers_a_layer: 1.0,
             gather_part: 1.0,

@@ -3,8 +3,9 @@
 //! Enters: a grid and the choices of its layers. Leaves: a time and a memory that every mapping with
 //! them needs at least.
 //! Invariant: a bound never exceeds what [`estimate`] or [`memory`] says of any mapping that completes
-//! the choice. It is made of the same prices: the layers' own time, evenly spread over the pipeline,
-//! with no bubble, no exposed gradient reduction, no optimizer, nothing computed again.
+//! the choice, nor what a simulation of its schedule does. It is made of the same prices: the layers'
+//! own time, evenly spread over the pipeline, with no bubble but the fill, no exposed gradient
+//! reduction, no optimizer, nothing computed again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,10 +15,11 @@ use super::Problem;
 use super::grids::{Grid, LayerKey};
 use super::saving::front;
 use super::search::{chunk_counts, zero_stages};
-use super::space::{Cuts, ShardGroup, Whole};
+use super::space::{Cuts, ShardGroup, Space, Whole};
 use crate::plan::estimate::layer::{LayerCost, Pricer};
 use crate::plan::estimate::stages::Stages;
-use crate::plan::estimate::{Job, Workload, memory};
+use crate::plan::estimate::{Job, Workload, family, memory, pair_slowdown};
+use crate::schedule::Builtin;
 
 /// Seconds of a microbatch of a rank without a pipeline: by layer, and at both ends.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,10 +28,16 @@ pub(super) struct LayerCosts {
     pub layers: Vec<f64>,
     /// Of computing each layer again, whole.
     pub again: Vec<f64>,
-    /// Before the first layer.
+    /// The same, at best, where forwards run beside backwards.
+    pub paired: Vec<f64>,
+    /// The forward alone.
+    pub forwards: Vec<f64>,
+    /// Before the first layer, and of it the forward.
     pub first: f64,
-    /// Behind the last one.
+    pub first_forward: f64,
+    /// Behind the last one, and at best beside another microbatch.
     pub last: f64,
+    pub last_paired: f64,
 }
 
 impl LayerCosts {
@@ -38,14 +46,32 @@ impl LayerCosts {
         self.layers.iter().sum::<f64>() + self.first + self.last
     }
 
+    /// The whole model, at best beside another microbatch.
+    fn total_paired(&self) -> f64 {
+        self.paired.iter().sum::<f64>() + self.first + self.last_paired
+    }
+
+    /// Of each layer and behind the last one, as a family of schedules runs them.
+    fn of(&self, family: Builtin) -> (&[f64], f64) {
+        if family.has_pairs() {
+            (&self.paired, self.last_paired)
+        } else {
+            (&self.layers, self.last)
+        }
+    }
+
     /// The least that the slowest of `pp` pipeline ranks takes, however the layers are cut: its fair
-    /// share, or as many of the cheapest layers as some rank must hold.
-    pub fn least_of_slowest(&self, pp: usize) -> f64 {
-        let cheapest = self.layers.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = self.layers.len().div_ceil(pp.max(1)) as f64;
-        (self.total() / pp as f64)
+    /// share, or as many of the cheapest layers as some rank must hold. With two copies of the model a
+    /// rank has half of the microbatches in each of two stages.
+    fn least_of_slowest(&self, pp: usize, family: Builtin) -> f64 {
+        let (layers, last) = self.of(family);
+        let cheapest = layers.iter().copied().fold(f64::INFINITY, f64::min);
+        let n_copies = family.n_copies();
+        let most = (n_copies * layers.len()).div_ceil(pp.max(1)) as f64 / n_copies as f64;
+        let total = layers.iter().sum::<f64>() + self.first + last;
+        (total / pp as f64)
             .max(most * cheapest)
-            .max(self.last)
+            .max(last / n_copies as f64)
     }
 }
 
@@ -171,11 +197,49 @@ fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
     let predictions: f64 = (0..workload.prediction_layers)
         .map(|ahead| seconds(pricer.layer(workload.model.n_layers + ahead)) + head)
         .sum();
+    // In a pair the exchange may be hidden whole, for the units that it takes; where that gains nothing
+    // the passes run one after the other.
+    let slowdown = pair_slowdown(problem.cluster);
+    let in_pairs = Mapping {
+        pipeline: Pipeline {
+            schedule: Builtin::DualPipe.name().into(),
+            ..Pipeline::default()
+        },
+        ..mapping.clone()
+    };
+    let pricer_of_pairs = Pricer::new(workload, &in_pairs, problem.cluster);
+    let paired = |layer: usize| {
+        let cost = pricer_of_pairs.layer(layer);
+        let least = |pass: f64, exchange_s: f64| pass.min((pass - exchange_s) * slowdown);
+        let backward_s = cost.backward_input.seconds() + cost.backward_weight.seconds();
+        let exchange_s = cost.backward_input.ep + cost.backward_weight.ep;
+        least(cost.forward.seconds(), cost.forward.ep) + least(backward_s, exchange_s)
+    };
+    let is_paired = is_training && workload.model.moe.is_some();
+    let paired_of_kind: Vec<f64> = match is_paired {
+        true => firsts.iter().map(|layer| paired(*layer)).collect(),
+        false => of_kind.clone(),
+    };
+    let predictions_paired: f64 = match is_paired {
+        true => (0..workload.prediction_layers)
+            .map(|ahead| paired(workload.model.n_layers + ahead) + head)
+            .sum(),
+        false => predictions,
+    };
+    let forward_of_kind: Vec<f64> = firsts
+        .iter()
+        .map(|layer| pricer.layer(*layer).forward.seconds())
+        .collect();
+    let of_layers = |of_kind: &[f64]| kinds.iter().map(|kind| of_kind[*kind]).collect();
     LayerCosts {
-        layers: kinds.iter().map(|kind| of_kind[*kind]).collect(),
-        again: kinds.iter().map(|kind| again[*kind]).collect(),
+        again: of_layers(&again),
+        layers: of_layers(&of_kind),
+        paired: of_layers(&paired_of_kind),
+        forwards: of_layers(&forward_of_kind),
         first: seconds(pricer.embedding()),
+        first_forward: pricer.embedding().forward.seconds(),
         last: head + predictions,
+        last_paired: head + predictions_paired,
     }
 }
 
@@ -194,11 +258,37 @@ pub(super) fn least_seconds_of_layers(
     // Microbatches over pipeline ranks: batch / (dp · micro_batch · pp).
     let share = problem.workload.batch as f64 * (key.tp * key.cp) as f64
         / (n_ranks * key.micro_batch) as f64;
-    share * costs.total()
+    let total_s = match families(problem.space).any(Builtin::has_pairs) {
+        true => costs.total().min(costs.total_paired()),
+        false => costs.total(),
+    };
+    share * total_s
 }
 
-/// Seconds that a step takes at least on this grid: the slowest rank works all the time, and waits for
-/// the others' first and last microbatch.
+/// The families of a space.
+fn families(space: &Space) -> impl Iterator<Item = Builtin> {
+    space
+        .schedules
+        .iter()
+        .filter_map(|name| Builtin::find(name))
+}
+
+/// The families of a space that have schedules for a grid with so many microbatches.
+fn families_of(
+    problem: &Problem<'_>,
+    grid: Grid,
+    n_microbatches: usize,
+) -> impl Iterator<Item = Builtin> {
+    let n_layers = problem.workload.model.n_layers;
+    families(problem.space).filter(move |family| {
+        let chunks = chunk_counts(*family, grid.pp, n_layers, n_microbatches);
+        let mut chunks = chunks.into_iter();
+        chunks.any(|chunks| problem.space.chunks.admits(chunks))
+    })
+}
+
+/// Seconds that a step takes at least on this grid: the slowest rank works all the time, in whatever
+/// order; how long it waits depends on the family, and there is one that hardly waits.
 pub(super) fn least_seconds(
     problem: &Problem<'_>,
     grid: Grid,
@@ -206,49 +296,26 @@ pub(super) fn least_seconds(
     costs: &LayerCosts,
 ) -> f64 {
     let n_microbatches = (problem.workload.batch / (grid.dp * key.micro_batch)).max(1);
-    let n_layers = problem.workload.model.n_layers;
-    let schedules = problem.space.schedules.iter();
-    let least_wait = schedules
-        .flat_map(|schedule| {
-            let chunks = chunk_counts(schedule, grid.pp, n_layers, n_microbatches);
-            chunks
-                .into_iter()
-                .filter(|chunks| problem.space.chunks.admits(*chunks))
-                .map(|chunks| wait_share(schedule, chunks))
-        })
-        .fold(1.0, f64::min);
-    with_wait(
-        problem,
-        n_microbatches,
-        costs.least_of_slowest(grid.pp),
-        costs.total(),
-        least_wait,
-    )
-}
-
-/// What a pipeline takes whose slowest rank works `pace_s` a microbatch, and waits for this share of
-/// the others' work; when it generates tokens, until a microbatch has passed all ranks.
-fn with_wait(
-    problem: &Problem<'_>,
-    n_microbatches: usize,
-    pace_s: f64,
-    total_s: f64,
-    share: f64,
-) -> f64 {
-    if let Job::Decode { .. } = problem.workload.job {
-        return (n_microbatches as f64 * pace_s).max(total_s);
+    let pace_s = match grid.pp {
+        1 => costs.total(),
+        pp => families_of(problem, grid, n_microbatches)
+            .map(|family| costs.least_of_slowest(pp, family))
+            .fold(f64::INFINITY, f64::min),
+    };
+    if pace_s.is_finite() {
+        of_slowest(problem, n_microbatches as f64 * pace_s, costs)
+    } else {
+        // No family has a schedule: nothing will be found below.
+        0.0
     }
-    n_microbatches as f64 * pace_s + share * (total_s - pace_s).max(0.0)
 }
 
-/// The least part of the other ranks' work on a microbatch that a rank waits for.
-///
-/// Interleaving divides it by the chunks (Narayanan et al. 2021, §2.2.2); schedules that part the
-/// backward pass may wait for less, down to nothing.
-fn wait_share(schedule: &str, chunks: usize) -> f64 {
-    match schedule {
-        "1f1b" | "gpipe" | "interleaved" | "looped-bfs" => 1.0 / chunks as f64,
-        _ => 0.0,
+/// What a step takes at least whose slowest rank is busy so long: when it generates tokens, a microbatch
+/// passes all ranks before its next one.
+fn of_slowest(problem: &Problem<'_>, busy_s: f64, costs: &LayerCosts) -> f64 {
+    match problem.workload.job {
+        Job::Decode { .. } => busy_s.max(costs.total()),
+        Job::Train | Job::Prefill => busy_s,
     }
 }
 
@@ -258,48 +325,50 @@ pub(super) fn least_seconds_of_cut(
     mapping: &Mapping,
     costs: &LayerCosts,
 ) -> f64 {
+    let n_microbatches = mapping.n_microbatches(problem.workload.batch).max(1) as f64;
+    if mapping.pp == 1 {
+        return n_microbatches * costs.total();
+    }
     let stages = Stages::new(problem.workload, mapping);
-    let of_rank = |rank: usize| {
-        let chunks = 0..mapping.pipeline.chunks;
-        let of_chunk = |chunk: usize| {
-            let stage = stages.get(stages.stage_of(rank, chunk));
-            let mut seconds: f64 = costs.layers[stage.layers.clone()].iter().sum();
-            if stage.embeds {
-                seconds += costs.first;
-            }
-            if stage.predicts {
-                seconds += costs.last;
-            }
-            seconds
+    let family = family(mapping);
+    let (layers, last) = costs.of(family);
+    let mut busy = Vec::with_capacity(stages.all().len());
+    // Before each stage: forwards, and where backwards are whole, the backwards after the last one.
+    let mut fills = Vec::with_capacity(stages.all().len());
+    let mut fill_s = 0.0;
+    for stage in stages.all() {
+        let sum = |prices: &[f64]| prices[stage.layers.clone()].iter().sum::<f64>();
+        let first = |price: f64| if stage.embeds { price } else { 0.0 };
+        let behind = if stage.predicts { last } else { 0.0 };
+        busy.push(sum(layers) + first(costs.first) + behind);
+        fills.push(fill_s);
+        fill_s += match family.splits_backward() {
+            true => sum(&costs.forwards) + first(costs.first_forward),
+            false => sum(&costs.layers) + first(costs.first),
         };
-        chunks.map(of_chunk).sum::<f64>()
-    };
-    let pace_s = (0..mapping.pp).map(of_rank).fold(0.0, f64::max);
-    let share = match mapping.pp {
-        1 => 0.0,
-        _ => wait_share(&mapping.pipeline.schedule, mapping.pipeline.chunks),
-    };
-    let n_microbatches = mapping.n_microbatches(problem.workload.batch).max(1);
-    with_wait(problem, n_microbatches, pace_s, costs.total(), share)
+    }
+    let is_round = matches!(problem.workload.job, Job::Decode { .. });
+    let slowest_s = (0..mapping.pp)
+        .map(|rank| {
+            let busy_s: f64 = stages
+                .on(rank)
+                .map(|(stage, part)| part * busy[stage])
+                .sum();
+            let fill_s = if is_round {
+                0.0
+            } else {
+                fills[stages.first_on(rank)]
+            };
+            n_microbatches * busy_s + fill_s
+        })
+        .fold(0.0, f64::max);
+    of_slowest(problem, slowest_s, costs)
 }
 
 /// Bytes that the first and the last rank need at least: everything saved that may be saved.
 pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> u64 {
     let space = problem.space;
-    let mut mapping = grid.mapping(key);
-    mapping.pipeline.chunks = (1..=super::space::MAX_CHUNKS)
-        .find(|chunks| space.chunks.admits(*chunks))
-        .unwrap_or(1);
-    mapping.pipeline.layers = match &space.cuts {
-        Cuts::Even => None,
-        Cuts::Given(layers) => Some(layers.clone()),
-        Cuts::Any => {
-            // Cuts may take this many layers off a stage.
-            let n_stages = mapping.n_stages();
-            let fewest = (problem.workload.model.n_layers / n_stages).saturating_sub(SLACK);
-            Some(vec![fewest; n_stages])
-        }
-    };
+    let mapping = grid.mapping(key);
     let mut policies = vec![Recompute::None];
     if space.whole.iter().any(|whole| *whole != Whole::None) {
         policies.push(Recompute::Full);
@@ -307,16 +376,13 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
         policies.push(Recompute::Modules(&space.again | &space.maybe_again));
     }
     let mut least = u64::MAX;
-    for (schedule, zero, offload) in savings(problem, grid) {
+    for (pipeline, zero, offload) in savings(problem, grid, key) {
         for recompute in &policies {
             let with = Mapping {
                 zero,
                 offload,
                 recompute: recompute.clone(),
-                pipeline: Pipeline {
-                    schedule: schedule.clone(),
-                    ..mapping.pipeline.clone()
-                },
+                pipeline: pipeline.clone(),
                 ..mapping.clone()
             };
             let needed = [0, grid.pp - 1].map(|rank| {
@@ -330,23 +396,66 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
     least
 }
 
-/// Schedules that may differ in the memory they need with the fewest chunks.
-fn kinds_of_memory(pp: usize, schedules: &[String]) -> Vec<String> {
-    if pp == 1 {
-        return vec![Pipeline::default().schedule];
+/// The families of each placement, least memory first: none holds more microbatches than one after it,
+/// and none of a placement has other stages.
+const BY_MEMORY: [&[Builtin]; 3] = [
+    &[
+        Builtin::OneFOneB,
+        Builtin::Interleaved,
+        Builtin::ZbH1,
+        Builtin::InterleavedZb,
+        Builtin::ZbH2,
+        Builtin::GPipe,
+        Builtin::LoopedBfs,
+    ],
+    &[
+        Builtin::VMin,
+        Builtin::VHalf,
+        Builtin::ZbV,
+        Builtin::DualPipeV,
+    ],
+    &[Builtin::Chimera, Builtin::DualPipe],
+];
+
+/// Pipelines of which one needs no more memory than any of the space.
+fn kinds_of_memory(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> Vec<Pipeline> {
+    if grid.pp == 1 {
+        return vec![Pipeline::default()];
     }
-    let mut kinds: Vec<String> = Vec::new();
-    for schedule in schedules {
-        // With one chunk an interleaved pipeline is a plain one.
-        let kind = match schedule.as_str() {
-            "interleaved" => "1f1b",
-            other => other,
+    let space = problem.space;
+    let n_microbatches = (problem.workload.batch / (grid.dp * key.micro_batch)).max(1);
+    let allowed: Vec<Builtin> = families_of(problem, grid, n_microbatches).collect();
+    let mut found = Vec::new();
+    for of_placement in BY_MEMORY {
+        let Some(family) = of_placement.iter().find(|family| allowed.contains(family)) else {
+            continue;
         };
-        if !kinds.iter().any(|known| known == kind) {
-            kinds.push(kind.to_owned());
-        }
+        // With one chunk an interleaved pipeline is a plain one, and holds least.
+        let (family, chunks) = match (family.fixed_chunks(), &space.cuts) {
+            (Some(chunks), _) => (*family, chunks),
+            (None, Cuts::Given(layers)) => (*family, (layers.len() / grid.pp).max(1)),
+            (None, _) if *family == Builtin::Interleaved => (Builtin::OneFOneB, 1),
+            (None, _) if *family == Builtin::InterleavedZb => (Builtin::ZbH1, 1),
+            (None, _) => (Builtin::GPipe, 1),
+        };
+        let n_stages = grid.pp * chunks;
+        let layers = match &space.cuts {
+            Cuts::Even => None,
+            Cuts::Given(layers) if layers.len() == n_stages => Some(layers.clone()),
+            // Cuts may take this many layers off a stage.
+            Cuts::Given(_) | Cuts::Any => {
+                let fewest = (problem.workload.model.n_layers / n_stages).saturating_sub(SLACK);
+                Some(vec![fewest; n_stages])
+            }
+        };
+        // Of one placement all numbers of chunks count with the least.
+        found.push(Pipeline {
+            schedule: family.name().into(),
+            chunks,
+            layers,
+        });
     }
-    kinds
+    found
 }
 
 /// Layers by which the stages of a cut may differ from even ones.
@@ -354,13 +463,13 @@ pub(super) const SLACK: usize = 2;
 
 /// What may hold least: dividing and offloading more take buffers of their own, which small models
 /// feel more than what they save.
-fn savings(problem: &Problem<'_>, grid: Grid) -> Vec<(String, Zero, Offload)> {
+fn savings(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> Vec<(Pipeline, Zero, Offload)> {
     let space = problem.space;
     // Memory is linear in the part that leaves, but for the buffers that any part takes.
     let parts = || space.offload_activations.iter().copied();
     let (least, most) = (parts().fold(1.0, f64::min), parts().fold(0.0, f64::max));
     let mut found = Vec::new();
-    for schedule in kinds_of_memory(grid.pp, &space.schedules) {
+    for pipeline in kinds_of_memory(problem, grid, key) {
         for stage in zero_stages(space, grid) {
             let largest = groups(problem, grid, stage)
                 .into_iter()
@@ -372,7 +481,7 @@ fn savings(problem: &Problem<'_>, grid: Grid) -> Vec<(String, Zero, Offload)> {
                         optimizer,
                         activations,
                     };
-                    found.push((schedule.clone(), Zero { stage, group }, offload));
+                    found.push((pipeline.clone(), Zero { stage, group }, offload));
                     if least == most {
                         break;
                     }

@@ -25,7 +25,8 @@ use super::serving::first_token_s;
 use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
 use super::stages::{balanced, balanced_in_memory};
 use super::{Options, Problem};
-use crate::plan::estimate::{Estimate, Unpriced, estimate, memory};
+use crate::plan::estimate::{Estimate, Unpriced, estimate, family, memory};
+use crate::schedule::{Builtin, Shape};
 
 /// A mapping with its price.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,6 +87,8 @@ impl Counts {
 pub(super) struct Outcome {
     /// The fastest, then the best of other grids.
     pub best: Vec<Priced>,
+    /// The best of every family of schedules that was priced.
+    pub of_family: Vec<Priced>,
     pub lower_bound_s: f64,
     pub counts: Counts,
     /// Why grids were left out.
@@ -155,6 +158,8 @@ pub(super) struct Search<'a> {
     outcome: Outcome,
     /// The best of every grid.
     by_grid: BTreeMap<Grid, Priced>,
+    /// The best of every family of schedules.
+    by_family: BTreeMap<String, Priced>,
     best_s: f64,
     best: Option<Priced>,
 }
@@ -180,6 +185,7 @@ pub(super) fn search(
         n_entries: 0,
         outcome: Outcome {
             best: Vec::new(),
+            of_family: Vec::new(),
             lower_bound_s: f64::INFINITY,
             counts: Counts::default(),
             objections,
@@ -190,6 +196,7 @@ pub(super) fn search(
             fastest_first_s: f64::INFINITY,
         },
         by_grid: BTreeMap::new(),
+        by_family: BTreeMap::new(),
         best_s: options.better_than_s.unwrap_or(f64::INFINITY),
         best: None,
     };
@@ -374,13 +381,14 @@ impl Search<'_> {
         let n_microbatches = self.problem.workload.batch / (grid.dp * key.micro_batch);
         let costs = self.layers.costs(self.problem, *key).clone();
         let mut found = Vec::new();
-        for schedule in &space.schedules {
-            for chunks in chunk_counts(schedule, grid.pp, n_layers, n_microbatches) {
+        let mut cuts: BTreeMap<usize, Option<Vec<usize>>> = BTreeMap::new();
+        for family in families_to_price(space) {
+            for chunks in chunk_counts(family, grid.pp, n_layers, n_microbatches) {
                 if !space.chunks.admits(chunks) {
                     continue;
                 }
                 let with = |layers| Pipeline {
-                    schedule: schedule.clone(),
+                    schedule: family.name().into(),
                     chunks,
                     layers,
                 };
@@ -392,8 +400,11 @@ impl Search<'_> {
                     Cuts::Even => found.push(with(None)),
                     Cuts::Any => {
                         found.push(with(None));
-                        let better = balanced(&costs, grid.pp * chunks);
-                        found.extend(better.map(|layers| with(Some(layers))));
+                        let n_stages = grid.pp * chunks;
+                        let better = cuts
+                            .entry(n_stages)
+                            .or_insert_with(|| balanced(&costs, n_stages));
+                        found.extend(better.clone().map(|layers| with(Some(layers))));
                     }
                 }
             }
@@ -469,6 +480,7 @@ impl Search<'_> {
         let space = self.problem.space;
         let is_open = base.pp > 1
             && base.pipeline.chunks == 1
+            && family(base).n_copies() == 1
             && space.cuts == Cuts::Any
             && space.whole.contains(&Whole::First(None))
             && space.again.is_empty()
@@ -519,6 +531,11 @@ impl Search<'_> {
         if known.is_none_or(|known| seconds < known.estimate.step_s) {
             self.by_grid.insert(grid, priced.clone());
         }
+        let name = &priced.mapping.pipeline.schedule;
+        let known = self.by_family.get(name);
+        if priced.mapping.pp > 1 && known.is_none_or(|known| seconds < known.estimate.step_s) {
+            self.by_family.insert(name.clone(), priced.clone());
+        }
         if seconds < self.best_s {
             self.best_s = seconds;
             self.best = Some(priced);
@@ -541,6 +558,7 @@ impl Search<'_> {
         self.outcome.lower_bound_s = self.outcome.lower_bound_s.min(best.estimate.step_s);
         self.outcome.best.push(best);
         self.outcome.best.extend(others);
+        self.outcome.of_family = self.by_family.into_values().collect();
         self.outcome
     }
 }
@@ -601,26 +619,46 @@ pub(super) fn key_of(mapping: &Mapping) -> LayerKey {
     }
 }
 
-/// The numbers of chunks a rank that a schedule takes.
+/// The families that are worth a price: with 1F1B among them GPipe takes as long and holds more, and so
+/// does looped BFS beside interleaving (their formulas are equal).
+fn families_to_price(space: &Space) -> Vec<Builtin> {
+    let all: Vec<Builtin> = space
+        .schedules
+        .iter()
+        .filter_map(|name| Builtin::find(name))
+        .collect();
+    let has = |family: Builtin| all.contains(&family);
+    let is_beaten = |family: &Builtin| match family {
+        Builtin::GPipe => has(Builtin::OneFOneB),
+        Builtin::LoopedBfs => has(Builtin::Interleaved),
+        _ => false,
+    };
+    all.iter()
+        .filter(|family| !is_beaten(family))
+        .copied()
+        .collect()
+}
+
+/// The numbers of chunks a rank that a family of schedules takes; none where it has no schedule for so
+/// many microbatches.
 ///
 /// Interleaving runs microbatches in rounds of `pp` (Narayanan et al. 2021, §2.2.2), so their number
 /// must be a multiple of it.
 pub(super) fn chunk_counts(
-    schedule: &str,
+    family: Builtin,
     pp: usize,
     n_layers: usize,
     n_microbatches: usize,
 ) -> Vec<usize> {
     let most = (n_layers / pp).min(MAX_CHUNKS);
-    match schedule {
-        "interleaved" | "looped-bfs" | "interleaved-zb" => {
-            if !n_microbatches.is_multiple_of(pp) {
-                return Vec::new();
-            }
-            (2..=most).collect()
+    match family.fixed_chunks() {
+        None if n_microbatches.is_multiple_of(pp) => (2..=most).collect(),
+        None => Vec::new(),
+        Some(chunks) => {
+            let shape = Shape::new(pp, n_microbatches).chunks(chunks);
+            let is_defined = chunks <= most && family.fits(&shape).is_ok();
+            Vec::from_iter(is_defined.then_some(chunks))
         }
-        "zb-v" | "v-half" | "v-min" | "dualpipe-v" => (2..=most.min(2)).collect(),
-        _ => vec![1],
     }
 }
 
@@ -632,8 +670,11 @@ fn n_completions(problem: &Problem<'_>, grid: Grid) -> u64 {
         1
     } else {
         let n_cuts = if space.cuts == Cuts::Any { 2 } else { 1 };
-        let of = |schedule: &String| chunk_counts(schedule, grid.pp, n_layers, grid.pp).len();
-        space.schedules.iter().map(of).sum::<usize>() * n_cuts
+        // As many microbatches as every family has a schedule for.
+        let of = |family: Builtin| chunk_counts(family, grid.pp, n_layers, 2 * grid.pp).len();
+        let families = space.schedules.iter();
+        let families = families.filter_map(|name| Builtin::find(name));
+        families.map(of).sum::<usize>() * n_cuts
     };
     let n_zero: usize = zero_stages(space, grid)
         .iter()

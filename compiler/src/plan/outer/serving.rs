@@ -136,6 +136,7 @@ impl Sweep {
         known.counts = known.counts.and(found.counts);
         known.is_out_of_time |= found.is_out_of_time;
         known.best.extend(found.best);
+        known.of_family.extend(found.of_family);
         known.best.sort_by(|a, b| {
             let (a, b) = (cost(space, a), cost(space, b));
             a.total_cmp(&b)

@@ -10,6 +10,7 @@ use meshweave_dsl::mapping::{Context, GridAxis, Mapping, Module, Precision};
 
 use crate::plan::HEADROOM;
 use crate::plan::estimate::{Job, Workload};
+use crate::schedule::Builtin;
 
 /// What a degree may be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -102,6 +103,7 @@ pub struct Space {
     pub shard_groups: Vec<ShardGroup>,
     pub micro_batches: Allowed,
     pub n_microbatches: Allowed,
+    /// Names of built-in schedules; every family that trains synchronously where none is named.
     pub schedules: Vec<String>,
     pub chunks: Allowed,
     pub cuts: Cuts,
@@ -148,8 +150,6 @@ impl Preference {
 
 /// Chunks of a pipeline rank that are searched.
 pub const MAX_CHUNKS: usize = 16;
-/// Schedules that are searched where the user does not name any: those that Megatron-Core runs.
-pub const SCHEDULES: [&str; 2] = ["1f1b", "interleaved"];
 
 /// Parts of the kept activations that are offloaded where the user does not name any.
 pub const OFFLOADED_PARTS: [f64; 4] = [0.0, 0.25, 0.5, 1.0];
@@ -191,7 +191,9 @@ impl Space {
             micro_batches: Allowed::Any,
             n_microbatches: Allowed::Any,
             schedules: if is_training {
-                SCHEDULES.map(str::to_owned).to_vec()
+                Builtin::families()
+                    .map(|family| family.name().to_owned())
+                    .collect()
             } else {
                 vec!["1f1b".into()]
             },

@@ -195,8 +195,12 @@ mod tests {
         let costs = LayerCosts {
             layers: vec![1.0; 16],
             again: vec![0.0; 16],
+            paired: vec![1.0; 16],
+            forwards: vec![0.3; 16],
             first: 0.0,
+            first_forward: 0.0,
             last: 1.5,
+            last_paired: 1.5,
         };
         assert_eq!(balanced(&costs, 4), Some(vec![5, 4, 4, 3]));
         let level = LayerCosts { last: 0.0, ..costs };

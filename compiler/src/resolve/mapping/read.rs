@@ -16,10 +16,11 @@ use meshweave_dsl::weave::ast::{
 use super::axes::{axes_of, grid_axis, meshes};
 use super::formats;
 use super::restrict::{Restriction, Rule};
-use crate::plan::estimate::Workload;
+use crate::plan::estimate::{Workload, names_of_families};
 use crate::plan::outer::{Allowed, Cuts, Preference, ShardGroup};
 use crate::resolve::Request;
 use crate::resolve::tactics::Origin;
+use crate::schedule::Builtin;
 
 /// Reads one statement.
 pub(super) struct Reader<'a> {
@@ -319,10 +320,7 @@ impl Reader<'_> {
                             among.iter().map(|name| name.as_str().to_owned()).collect()
                         }
                     };
-                    if !names.is_empty() {
-                        let text = format!("schedule {choice}");
-                        self.add_as(span, text, Rule::Schedules(names));
-                    }
+                    self.schedules(span, format!("schedule {choice}"), names);
                 }
                 PipelineItem::CutBefore(Choice::Fixed(cuts)) => self.cuts(span, cuts),
                 PipelineItem::CutBefore(Choice::Auto { among, .. }) if among.is_empty() => {}
@@ -331,6 +329,33 @@ impl Reader<'_> {
                 }
             }
         }
+    }
+
+    /// Schedules that may be chosen; none named leaves all.
+    fn schedules(&mut self, span: Span, text: String, names: Vec<String>) {
+        let is_family = |name: &&String| Builtin::families().any(|one| one.name() == name.as_str());
+        let Some(other) = names.iter().find(|name| !is_family(name)) else {
+            if !names.is_empty() {
+                self.add_as(span, text, Rule::Schedules(names));
+            }
+            return;
+        };
+        if Builtin::find(other).is_some() {
+            return self.refuse(
+                span,
+                &format!(
+                    "schedule `{other}` divides sequences or trains on stale weights, which has no \
+                     price in a mapping"
+                ),
+            );
+        }
+        let families = Builtin::families().map(Builtin::name);
+        let all = names_of_families();
+        self.invalid(
+            span,
+            format!("there is no schedule `{other}`"),
+            &did_you_mean(other, families).unwrap_or(format!("there are {all}")),
+        );
     }
 
     fn cuts(&mut self, span: Span, cuts: &[Spanned<Selector>]) {

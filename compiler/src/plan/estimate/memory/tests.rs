@@ -225,7 +225,7 @@ fn schedules_hold_what_their_papers_say() {
     // [2 (P − 1) + (v − 1) P + 1] / v chunks of P = 4, v = 2.
     assert_eq!(in_flight("interleaved", 4, 2, 0, 16), 5.5);
     assert_eq!(in_flight("zb-h1", 4, 1, 3, 16), 4.0);
-    assert_eq!(in_flight("zb-h2", 4, 1, 0, 16), 8.0);
+    assert_eq!(in_flight("zb-h2", 4, 1, 0, 16), 7.0);
     assert_eq!(in_flight("v-half", 8, 2, 0, 32), 5.0);
     assert_eq!(in_flight("v-min", 8, 2, 0, 32), 4.0);
     assert_eq!(in_flight("dualpipe", 16, 1, 0, 64), 17.0);
