@@ -157,7 +157,7 @@ fn a_rank_that_stops_is_named_and_the_run_goes_on_from_its_checkpoint() {
             "--every",
             "1",
         ];
-        let failing = ["--steps", "6", "--timeout", "3", "--drill", drill];
+        let failing = ["--steps", "6", "--timeout", "6", "--drill", drill];
         let output = run(&[&common[..], &failing].concat());
         let error = json(&output)["error"].to_string();
         assert_eq!(output.status.code(), Some(4), "{error}");

@@ -21,7 +21,7 @@ const TAG: c_int = 1;
 const FIRST_WORD: Duration = Duration::from_millis(500);
 
 /// What was said longer ago is no sign of life: who waits says so every half second.
-const FRESH: Duration = Duration::from_secs(2);
+const FRESH: Duration = Duration::from_secs(4);
 
 /// What a rank waits for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
