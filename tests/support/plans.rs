@@ -1,5 +1,7 @@
 //! Random plans: any legal placement of every op, so that every reshard gets exercised.
 
+#![allow(dead_code)] // each benchmark uses its part
+
 use std::collections::BTreeMap;
 
 use meshweave_dsl::graph::{Graph, Role};

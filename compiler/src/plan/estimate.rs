@@ -461,7 +461,7 @@ fn check(workload: &Workload, mapping: &Mapping, cluster: &Cluster) -> Result<()
     let offload = mapping.offload;
     if (offload.optimizer || offload.activations > 0.0) && cluster.device.host_bytes_per_s <= 0.0 {
         return Err(Unpriced::Unsupported(format!(
-            "device `{}` has no link to its host; give it one, as in `host 25 GB/s`, or offload nothing",
+            "device `{}` has no link to its host; give it one, as in `host_bandwidth 25 GB/s`, or offload nothing",
             cluster.device.name
         )));
     }

@@ -205,8 +205,7 @@ pub(super) fn resolve_solve(
     span: Span,
     diagnostics: &mut Vec<Diagnostic>,
 ) -> SolveLimits {
-    let mut limits = SolveLimits::default();
-    limits.objective = match (solve.goal, solve.objective.node.as_str()) {
+    let objective = match (solve.goal, solve.objective.node.as_str()) {
         (Goal::Minimize, "step_time") => Some(Objective::StepTime),
         (Goal::Maximize, "throughput") => Some(Objective::Throughput),
         _ => {
@@ -221,6 +220,10 @@ pub(super) fn resolve_solve(
             );
             None
         }
+    };
+    let mut limits = SolveLimits {
+        objective,
+        ..SolveLimits::default()
     };
     let mut read = |quantity: Option<Quantity>,
                     convert: fn(Quantity) -> Result<f64, UnitError>,

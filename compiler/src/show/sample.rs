@@ -613,7 +613,6 @@ pub(super) fn report_input(n_layers: usize) -> ReportInput {
             }],
             note: "graph to kernels".into(),
         }],
-        grids: Vec::new(),
         lower_bound_s: Some(predicted.step_s() * 0.87),
         grids: Vec::new(),
         plan_text: Some(
