@@ -414,13 +414,11 @@ fn not_searched(problem: &Problem<'_>, outcome: &search::Outcome) -> Vec<String>
         if !space.zero_stages.contains(&2) && space.zero_stages.len() > 1 {
             list.push("ZeRO 2".into());
         }
-        match space.offload_activations.as_slice() {
-            [0.0] => list.push("offloading of activations".into()),
-            parts if parts == space::OFFLOADED_PARTS => list.push(
-                "offloading of parts of the activations other than a quarter, a half and all"
+        if space.offload_activations == [0.0] {
+            list.push(
+                "offloading of activations (opened by `offload activations = auto{none, host 50 %, host}`)"
                     .into(),
-            ),
-            _ => {}
+            );
         }
         if space.shard_groups.len() > 1 {
             list.push("ZeRO groups other than all ranks and those of a node".into());

@@ -172,6 +172,34 @@ pub fn kept_of_microbatch(
     (bytes, held.n_dense_layers + held.n_moe_layers)
 }
 
+/// Bytes of a device's share of its host that offloading takes: optimizer state, and the activations of
+/// all microbatches in flight.
+pub fn host_memory(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Bytes {
+    let offload = mapping.offload;
+    let mut held_there = 0.0;
+    if offload.optimizer {
+        let held = held(workload, mapping, pipeline_rank);
+        let shard = |replicas: usize| match mapping.zero.stage {
+            0 => 1.0,
+            _ => mapping.zero.group.unwrap_or(replicas).min(replicas).max(1) as f64,
+        };
+        let own = held.dense / shard(mapping.dp * mapping.cp) + held.experts / shard(mapping.edp());
+        held_there += f64::from(mapping.precision.optimizer_bytes) * own;
+    }
+    if offload.activations > 0.0 {
+        let in_flight = schedules::in_flight(
+            &mapping.pipeline.schedule,
+            mapping.pp,
+            mapping.pipeline.chunks,
+            pipeline_rank,
+            mapping.n_microbatches(workload.batch).max(1),
+        );
+        let (kept, _) = kept_of_microbatch(workload, mapping, pipeline_rank);
+        held_there += offload.activations * kept * in_flight;
+    }
+    bytes(held_there)
+}
+
 /// Memory of the ranks of a pipeline rank, in bytes at the peak of a step.
 pub fn memory(
     workload: &Workload,

@@ -25,6 +25,7 @@ use super::serving::first_token_s;
 use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
 use super::stages::{balanced, balanced_in_memory};
 use super::{Options, Problem};
+use crate::plan::estimate::memory::host_memory;
 use crate::plan::estimate::{Estimate, Unpriced, estimate, family, memory};
 use crate::schedule::{Builtin, Shape};
 
@@ -426,37 +427,38 @@ impl Search<'_> {
             return;
         }
         let key = key_of(&point);
+        // Of the same mapping, the less leaves the faster it is: the least part that fits will do.
+        let mut parts = space.offload_activations.clone();
+        parts.sort_by(f64::total_cmp);
         for &optimizer in &space.offload_optimizer {
-            for &activations in &space.offload_activations {
-                let offload = Offload {
+            let with = |activations: f64| Mapping {
+                offload: Offload {
                     optimizer,
                     activations,
-                };
-                let base = Mapping {
-                    offload,
-                    ..point.clone()
-                };
-                // Activations that leave and what is computed again only add to it.
-                let kept = Mapping {
-                    offload: Offload {
-                        optimizer,
-                        activations: 0.0,
-                    },
-                    ..point.clone()
-                };
-                if offload != Offload::default() && !self.may_be_best(&kept) {
-                    continue;
-                }
-                if let Some(cut) = self.cut_by_memory(&base, &key) {
-                    self.offer(cut);
-                }
-                for recompute in savings(self.problem, self.layers, &key, &base, spare_s) {
+                },
+                ..point.clone()
+            };
+            // Activations that leave and what is computed again only add to it.
+            if optimizer && !self.may_be_best(&with(0.0)) {
+                continue;
+            }
+            let least = with(parts.first().copied().unwrap_or(0.0));
+            if let Some(cut) = self.cut_by_memory(&least, &key) {
+                self.offer(cut);
+            }
+            for recompute in savings(self.problem, self.layers, &key, &least, spare_s) {
+                let is_of_some_layers =
+                    matches!(recompute, Recompute::Layers(_) | Recompute::LayersByRank(_));
+                // As many layers as fit are those that fit without it.
+                let is_alone = is_of_some_layers && space.whole.contains(&Whole::First(None));
+                for &activations in &parts[..if is_alone { 1 } else { parts.len() }] {
                     let mapping = Mapping {
-                        recompute,
-                        ..base.clone()
+                        recompute: recompute.clone(),
+                        ..with(activations)
                     };
                     if self.fits(&mapping) {
                         self.offer(mapping);
+                        break;
                     }
                 }
             }
@@ -498,6 +500,11 @@ impl Search<'_> {
 
     fn fits(&mut self, mapping: &Mapping) -> bool {
         self.outcome.counts.n_weighed += 1;
+        let host = self.problem.cluster.device.host_memory_bytes;
+        let of = |rank| host_memory(self.problem.workload, mapping, rank).0;
+        if host > 0 && (0..mapping.pp).any(|rank| of(rank) > host) {
+            return false;
+        }
         let bytes = worst_bytes(self.problem, mapping);
         if bytes > self.problem.space.budget_bytes {
             self.note_unfit(bytes, || mapping.clone());

@@ -151,9 +151,6 @@ impl Preference {
 /// Chunks of a pipeline rank that are searched.
 pub const MAX_CHUNKS: usize = 16;
 
-/// Parts of the kept activations that are offloaded where the user does not name any.
-pub const OFFLOADED_PARTS: [f64; 4] = [0.0, 0.25, 0.5, 1.0];
-
 impl Space {
     /// Everything that is legal for the workload on the cluster.
     pub fn everything(workload: &Workload, cluster: &Cluster) -> Self {
@@ -211,11 +208,8 @@ impl Space {
             } else {
                 vec![false]
             },
-            offload_activations: if may_offload {
-                OFFLOADED_PARTS.to_vec()
-            } else {
-                vec![0.0]
-            },
+            // Opened by documents alone: every part is one more way to make a mapping fit.
+            offload_activations: vec![0.0],
             precisions: vec![Precision::MIXED_BF16],
             budget_bytes: (cluster.device.memory_bytes as f64 * (1.0 - HEADROOM)) as u64,
             most_s: None,
