@@ -20,6 +20,7 @@ pub mod schedule;
 pub mod plan;
 pub mod pipeline;
 pub mod program;
+pub mod device_code;
 pub mod timeline;
 pub mod trace;
 pub mod placement;

@@ -148,6 +148,16 @@ impl ContractPlan {
         (self.spans.a, self.spans.b, self.spans.c)
     }
 
+    /// The rows, columns and depth of its matrix product.
+    pub(crate) fn product_indices(&self) -> [ContractIndex; 3] {
+        [self.m, self.n, self.k]
+    }
+
+    /// The loops around its matrix product: over the output, and over sums.
+    pub(crate) fn loops(&self) -> (&[ContractIndex], &[ContractIndex]) {
+        (&self.outer, &self.depth)
+    }
+
     /// Runs on slices: `a`, `b` and `c` hold at least [`ContractPlan::spans`] elements.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! Executes a program: one thread a rank, each with its arena and its list of instructions.
+//! Executes a program: one thread a rank, each with its arena and its list of instructions, or all ranks
+//! on a GPU.
 //!
 //! In: a [`Program`] and its kernels, then values of sources by name. Out: per step the measured
 //! [`Timeline`]; on demand, sources and outputs gathered from all ranks.
@@ -6,6 +7,7 @@
 //! instructions in order, or fails as a whole, after which the session refuses further steps.
 
 mod drill;
+mod gpu;
 mod place;
 mod prepare;
 #[cfg(test)]
@@ -16,6 +18,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use meshweave_dsl::device_code::DeviceCode;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Role, TensorType};
 use meshweave_dsl::program::{GlobalTensor, KernelId, Program};
@@ -24,6 +27,7 @@ use meshweave_dsl::timeline::{Basis, Event, Timeline};
 use crate::attention::KernelFn;
 use crate::collective::threads::{WaitOptions, World};
 use crate::collective::{CollectiveStats, Communicator, Place, exchange_texts};
+use crate::device::gpu::Gpu;
 use crate::device::host::Arena;
 use crate::error::{Error, Result};
 use crate::pool::WorkerPool;
@@ -31,7 +35,9 @@ use crate::tensor::{Elements, HostTensor};
 use crate::weights;
 use drill::PlacedDrill;
 pub use drill::{Drill, Mishap};
-use place::{Placed, PlacedPart, place};
+pub use gpu::Choice;
+use gpu::OnGpu;
+use place::{Placed, PlacedPart, Words, place};
 pub(crate) use place::{holders, is_kept};
 use prepare::{Call, Prepared, prepare};
 
@@ -98,6 +104,19 @@ impl Default for SessionOptions {
     }
 }
 
+/// How a program uses a GPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuUse {
+    /// The device in words.
+    pub name: String,
+    /// Contractions of all ranks that the device's library does.
+    pub n_by_library: usize,
+    /// Contractions that generated kernels do.
+    pub n_generated: usize,
+    /// Bytes of tables besides arenas and channels.
+    pub table_bytes: usize,
+}
+
 /// A program in execution: all of its ranks in this process, or one of them.
 pub struct Session {
     program: Arc<Program>,
@@ -105,8 +124,10 @@ pub struct Session {
     failure: Mutex<Option<Error>>,
     /// One thread a rank.
     crew: WorkerPool,
-    /// The ranks of this process, in order.
+    /// The ranks of this process, in order; none where they are on a GPU.
     ranks: Vec<Mutex<Rank>>,
+    /// All ranks, where they are on a GPU.
+    gpu: Option<Mutex<OnGpu>>,
     sources: Vec<Placed>,
     outputs: Vec<Placed>,
     /// Inputs that no one has given yet.
@@ -187,13 +208,39 @@ impl Session {
         Session::start(program, kernels, options, vec![communicator])
     }
 
+    /// Starts all ranks on one GPU, with the code that was compiled for it.
+    ///
+    /// # Errors
+    /// As for [`Session::new`], and when the code does not fit the program or the device.
+    pub fn on_gpu(
+        program: Program,
+        code: &DeviceCode,
+        gpu: Box<dyn Gpu>,
+        options: &SessionOptions,
+    ) -> Result<Session> {
+        check(&program)?;
+        let gpu = OnGpu::new(&program, code, gpu)?;
+        let no_kernels = KernelTable {
+            functions: Vec::new(),
+            _library: None,
+        };
+        Session::assemble(
+            Arc::new(program),
+            no_kernels,
+            Vec::new(),
+            Some(gpu),
+            options,
+        )
+    }
+
     fn start(
         program: Program,
         kernels: KernelTable,
         options: &SessionOptions,
         communicators: Vec<Box<dyn Communicator>>,
     ) -> Result<Session> {
-        check(&program, &kernels)?;
+        check(&program)?;
+        check_kernels(&program, &kernels)?;
         let program = Arc::new(program);
         let n_threads = threads_per_device(options, communicators.len());
         let mut ranks = Vec::with_capacity(communicators.len());
@@ -201,8 +248,19 @@ impl Session {
             communicator.follow(&program)?;
             ranks.push(Rank::new(&program, communicator, &kernels, n_threads)?);
         }
-        let sources = place(&program, &program.sources, &mut ranks)?;
-        let outputs = place(&program, &program.outputs, &mut ranks)?;
+        Session::assemble(program, kernels, ranks, None, options)
+    }
+
+    fn assemble(
+        program: Arc<Program>,
+        kernels: KernelTable,
+        mut ranks: Vec<Rank>,
+        gpu: Option<OnGpu>,
+        options: &SessionOptions,
+    ) -> Result<Session> {
+        let on_gpu = gpu.is_some();
+        let sources = place(&program, &program.sources, &mut ranks, on_gpu)?;
+        let outputs = place(&program, &program.outputs, &mut ranks, on_gpu)?;
         let missing = program
             .sources
             .iter()
@@ -211,7 +269,8 @@ impl Session {
             .collect();
         let mut session = Session {
             failure: Mutex::new(None),
-            crew: WorkerPool::new(ranks.len())?,
+            crew: WorkerPool::new(ranks.len().max(1))?,
+            gpu: gpu.map(Mutex::new),
             ranks: ranks.into_iter().map(Mutex::new).collect(),
             sources,
             outputs,
@@ -231,6 +290,9 @@ impl Session {
 
     /// Bytes allocated for the ranks' arenas, one figure a rank.
     pub fn arena_bytes(&self) -> Vec<usize> {
+        if let Some(gpu) = &self.gpu {
+            return lock(gpu).arena_bytes();
+        }
         self.ranks
             .iter()
             .map(|rank| lock(rank).arena.n_bytes())
@@ -245,8 +307,23 @@ impl Session {
             .collect()
     }
 
+    /// Where all ranks are on a GPU: the device, the contractions that its library does and those that
+    /// generated kernels do, and the bytes that it holds besides arenas and channels.
+    pub fn gpu(&self) -> Option<GpuUse> {
+        let gpu = lock(self.gpu.as_ref()?);
+        Some(GpuUse {
+            name: gpu.name(),
+            n_by_library: gpu.n_contractions(Choice::Library),
+            n_generated: gpu.n_contractions(Choice::Generated),
+            table_bytes: gpu.table_bytes(),
+        })
+    }
+
     /// The ranks of this process.
     pub fn ranks(&self) -> Vec<usize> {
+        if self.gpu.is_some() {
+            return (0..self.program.ranks.len()).collect();
+        }
         self.ranks.iter().map(|rank| lock(rank).rank).collect()
     }
 
@@ -322,9 +399,9 @@ impl Session {
                 value.ty()
             )));
         }
-        for PlacedPart { part, address, .. } in &placed.parts {
-            // SAFETY: `&mut self`: no rank runs; the part was checked against its buffer.
-            unsafe { part.cut(value, *address) };
+        for here in &placed.parts {
+            // SAFETY: the part was checked against its buffer, whose words these are.
+            self.fill(placed, here, |words| unsafe { here.part.cut(value, words) })?;
         }
         self.missing.remove(name);
         Ok(())
@@ -378,6 +455,15 @@ impl Session {
         if self.program.sources.iter().any(is_step) {
             self.set(STEP_INPUT, &HostTensor::scalar((self.n_steps + 1) as f32))?;
         }
+        if let Some(gpu) = &self.gpu {
+            let outcome = lock(gpu).step();
+            if let Err(error) = outcome {
+                lock(&self.failure).get_or_insert_with(|| error.clone());
+                return Err(error);
+            }
+            self.n_steps += 1;
+            return Ok(self.gpu_timeline(&lock(gpu)));
+        }
         let started = Instant::now();
         let (ranks, failure, n_steps) = (&self.ranks, &self.failure, self.n_steps);
         self.crew.run(ranks.len(), &|rank_idx| {
@@ -428,6 +514,30 @@ impl Session {
         }
     }
 
+    /// The times of the last step whose instructions were timed.
+    fn gpu_timeline(&self, gpu: &OnGpu) -> Timeline {
+        let ranks = self.program.ranks.iter().enumerate();
+        let events = ranks.flat_map(|(rank, program)| {
+            let timed = program.instructions.iter().zip(gpu.spans(rank)).enumerate();
+            timed.map(move |(instruction_idx, (instruction, span))| Event {
+                rank,
+                instruction: instruction_idx,
+                name: instruction.name.clone(),
+                category: gpu::category(&instruction.action),
+                start_s: span.start_s,
+                duration_s: span.duration_s,
+                wait_s: 0.0,
+                n_flops: instruction.n_flops,
+                n_bytes: instruction.n_bytes,
+            })
+        });
+        Timeline {
+            basis: Basis::Measured,
+            n_ranks: self.program.ranks.len(),
+            events: events.collect(),
+        }
+    }
+
     fn initialize(&mut self, seed: u32) -> Result<()> {
         let mut tables = Vec::new();
         for placed in &self.sources {
@@ -448,13 +558,19 @@ impl Session {
                     && tensor.ty.dtype == DType::F32
             })
             .collect();
+        if self.gpu.is_some() {
+            return self.initialize_gpu(&sources, seed);
+        }
         // The first holder of a part makes it, the others copy it: hashing is the dearer one.
         let numbers: Vec<usize> = self.ranks.iter().map(|rank| lock(rank).rank).collect();
         self.crew.run(numbers.len(), &|rank_idx| {
             let rank = numbers[rank_idx];
             for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank)) {
                 if placed.first_holder(idx) == idx {
-                    let PlacedPart { part, address, .. } = &placed.parts[idx];
+                    let PlacedPart { part, words, .. } = &placed.parts[idx];
+                    let Words::Here(address) = words else {
+                        continue;
+                    };
                     // SAFETY: the part fills its buffer of f32, which belongs to this rank's arena;
                     // no rank runs, and each rank's task touches its own arena alone.
                     let local = unsafe {
@@ -469,14 +585,39 @@ impl Session {
             for (placed, idx) in sources.iter().flat_map(|placed| placed.of_rank(rank)) {
                 let holder = placed.first_holder(idx);
                 if holder != idx {
-                    let PlacedPart { part, address, .. } = &placed.parts[idx];
-                    let from = placed.parts[holder].address;
+                    let PlacedPart { part, words, .. } = &placed.parts[idx];
+                    let (Words::Here(address), Words::Here(from)) =
+                        (words, &placed.parts[holder].words)
+                    else {
+                        continue;
+                    };
                     // SAFETY: equal parts fill buffers of one size that do not overlap; the holder's
                     // was made above and nobody writes to it here.
-                    unsafe { address.copy_from_nonoverlapping(from, part.n_elements()) };
+                    unsafe { address.copy_from_nonoverlapping(*from, part.n_elements()) };
                 }
             }
         })
+    }
+}
+
+impl Session {
+    fn initialize_gpu(&self, sources: &[&Placed], seed: u32) -> Result<()> {
+        for placed in sources {
+            let mut made: Vec<Option<Vec<f32>>> = vec![None; placed.parts.len()];
+            for (idx, here) in placed.parts.iter().enumerate() {
+                let holder = placed.first_holder(idx);
+                let values = made[holder].get_or_insert_with(|| {
+                    let mut values = vec![0.0; here.part.n_elements()];
+                    weights::initialize(&placed.tensor.role, seed, &here.part, &mut values);
+                    values
+                });
+                // SAFETY: equal parts have equally many words.
+                self.fill(placed, here, |words| unsafe {
+                    words.copy_from_nonoverlapping(values.as_ptr().cast(), values.len());
+                })?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -712,7 +853,7 @@ fn is_step(source: &GlobalTensor) -> bool {
 }
 
 /// What concerns the program as a whole.
-fn check(program: &Program, kernels: &KernelTable) -> Result<()> {
+fn check(program: &Program) -> Result<()> {
     let n_ranks = program.ranks.len();
     if program.version != meshweave_dsl::program::PROGRAM_VERSION {
         return Err(Error::Invalid(format!(
@@ -727,6 +868,11 @@ fn check(program: &Program, kernels: &KernelTable) -> Result<()> {
             program.mesh.n_ranks()
         )));
     }
+    Ok(())
+}
+
+/// Whether the kernels are those of the program.
+fn check_kernels(program: &Program, kernels: &KernelTable) -> Result<()> {
     if kernels.functions.len() != program.kernels.len() {
         return Err(Error::Invalid(format!(
             "damaged program: {} kernels are listed, {} were given; compile again",

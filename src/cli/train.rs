@@ -273,7 +273,7 @@ impl Training {
             save: signals::take_save(),
             end: signals::ending(),
             checkpoint: keeper.map_or_else(Report::default, |keeper| keeper.report(false)),
-            checksums: self.checksums(execution, save),
+            checksums: self.checksums(execution, save)?,
         };
         let all = self.exchange(execution, own)?;
         save |= all.iter().any(|vitals| vitals.save);
@@ -288,12 +288,13 @@ impl Training {
 
     /// One parameter or state in turn, or all of them: divergence is found within a round, and no
     /// checkpoint is made of it.
-    fn checksums(&self, execution: &Execution, all: bool) -> BTreeMap<String, u64> {
+    fn checksums(&self, execution: &Execution, all: bool) -> Result<BTreeMap<String, u64>> {
         if !self.shared {
-            return BTreeMap::new();
+            return Ok(BTreeMap::new());
         }
         let turn = execution.n_steps();
-        execution.checksums(|idx, n| all || idx == turn % n.max(1))
+        let chosen = |idx, n: usize| all || idx == turn % n.max(1);
+        execution.checksums(chosen).map_err(runtime_error)
     }
 
     fn exchange(&self, execution: &Execution, own: Vitals) -> Result<Vec<Vitals>> {

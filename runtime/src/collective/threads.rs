@@ -12,7 +12,7 @@
 mod barrier;
 mod mail;
 mod reduce;
-mod route;
+pub(crate) mod route;
 #[cfg(test)]
 mod tests;
 

@@ -5,7 +5,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::place::{Placed, PlacedPart, is_kept};
+use super::place::{Placed, PlacedPart, Words, is_kept};
 use super::{Rank, Session, lock};
 use crate::error::{Error, Result};
 
@@ -92,6 +92,13 @@ impl Session {
                 self.program.ranks.len()
             )));
         }
+        if self.gpu.is_some() {
+            return Err(Error::Unsupported(
+                "drills are for ranks that are threads or processes of the host; leave out \
+                 `--backend cuda`"
+                    .into(),
+            ));
+        }
         // What diverges is best something that another rank holds too.
         let shared = |placed: &&Placed, here: &&PlacedPart| {
             let parts = &placed.tensor.parts;
@@ -111,7 +118,10 @@ impl Session {
             for rank in &self.ranks {
                 let mut rank = lock(rank);
                 if rank.rank == drill.rank {
-                    let (drill, at) = (drill.clone(), here.address);
+                    let Words::Here(at) = here.words else {
+                        continue;
+                    };
+                    let drill = drill.clone();
                     rank.drill = Some(PlacedDrill { drill, at });
                 }
             }

@@ -27,7 +27,16 @@ pub(super) struct PlacedPart {
     /// Its index among the tensor's parts on all ranks.
     pub(super) part_idx: usize,
     pub(super) part: Part,
-    pub(super) address: *mut u32,
+    pub(super) words: Words,
+}
+
+/// Where a part's words are.
+#[derive(Clone, Copy)]
+pub(super) enum Words {
+    /// In the arena of a rank of this process.
+    Here(*mut u32),
+    /// In the memory of the GPU that all ranks are on.
+    OnGpu,
 }
 
 // SAFETY: the addresses lie in the ranks' arenas, which the session owns and which stay in place; they
@@ -93,8 +102,10 @@ impl Session {
                     .collect();
                 let way = Part::new(&tensor.name, &ty, &all, local)?;
                 let mut piece = HostTensor::zeros(ty)?;
-                // SAFETY: no rank runs; the part was checked against its buffer.
-                unsafe { way.put(here.address, &mut piece) };
+                self.with_words(placed, here, |words| {
+                    // SAFETY: the words are those of the part, dense in its buffer's order.
+                    unsafe { way.put(words.as_ptr(), &mut piece) };
+                })?;
                 pieces.push(Piece {
                     rank: here.rank,
                     key: key(&tensor.name, here.part_idx),
@@ -108,7 +119,10 @@ impl Session {
     /// Checksums of this process' parts of the tensors that `chosen` picks among parameters and states
     /// (by their index), keyed by the tensor and the region's first holder: equal keys have equal
     /// checksums on all ranks, unless they have diverged.
-    pub fn checksums(&self, chosen: impl Fn(usize, usize) -> bool) -> BTreeMap<String, u64> {
+    pub fn checksums(
+        &self,
+        chosen: impl Fn(usize, usize) -> bool,
+    ) -> Result<BTreeMap<String, u64>> {
         let kept: Vec<&Placed> = self
             .sources
             .iter()
@@ -124,17 +138,60 @@ impl Session {
             for here in &placed.parts {
                 let region = &parts[here.part_idx].region;
                 let first = parts.iter().position(|part| part.region == *region);
-                let n = here.part.n_elements();
-                // SAFETY: no rank runs, and the part fills its buffer.
-                let words = unsafe { std::slice::from_raw_parts(here.address, n) };
-                let sum = words.iter().fold(n as u64, |sum, word| {
-                    (sum ^ u64::from(*word)).wrapping_mul(0x0100_0000_01B3)
-                });
+                let sum = self.with_words(placed, here, |words| {
+                    words.iter().fold(words.len() as u64, |sum, word| {
+                        (sum ^ u64::from(*word)).wrapping_mul(0x0100_0000_01B3)
+                    })
+                })?;
                 let name = key(&placed.tensor.name, first.unwrap_or(here.part_idx));
                 sums.insert(name, sum);
             }
         }
-        sums
+        Ok(sums)
+    }
+
+    /// Calls `read` with the words of a part.
+    fn with_words<T>(
+        &self,
+        placed: &Placed,
+        here: &PlacedPart,
+        read: impl FnOnce(&[u32]) -> T,
+    ) -> Result<T> {
+        let n_words = here.part.n_elements();
+        match (here.words, &self.gpu) {
+            // SAFETY: called through a reference to the session, outside of `step`: no rank runs; the
+            // part fills its buffer.
+            (Words::Here(address), _) => Ok(read(unsafe {
+                std::slice::from_raw_parts(address, n_words)
+            })),
+            (Words::OnGpu, Some(gpu)) => {
+                let mut words = vec![0; n_words];
+                let buffer = placed.tensor.parts[here.part_idx].buffer;
+                lock(gpu).read(&self.program, (here.rank, buffer), &mut words)?;
+                Ok(read(&words))
+            }
+            (Words::OnGpu, None) => Err(Error::Internal("a part on no GPU".into())),
+        }
+    }
+
+    /// Calls `write` with the address of a part's words, all of which it writes.
+    pub(super) fn fill(
+        &self,
+        placed: &Placed,
+        here: &PlacedPart,
+        write: impl FnOnce(*mut u32),
+    ) -> Result<()> {
+        match (here.words, &self.gpu) {
+            (Words::Here(address), _) => write(address),
+            (Words::OnGpu, Some(gpu)) => {
+                let mut words = vec![0; here.part.n_elements()];
+                write(words.as_mut_ptr());
+                let buffer = placed.tensor.parts[here.part_idx].buffer;
+                lock(gpu).write(&self.program, (here.rank, buffer), &words)?;
+            }
+            (Words::OnGpu, None) => return Err(Error::Internal("a part on no GPU".into())),
+        }
+        Ok(())
     }
 
     /// The whole of a tensor; all processes of the session call this together.
@@ -147,13 +204,14 @@ impl Session {
             )));
         }
         let mut whole = HostTensor::zeros(tensor.ty.clone())?;
-        for PlacedPart { part, address, .. } in &placed.parts {
-            // SAFETY: called through a reference to the session, outside of `step`: no rank runs. The
-            // part was checked against its buffer.
-            unsafe { part.put(*address, &mut whole) };
+        for here in &placed.parts {
+            self.with_words(placed, here, |words| {
+                // SAFETY: the words are those of the part, dense in its buffer's order.
+                unsafe { here.part.put(words.as_ptr(), &mut whole) };
+            })?;
         }
         let n_ranks = self.program.ranks.len();
-        if self.ranks.len() < n_ranks {
+        if self.gpu.is_none() && self.ranks.len() < n_ranks {
             self.collect(placed, &mut whole)?;
         }
         Ok(whole)
@@ -180,10 +238,7 @@ impl Session {
                 // SAFETY: the words are those of the part, dense in its buffer's order.
                 unsafe { way.put(words.as_ptr(), whole) };
             } else if let Some(here) = placed.parts.iter().find(|here| here.part_idx == part_idx) {
-                // SAFETY: no rank runs, and the part fills its buffer.
-                let words =
-                    unsafe { std::slice::from_raw_parts(here.address, here.part.n_elements()) };
-                communicator.send(0, words)?;
+                self.with_words(placed, here, |words| communicator.send(0, words))??;
             }
         }
         let n_words = tensor.ty.n_elements();
@@ -200,6 +255,7 @@ pub(super) fn place(
     program: &Program,
     tensors: &[GlobalTensor],
     ranks: &mut [Rank],
+    on_gpu: bool,
 ) -> Result<Vec<Placed>> {
     tensors
         .iter()
@@ -209,7 +265,13 @@ pub(super) fn place(
             }
             let mut parts = Vec::new();
             for (part_idx, part) in tensor.parts.iter().enumerate() {
-                parts.extend(place_part(program, ranks, tensor, part_idx, part)?);
+                parts.extend(place_part(
+                    program,
+                    ranks,
+                    on_gpu,
+                    tensor,
+                    (part_idx, part),
+                )?);
             }
             Ok(Placed {
                 tensor: tensor.clone(),
@@ -223,9 +285,9 @@ pub(super) fn place(
 fn place_part(
     program: &Program,
     ranks: &mut [Rank],
+    on_gpu: bool,
     tensor: &GlobalTensor,
-    part_idx: usize,
-    part: &TensorPart,
+    (part_idx, part): (usize, &TensorPart),
 ) -> Result<Option<PlacedPart>> {
     let (name, rank, id) = (&tensor.name, part.rank, part.buffer.index());
     let n_ranks = program.ranks.len();
@@ -236,14 +298,16 @@ fn place_part(
         damaged(name, place)
     })?;
     let part = Part::new(name, &tensor.ty, &part.region, &buffer.ty)?;
-    let Some(here) = ranks.iter_mut().find(|here| here.rank == rank) else {
-        return Ok(None);
+    let words = match ranks.iter_mut().find(|here| here.rank == rank) {
+        Some(here) => Words::Here(here.arena.address(buffer)?.cast()),
+        None if on_gpu => Words::OnGpu,
+        None => return Ok(None),
     };
     Ok(Some(PlacedPart {
         rank,
         part_idx,
         part,
-        address: here.arena.address(buffer)?.cast(),
+        words,
     }))
 }
 

@@ -506,7 +506,7 @@ fn no_kernel(kernel: KernelId) -> Error {
 }
 
 /// The tensor around one dim; `None` when it lacks the dim or the counts do not add up to it.
-fn divide(whole: &TensorType, dim: &Dim, counts: &[usize]) -> Option<Division> {
+pub(super) fn divide(whole: &TensorType, dim: &Dim, counts: &[usize]) -> Option<Division> {
     let position = whole.position(dim)?;
     let (outer, inner) = around(whole, position);
     let fits = counts.iter().sum::<usize>() == whole.shape[position].1;
@@ -526,7 +526,7 @@ fn around(ty: &TensorType, position: usize) -> (usize, usize) {
     )
 }
 
-fn cross(
+pub(super) fn cross(
     src: &TensorType,
     split: &Dim,
     split_counts: &[usize],

@@ -7,26 +7,26 @@ use crate::collective::Crossing;
 use crate::strided::CopyLoop;
 
 /// One peer's way through an all-to-all.
-pub(super) struct Route<'a> {
-    pub(super) crossing: &'a Crossing,
-    pub(super) peer_split: &'a [usize],
+pub(crate) struct Route<'a> {
+    pub(crate) crossing: &'a Crossing,
+    pub(crate) peer_split: &'a [usize],
     /// Length of `concat` in the result.
-    pub(super) n_concat: usize,
+    pub(crate) n_concat: usize,
     /// Length of `split` in the result.
-    pub(super) own_split: usize,
+    pub(crate) own_split: usize,
     /// Elements of `concat` that the peer sends.
-    pub(super) count: usize,
+    pub(crate) count: usize,
     /// Elements of `split` in the peer's tensor before this member's part.
-    pub(super) skipped: usize,
+    pub(crate) skipped: usize,
     /// Where the peer's elements begin along `concat`.
-    pub(super) place: usize,
+    pub(crate) place: usize,
 }
 
 /// Loops, first element in the source, first in the destination, length of the source.
-pub(super) type Path = (Vec<CopyLoop>, usize, usize, usize);
+pub(crate) type Path = (Vec<CopyLoop>, usize, usize, usize);
 
 impl Route<'_> {
-    pub(super) fn same_dim(&self) -> Path {
+    pub(crate) fn same_dim(&self) -> Path {
         let Crossing {
             outer, mid, inner, ..
         } = *self.crossing;
@@ -53,7 +53,7 @@ impl Route<'_> {
     }
 
     /// `[outer, split, mid, concat, inner]`.
-    pub(super) fn split_first(&self) -> Path {
+    pub(crate) fn split_first(&self) -> Path {
         let Crossing {
             outer, mid, inner, ..
         } = *self.crossing;
@@ -86,7 +86,7 @@ impl Route<'_> {
     }
 
     /// `[outer, concat, mid, split, inner]`.
-    pub(super) fn concat_first(&self) -> Path {
+    pub(crate) fn concat_first(&self) -> Path {
         let Crossing {
             outer, mid, inner, ..
         } = *self.crossing;

@@ -1,0 +1,186 @@
+//! What the executor needs of a GPU, and nothing more.
+//!
+//! In: memory to allocate, code to load, commands on streams. Out: their effects, and times.
+//! Invariant: commands of one stream run in the order in which they were submitted; a `Wait` holds its
+//! stream back until the event's last `Record` before it has run; nothing else orders two streams.
+//!
+//! [`super::cuda`] implements it with CUDA. Tests implement it with an interpreter of PTX that takes
+//! the streams in any order that the rules allow, so that a missing wait shows as a wrong result.
+
+use meshweave_dsl::device_code::{Grid, Module};
+
+use crate::error::Result;
+
+/// A place in the device's memory.
+pub type Address = u64;
+
+/// Index of a module that was loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModuleIdx(pub usize);
+
+/// Index of a function of a module, with the shape of its launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FunctionIdx(pub usize);
+
+/// Index of a matrix product that the device's library prepared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProductIdx(pub usize);
+
+/// Index of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamIdx(pub usize);
+
+/// Index of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EventIdx(pub usize);
+
+/// Index of a graph: commands that were recorded once and are started as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GraphIdx(pub usize);
+
+/// An argument of a launch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Value {
+    /// A pointer.
+    Address(Address),
+    /// A `long long`.
+    Int(i64),
+    /// A `float`.
+    Float(f32),
+}
+
+/// What a command does.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    Launch {
+        function: FunctionIdx,
+        args: Vec<Value>,
+    },
+    /// Copies within the device's memory; the ranges do not overlap.
+    Copy {
+        to: Address,
+        from: Address,
+        n_bytes: usize,
+    },
+    /// A product by the device's library.
+    Product {
+        product: ProductIdx,
+        a: Address,
+        b: Address,
+        c: Address,
+    },
+    Record(EventIdx),
+    Wait(EventIdx),
+}
+
+/// Work on a stream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Command {
+    pub stream: StreamIdx,
+    pub work: Work,
+}
+
+/// A batch of matrix products of f32 with f32 sums: `c[l, i, j] = Σ a[l, i, x] b[l, x, j]`, added to
+/// what is there where it accumulates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Product {
+    /// Rows of `a` and `c`.
+    pub m: usize,
+    /// Columns of `b` and `c`.
+    pub n: usize,
+    /// Columns of `a`, rows of `b`.
+    pub k: usize,
+    pub n_batch: usize,
+    pub a: Matrix,
+    pub b: Matrix,
+    pub c: Matrix,
+    pub accumulate: bool,
+    /// A power of two of which the addresses of all operands and batches are multiples.
+    pub alignment: usize,
+}
+
+/// Strides of an operand, in elements; one of those of rows and columns is 1 where there are several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Matrix {
+    pub row: usize,
+    pub column: usize,
+    pub batch: usize,
+}
+
+/// One GPU.
+pub trait Gpu: Send {
+    /// The device in words, for people.
+    fn name(&self) -> String;
+
+    /// Memory of so many zero bytes, at a multiple of 256; it stays where it is as long as the device.
+    ///
+    /// # Errors
+    /// `Exhausted` when the device has no such memory.
+    fn allocate(&mut self, n_bytes: usize) -> Result<Address>;
+
+    /// Copies from the host; waits until it is done.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn upload(&mut self, to: Address, words: &[u32]) -> Result<()>;
+
+    /// Copies to the host, after all that was submitted; waits until it is done.
+    ///
+    /// # Errors
+    /// Those of the device, and of what was submitted before.
+    fn download(&mut self, from: Address, words: &mut [u32]) -> Result<()>;
+
+    /// Loads a module, compiling its source where there is no PTX.
+    ///
+    /// # Errors
+    /// `Invalid` when the code is refused, `Exhausted` when there is no compiler for its source.
+    fn load(&mut self, module: &Module) -> Result<ModuleIdx>;
+
+    /// A function of a module.
+    ///
+    /// # Errors
+    /// `Invalid` when the module lacks it or the device cannot launch this shape.
+    fn function(&mut self, module: ModuleIdx, name: &str, grid: Grid) -> Result<FunctionIdx>;
+
+    /// A product by the device's library; `None` where there is none, or where it cannot express it.
+    ///
+    /// # Errors
+    /// Those of the library.
+    fn product(&mut self, product: &Product) -> Result<Option<ProductIdx>>;
+
+    /// Makes streams and events up to these numbers.
+    ///
+    /// # Errors
+    /// `Exhausted` when the device has no more.
+    fn reserve(&mut self, n_streams: usize, n_events: usize) -> Result<()>;
+
+    /// Starts commands, in this order; does not wait for them.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn submit(&mut self, commands: &[Command]) -> Result<()>;
+
+    /// Records commands that begin and end on the first stream; `None` where the device has no graphs.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn record(&mut self, commands: &[Command]) -> Result<Option<GraphIdx>>;
+
+    /// Starts a graph; does not wait for it.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn replay(&mut self, graph: GraphIdx) -> Result<()>;
+
+    /// Waits for everything that was submitted.
+    ///
+    /// # Errors
+    /// What has failed since the last call.
+    fn synchronize(&mut self) -> Result<()>;
+
+    /// Seconds between two events that were recorded and waited for.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn elapsed_s(&mut self, from: EventIdx, to: EventIdx) -> Result<f64>;
+}

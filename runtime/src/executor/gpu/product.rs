@@ -1,0 +1,164 @@
+//! A contraction as products of the device's library.
+//!
+//! In: the indices of a contraction. Out: one batch of products, run at several places of the operands;
+//! or nothing, where the generated kernel serves better.
+//! Invariant: the products together are the contraction, each element of `c` summed in one product.
+
+use meshweave_dsl::program::ContractIndex;
+
+use crate::contract::{ContractOptions, ContractPlan};
+use crate::device::gpu::{Address, Matrix, Product};
+use crate::error::Result;
+
+/// More calls than this cost more than they gain.
+const MAX_CALLS: usize = 16;
+
+/// Libraries know no faster way for addresses that are multiples of more, in bytes.
+const MAX_ALIGNMENT: u64 = 256;
+
+/// A contraction as calls of one product.
+#[derive(Debug, PartialEq)]
+pub(super) struct Calls {
+    pub(super) product: Product,
+    /// For each call the first elements of a, b and c.
+    pub(super) offsets: Vec<[usize; 3]>,
+}
+
+/// The products of a contraction of operands at these addresses; `None` where there would be too many, or of strides that no library
+/// takes.
+///
+/// # Errors
+/// `Invalid` when the contraction is damaged.
+pub(super) fn products(
+    indices: &[ContractIndex],
+    accumulate: bool,
+    operands: [Address; 3],
+) -> Result<Option<Calls>> {
+    let options = ContractOptions {
+        accumulate,
+        ..ContractOptions::default()
+    };
+    let plan = ContractPlan::new(indices, options)?;
+    let [m, n, k] = plan.product_indices();
+    let (outer, depth) = plan.loops();
+    // A loop over sums would need the calls to follow one another with another factor for `c`.
+    if !depth.is_empty() {
+        return Ok(None);
+    }
+    let batch = outer.iter().max_by_key(|index| index.size).copied();
+    let batch = batch.unwrap_or(ContractIndex {
+        size: 1,
+        a: 0,
+        b: 0,
+        c: 0,
+    });
+    let mut rest = outer.to_vec();
+    if let Some(position) = rest.iter().position(|index| *index == batch) {
+        rest.remove(position);
+    }
+    let n_calls: usize = rest.iter().map(|index| index.size).product();
+    if n_calls > MAX_CALLS {
+        return Ok(None);
+    }
+    let matrix = |row: usize, column: usize, batch: usize| Matrix { row, column, batch };
+    let mut product = Product {
+        m: m.size,
+        n: n.size,
+        k: k.size,
+        n_batch: batch.size,
+        a: matrix(m.a, k.a, batch.a),
+        b: matrix(k.b, n.b, batch.b),
+        c: matrix(m.c, n.c, batch.c),
+        accumulate,
+        alignment: 1,
+    };
+    let dense = |matrix: Matrix, n_rows: usize, n_columns: usize| {
+        (matrix.row == 1 || n_rows == 1) || (matrix.column == 1 || n_columns == 1)
+    };
+    let Product {
+        m, n, k, a, b, c, ..
+    } = product;
+    if !(dense(a, m, k) && dense(b, k, n) && dense(c, m, n)) {
+        return Ok(None);
+    }
+    let mut offsets = vec![[0; 3]];
+    for index in &rest {
+        offsets = offsets
+            .iter()
+            .flat_map(|[a, b, c]| {
+                (0..index.size).map(move |i| [a + i * index.a, b + i * index.b, c + i * index.c])
+            })
+            .collect();
+    }
+    let starts = offsets
+        .iter()
+        .flat_map(|offsets| [0, 1, 2].map(|i| operands[i] + 4 * offsets[i] as u64));
+    let strides = [product.a, product.b, product.c].map(|matrix| 4 * matrix.batch as u64);
+    let bits = starts
+        .chain(strides)
+        .fold(MAX_ALIGNMENT, |bits, n| bits | n);
+    product.alignment = 1 << bits.trailing_zeros();
+    Ok(Some(Calls { product, offsets }))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The products, element by element.
+    fn run(calls: &Calls, a: &[f32], b: &[f32], c: &mut [f32]) {
+        let p = &calls.product;
+        let at = |m: Matrix, batch, row, column| m.batch * batch + m.row * row + m.column * column;
+        for [a0, b0, c0] in &calls.offsets {
+            for l in 0..p.n_batch {
+                for (i, j) in (0..p.m).flat_map(|i| (0..p.n).map(move |j| (i, j))) {
+                    let terms =
+                        (0..p.k).map(|x| a[a0 + at(p.a, l, i, x)] * b[b0 + at(p.b, l, x, j)]);
+                    c[c0 + at(p.c, l, i, j)] = terms.sum();
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn products_are_the_contraction(
+            sizes in proptest::array::uniform4(1usize..5),
+            roles in proptest::array::uniform4(0usize..4),
+            order in any::<[bool; 3]>(),
+        ) {
+            // Dense operands over the dims that each role gives them, first or last dim fastest.
+            let uses = |operand: usize, role: usize| match operand {
+                0 => role != 2,
+                1 => role != 1,
+                _ => role != 3,
+            };
+            let mut indices: Vec<ContractIndex> =
+                sizes.iter().map(|size| ContractIndex { size: *size, a: 0, b: 0, c: 0 }).collect();
+            let mut spans = [1usize; 3];
+            for operand in 0..3 {
+                let mut dims: Vec<usize> = (0..4).filter(|dim| uses(operand, roles[*dim])).collect();
+                if order[operand] {
+                    dims.reverse();
+                }
+                for dim in dims {
+                    let index = &mut indices[dim];
+                    *[&mut index.a, &mut index.b, &mut index.c][operand] = spans[operand];
+                    spans[operand] *= sizes[dim];
+                }
+            }
+            let values = |n: usize| (0..n).map(|i| (i % 7) as f32 - 3.0).collect::<Vec<_>>();
+            let (a, b) = (values(spans[0]), values(spans[1]));
+            let mut expected = vec![0.0; spans[2]];
+            let plan = ContractPlan::new(&indices, ContractOptions::default()).unwrap();
+            plan.run(&a, &b, &mut expected).unwrap();
+            if let Some(calls) = products(&indices, false, [256; 3]).unwrap() {
+                let mut found = vec![0.0; spans[2]];
+                run(&calls, &a, &b, &mut found);
+                prop_assert_eq!(found, expected);
+            }
+        }
+    }
+}
