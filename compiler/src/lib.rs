@@ -12,6 +12,7 @@ pub mod reshard;
 pub mod partition;
 pub mod codegen;
 pub mod lower;
+pub mod cuda;
 pub mod pipeline;
 pub mod calibrate;
 #[cfg(feature = "mlir")]
