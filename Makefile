@@ -12,6 +12,7 @@ demo: setup ## plan, compile and train a small decoder on 8 virtual devices
 
 test: setup ## format, lints and all tests
 	@sh scripts/ptxas.sh target/tools
+	@sh scripts/nvrtc.sh target/tools
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo check --no-default-features

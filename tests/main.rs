@@ -5,6 +5,7 @@
 
 mod analysis;
 mod cli;
+mod cuda;
 mod differentiate;
 #[cfg(feature = "mlir")]
 mod equivalence;

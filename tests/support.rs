@@ -2,6 +2,6 @@
 
 pub mod golden;
 pub mod graphs;
+pub mod nvrtc;
 pub mod plans;
-#[cfg(feature = "mlir")]
 pub mod ptx;

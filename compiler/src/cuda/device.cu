@@ -64,9 +64,9 @@ static __device__ __forceinline__ void copy_async(void *to, const void *from, bo
 
 static __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// Waits until at most `N` of this thread's committed groups are under way.
-template <int N> static __device__ __forceinline__ void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+/// Waits until at most `UNDER_WAY` of this thread's committed groups are under way.
+template <int UNDER_WAY> static __device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(UNDER_WAY) : "memory");
 }
 
 /// One or two 8×8 matrices of 16-bit elements for the tensor cores: lane `l` gives the address of row
