@@ -3,6 +3,9 @@
 //! Enters: a global graph and its plan. Leaves: a program and the shared object of its kernels.
 //! Invariant: every stage is verified before the next one starts.
 
+#[cfg(feature = "mlir")]
+mod gpu;
+
 use std::time::Instant;
 
 use meshweave_compiler::codegen::kernel::Kernel;
@@ -11,6 +14,7 @@ use meshweave_compiler::partition::{Keep, PartitionError, partition};
 use meshweave_compiler::pipeline::{PipelineError, lower_pipeline};
 use meshweave_compiler::simplify::{self, simplify_ranks};
 use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::device_code::DeviceCode;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::verify::{verify_local, verify_ranks};
@@ -27,6 +31,8 @@ pub struct CompileOptions {
     pub keep: Keep,
     /// Stages whose text to keep: `local`, `mlir`, `mlir-after:<pass>`, `llvm`, `asm`.
     pub emit: Vec<String>,
+    /// The GPU to compile for besides this host, as NVIDIA writes it: `sm_90`.
+    pub gpu: Option<String>,
 }
 
 impl Default for CompileOptions {
@@ -34,6 +40,7 @@ impl Default for CompileOptions {
         Self {
             keep: Keep::Outputs,
             emit: Vec::new(),
+            gpu: None,
         }
     }
 }
@@ -44,6 +51,8 @@ pub struct Compiled {
     pub program: Program,
     /// The shared object of the generated kernels.
     pub kernels: Vec<u8>,
+    /// Code for the GPU that was asked for.
+    pub code: Option<DeviceCode>,
     /// The local graph of every rank.
     pub locals: Vec<Graph>,
     /// The stages asked for, by name.
@@ -75,9 +84,12 @@ pub fn compile(
     }
     let kernels = generate(&fragments, &mut program, options, &mut emitted)?;
     clock.lap("generate and link");
+    let code = generate_gpu(&fragments, &program, options)?;
+    clock.lap("generate for the GPU");
     Ok(Compiled {
         program,
         kernels,
+        code,
         locals,
         emitted,
         seconds: clock.laps,
@@ -104,11 +116,15 @@ pub fn compile_pipeline(
     } = lower_pipeline(graph, plan, pipeline, options.keep, cluster).map_err(pipeline_error)?;
     clock.lap("partition, simplify, fuse and lower");
     let mut emitted = Vec::new();
-    let kernels = generate(&kernels, &mut program, options, &mut emitted)?;
+    let fragments = kernels;
+    let kernels = generate(&fragments, &mut program, options, &mut emitted)?;
     clock.lap("generate and link");
+    let code = generate_gpu(&fragments, &program, options)?;
+    clock.lap("generate for the GPU");
     Ok(Compiled {
         program,
         kernels,
+        code,
         locals: Vec::new(),
         emitted,
         seconds: clock.laps,
@@ -241,6 +257,28 @@ fn generate(
             format!("cannot read the linked kernels: {error}"),
         )
     })
+}
+
+/// Code for the GPU that the options name.
+#[cfg(feature = "mlir")]
+fn generate_gpu(
+    kernels: &[Kernel],
+    program: &Program,
+    options: &CompileOptions,
+) -> Result<Option<DeviceCode>> {
+    let Some(name) = &options.gpu else {
+        return Ok(None);
+    };
+    gpu::device_code(kernels, program, gpu::target(name)?).map(Some)
+}
+
+#[cfg(not(feature = "mlir"))]
+fn generate_gpu(
+    _kernels: &[Kernel],
+    _program: &Program,
+    _options: &CompileOptions,
+) -> Result<Option<DeviceCode>> {
+    Ok(None)
 }
 
 /// Name of the stage with the kernels for a GPU.

@@ -1,6 +1,7 @@
 //! Artifacts: a compiled program as a folder that runs without the compiler.
 //!
-//! In: a program and the shared object of its kernels. Out: a folder of three files, and back.
+//! In: a program, the shared object of its kernels, and code for a GPU where there is some. Out: a folder
+//! of three or four files, and back.
 //! Invariant: a folder is complete or absent (it is written next to its place and renamed), and what
 //! is loaded is bit for bit what was written, for this version, on a CPU that can execute it.
 //!
@@ -9,6 +10,7 @@
 //! | `manifest.json` | format, version, target features, size and hash of the others |
 //! | `program.json` | the [`Program`] |
 //! | `kernels.so` | the generated kernels, one symbol a [`meshweave_dsl::program::KernelSymbol`] |
+//! | `gpu.json` | code for a GPU: a [`DeviceCode`] |
 
 #[cfg(test)]
 mod tests;
@@ -19,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use libloading::Library;
+use meshweave_dsl::device_code::{DEVICE_CODE_VERSION, DeviceCode};
 use meshweave_dsl::program::{PROGRAM_VERSION, Program};
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +33,7 @@ const FORMAT: &str = "meshweave-artifact";
 const MANIFEST: &str = "manifest.json";
 const PROGRAM: &str = "program.json";
 const KERNELS: &str = "kernels.so";
+const GPU: &str = "gpu.json";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
@@ -39,6 +43,8 @@ struct Manifest {
     target_features: String,
     program: FileMark,
     kernels: FileMark,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gpu: Option<FileMark>,
 }
 
 /// What tells a file from another or from a part of itself.
@@ -70,6 +76,20 @@ pub fn write(
     kernels: &[u8],
     target_features: &str,
 ) -> Result<()> {
+    write_with_gpu(folder, program, kernels, target_features, None)
+}
+
+/// Writes an artifact that may hold code for a GPU besides; see [`write`].
+///
+/// # Errors
+/// As for [`write`].
+pub fn write_with_gpu(
+    folder: &Path,
+    program: &Program,
+    kernels: &[u8],
+    target_features: &str,
+    code: Option<&DeviceCode>,
+) -> Result<()> {
     if folder.exists() && !folder.join(MANIFEST).is_file() && !is_empty_folder(folder) {
         return Err(Error::Invalid(format!(
             "{} exists and is no artifact; name another folder or remove it",
@@ -79,12 +99,18 @@ pub fn write(
     let text = serde_json::to_vec(program).map_err(|error| {
         Error::Internal(format!("the program cannot be written as JSON: {error}"))
     })?;
+    let code = code.map(serde_json::to_vec).transpose().map_err(|error| {
+        Error::Internal(format!(
+            "the code for the GPU cannot be written as JSON: {error}"
+        ))
+    })?;
     let manifest = Manifest {
         format: FORMAT.into(),
         version: PROGRAM_VERSION,
         target_features: target_features.into(),
         program: mark(&text),
         kernels: mark(kernels),
+        gpu: code.as_deref().map(mark),
     };
     let manifest = serde_json::to_vec_pretty(&manifest).map_err(|error| {
         Error::Internal(format!("the manifest cannot be written as JSON: {error}"))
@@ -92,11 +118,13 @@ pub fn write(
     let unfinished = beside(folder);
     let write_all = || -> std::io::Result<()> {
         fs::create_dir_all(&unfinished)?;
-        for (name, bytes) in [
+        let gpu = code.as_deref().map(|code| (GPU, code));
+        let files = [
             (PROGRAM, &text[..]),
             (KERNELS, kernels),
             (MANIFEST, &manifest),
-        ] {
+        ];
+        for (name, bytes) in files.into_iter().chain(gpu) {
             fs::write(unfinished.join(name), bytes)?;
         }
         if folder.exists() {
@@ -120,25 +148,57 @@ pub fn write(
 /// `Invalid` when the folder is missing, incomplete, damaged, of another version, or made for another
 /// CPU; each message says which and what to do.
 pub fn load(folder: &Path) -> Result<(Program, KernelTable)> {
+    let manifest = manifest_of(folder)?;
+    check_features(folder, &manifest.target_features)?;
+    let program = read_program(folder, &manifest)?;
+    let object = read(folder, KERNELS, &manifest.kernels)?;
+    drop(object);
+    let kernels = open(&program, &folder.join(KERNELS))?;
+    Ok((program, kernels))
+}
+
+/// Loads an artifact's program and its code for a GPU, which this machine's CPU does not concern.
+///
+/// # Errors
+/// As for [`load`], and `Invalid` when it was compiled without a GPU as target.
+pub fn load_gpu(folder: &Path) -> Result<(Program, DeviceCode)> {
+    let manifest = manifest_of(folder)?;
+    let Some(mark) = &manifest.gpu else {
+        return Err(Error::Invalid(format!(
+            "the artifact {} has no code for a GPU; compile it again with `--target cuda:sm_90`, or run it \
+             with `--backend threads`",
+            folder.display()
+        )));
+    };
+    let program = read_program(folder, &manifest)?;
+    let text = read(folder, GPU, mark)?;
+    let code = serde_json::from_slice(&text).map_err(|error| {
+        Error::Invalid(format!(
+            "{} is no code of version {DEVICE_CODE_VERSION}: {error}; compile again",
+            folder.join(GPU).display()
+        ))
+    })?;
+    Ok((program, code))
+}
+
+fn manifest_of(folder: &Path) -> Result<Manifest> {
     if !folder.is_dir() {
         return Err(Error::Invalid(format!(
             "there is no artifact {}; make one with `meshweave compile`",
             folder.display()
         )));
     }
-    let manifest = read_manifest(folder)?;
-    check_features(folder, &manifest.target_features)?;
+    read_manifest(folder)
+}
+
+fn read_program(folder: &Path, manifest: &Manifest) -> Result<Program> {
     let text = read(folder, PROGRAM, &manifest.program)?;
-    let object = read(folder, KERNELS, &manifest.kernels)?;
-    drop(object);
-    let program: Program = serde_json::from_slice(&text).map_err(|error| {
+    serde_json::from_slice(&text).map_err(|error| {
         Error::Invalid(format!(
             "{} is no program of version {PROGRAM_VERSION}: {error}; compile again",
             folder.join(PROGRAM).display()
         ))
-    })?;
-    let kernels = open(&program, &folder.join(KERNELS))?;
-    Ok((program, kernels))
+    })
 }
 
 /// What tells an artifact from another: format version, hashes of its files, CPU features.

@@ -18,7 +18,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use meshweave_dsl::device_code::DeviceCode;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Role, TensorType};
 use meshweave_dsl::program::{GlobalTensor, KernelId, Program};
@@ -27,7 +26,6 @@ use meshweave_dsl::timeline::{Basis, Event, Timeline};
 use crate::attention::KernelFn;
 use crate::collective::threads::{WaitOptions, World};
 use crate::collective::{CollectiveStats, Communicator, Place, exchange_texts};
-use crate::device::gpu::Gpu;
 use crate::device::host::Arena;
 use crate::error::{Error, Result};
 use crate::pool::WorkerPool;
@@ -35,8 +33,8 @@ use crate::tensor::{Elements, HostTensor};
 use crate::weights;
 use drill::PlacedDrill;
 pub use drill::{Drill, Mishap};
-pub use gpu::Choice;
 use gpu::OnGpu;
+pub use gpu::{Choice, GpuUse};
 use place::{Placed, PlacedPart, Words, place};
 pub(crate) use place::{holders, is_kept};
 use prepare::{Call, Prepared, prepare};
@@ -102,19 +100,6 @@ impl Default for SessionOptions {
             seed: 0,
         }
     }
-}
-
-/// How a program uses a GPU.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GpuUse {
-    /// The device in words.
-    pub name: String,
-    /// Contractions of all ranks that the device's library does.
-    pub n_by_library: usize,
-    /// Contractions that generated kernels do.
-    pub n_generated: usize,
-    /// Bytes of tables besides arenas and channels.
-    pub table_bytes: usize,
 }
 
 /// A program in execution: all of its ranks in this process, or one of them.
@@ -208,31 +193,6 @@ impl Session {
         Session::start(program, kernels, options, vec![communicator])
     }
 
-    /// Starts all ranks on one GPU, with the code that was compiled for it.
-    ///
-    /// # Errors
-    /// As for [`Session::new`], and when the code does not fit the program or the device.
-    pub fn on_gpu(
-        program: Program,
-        code: &DeviceCode,
-        gpu: Box<dyn Gpu>,
-        options: &SessionOptions,
-    ) -> Result<Session> {
-        check(&program)?;
-        let gpu = OnGpu::new(&program, code, gpu)?;
-        let no_kernels = KernelTable {
-            functions: Vec::new(),
-            _library: None,
-        };
-        Session::assemble(
-            Arc::new(program),
-            no_kernels,
-            Vec::new(),
-            Some(gpu),
-            options,
-        )
-    }
-
     fn start(
         program: Program,
         kernels: KernelTable,
@@ -305,18 +265,6 @@ impl Session {
             .iter()
             .map(|rank| lock(rank).communicator.stats())
             .collect()
-    }
-
-    /// Where all ranks are on a GPU: the device, the contractions that its library does and those that
-    /// generated kernels do, and the bytes that it holds besides arenas and channels.
-    pub fn gpu(&self) -> Option<GpuUse> {
-        let gpu = lock(self.gpu.as_ref()?);
-        Some(GpuUse {
-            name: gpu.name(),
-            n_by_library: gpu.n_contractions(Choice::Library),
-            n_generated: gpu.n_contractions(Choice::Generated),
-            table_bytes: gpu.table_bytes(),
-        })
     }
 
     /// The ranks of this process.
@@ -456,13 +404,9 @@ impl Session {
             self.set(STEP_INPUT, &HostTensor::scalar((self.n_steps + 1) as f32))?;
         }
         if let Some(gpu) = &self.gpu {
-            let outcome = lock(gpu).step();
-            if let Err(error) = outcome {
-                lock(&self.failure).get_or_insert_with(|| error.clone());
-                return Err(error);
-            }
+            let timeline = self.step_gpu(gpu)?;
             self.n_steps += 1;
-            return Ok(self.gpu_timeline(&lock(gpu)));
+            return Ok(timeline);
         }
         let started = Instant::now();
         let (ranks, failure, n_steps) = (&self.ranks, &self.failure, self.n_steps);
@@ -511,30 +455,6 @@ impl Session {
             basis: Basis::Measured,
             n_ranks: self.program.ranks.len(),
             events,
-        }
-    }
-
-    /// The times of the last step whose instructions were timed.
-    fn gpu_timeline(&self, gpu: &OnGpu) -> Timeline {
-        let ranks = self.program.ranks.iter().enumerate();
-        let events = ranks.flat_map(|(rank, program)| {
-            let timed = program.instructions.iter().zip(gpu.spans(rank)).enumerate();
-            timed.map(move |(instruction_idx, (instruction, span))| Event {
-                rank,
-                instruction: instruction_idx,
-                name: instruction.name.clone(),
-                category: gpu::category(&instruction.action),
-                start_s: span.start_s,
-                duration_s: span.duration_s,
-                wait_s: 0.0,
-                n_flops: instruction.n_flops,
-                n_bytes: instruction.n_bytes,
-            })
-        });
-        Timeline {
-            basis: Basis::Measured,
-            n_ranks: self.program.ranks.len(),
-            events: events.collect(),
         }
     }
 
@@ -597,27 +517,6 @@ impl Session {
                 }
             }
         })
-    }
-}
-
-impl Session {
-    fn initialize_gpu(&self, sources: &[&Placed], seed: u32) -> Result<()> {
-        for placed in sources {
-            let mut made: Vec<Option<Vec<f32>>> = vec![None; placed.parts.len()];
-            for (idx, here) in placed.parts.iter().enumerate() {
-                let holder = placed.first_holder(idx);
-                let values = made[holder].get_or_insert_with(|| {
-                    let mut values = vec![0.0; here.part.n_elements()];
-                    weights::initialize(&placed.tensor.role, seed, &here.part, &mut values);
-                    values
-                });
-                // SAFETY: equal parts have equally many words.
-                self.fill(placed, here, |words| unsafe {
-                    words.copy_from_nonoverlapping(values.as_ptr().cast(), values.len());
-                })?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -24,6 +24,9 @@ pub struct CompileArgs {
     /// ptx:<target>.
     #[arg(long, value_name = "STAGE")]
     emit: Option<String>,
+    /// Compile for a GPU besides this host: cuda:sm_80, cuda:sm_90 or cuda:sm_100.
+    #[arg(long, value_name = "TARGET")]
+    target: Option<String>,
     /// Keep the gradients as outputs.
     #[arg(long)]
     gradients: bool,
@@ -45,6 +48,7 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
                 .help("give a folder with --out, or a stage to print with --emit"),
         );
     }
+    let gpu = args.target.as_deref().map(gpu_target).transpose()?;
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
     let model = session.model()?;
     if args.emit.as_deref() == Some("graph") {
@@ -63,6 +67,7 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
             Keep::Outputs
         },
         emit: args.emit.iter().cloned().collect(),
+        gpu,
     };
     let compiled = session.compile(&model, &solution.plan, &options)?;
     if args.emit.is_some() {
@@ -72,11 +77,12 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
         return Ok(());
     }
     let Some(out) = &args.out else { return Ok(()) };
-    meshweave_runtime::artifact::write(
+    meshweave_runtime::artifact::write_with_gpu(
         out,
         &compiled.program,
         &compiled.kernels,
         &target_features(),
+        compiled.code.as_ref(),
     )
     .map_err(runtime_error)?;
     let arena_bytes = compiled
@@ -110,4 +116,15 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
         ),
     }
     Ok(())
+}
+
+/// The GPU of a target such as `cuda:sm_90`.
+fn gpu_target(target: &str) -> Result<String> {
+    target
+        .strip_prefix("cuda:")
+        .map(String::from)
+        .ok_or_else(|| {
+            Error::plain(Class::Invalid, format!("there is no target `{target}`"))
+                .help("a target is `cuda:` and a GPU, as in `--target cuda:sm_90`")
+        })
 }

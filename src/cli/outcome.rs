@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use meshweave_compiler::resolve::Request;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
+use meshweave_runtime::executor::GpuUse;
 use serde_json::json;
 
 use super::Format;
@@ -27,6 +28,8 @@ pub(super) struct Outcome {
     pub(super) ended_early: bool,
     /// Bytes allocated for each rank's arena.
     pub(super) arena_bytes: Vec<usize>,
+    /// How the GPU was used, where the ranks were on one.
+    pub(super) gpu: Option<GpuUse>,
     /// Errors of the first step against the serial interpreter, by tensor, where it was asked for.
     pub(super) errors: Option<BTreeMap<String, f64>>,
     /// What that timeline says of the cluster, where it was asked for.
@@ -76,6 +79,11 @@ pub(super) fn print(
                     "predicted": predicted.actions(program),
                     "measured": outcome.timeline.as_ref().map(|timeline| timeline.actions(program)),
                 },
+                "gpu": outcome.gpu.as_ref().map(|gpu| json!({
+                    "name": gpu.name,
+                    "contractions": {"library": gpu.n_by_library, "generated": gpu.n_generated},
+                    "table_bytes": gpu.table_bytes,
+                })),
                 "errors": outcome.errors,
                 "report": written.report,
                 "trace": written.trace,
@@ -83,6 +91,12 @@ pub(super) fn print(
             })
         );
         return;
+    }
+    if let Some(gpu) = &outcome.gpu {
+        println!(
+            "device     {}: {} contractions by cuBLASLt, {} by generated kernels",
+            gpu.name, gpu.n_by_library, gpu.n_generated
+        );
     }
     if let Some(errors) = &outcome.errors {
         let worst = errors.iter().max_by(|a, b| a.1.total_cmp(b.1));

@@ -12,6 +12,7 @@ use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
 use meshweave_runtime::data::DataSource;
+use meshweave_runtime::device::cuda::{Cuda, Precision};
 use meshweave_runtime::executor::{Session as Execution, SessionOptions};
 use meshweave_runtime::pretrained::Pretrained;
 use meshweave_runtime::tensor::{Elements, HostTensor};
@@ -53,7 +54,7 @@ pub struct RunArgs {
     /// Put experts on the devices that this placement of `meshweave place` gives them (documents only).
     #[arg(long, conflicts_with = "checkpoint")]
     placement: Option<PathBuf>,
-    /// What the ranks are: threads of this process, or processes started by MPI.
+    /// What the ranks are: threads of this process, processes started by MPI, or parts of a GPU's memory.
     #[arg(long, value_enum, default_value_t = Backend::Threads)]
     backend: Backend,
     /// Number of ranks, to be sure: that of the plan's mesh.
@@ -66,6 +67,12 @@ pub struct RunArgs {
     /// temporary folder by default.
     #[arg(long)]
     artifact: Option<PathBuf>,
+    /// Which GPU, counted from 0 (CUDA only).
+    #[arg(long, default_value_t = 0)]
+    device: usize,
+    /// How products of f32 are made by the GPU's library (CUDA only).
+    #[arg(long, value_enum, default_value_t = GpuPrecision::F32)]
+    precision: GpuPrecision,
     #[command(flatten)]
     job: JobArgs,
 }
@@ -77,6 +84,17 @@ enum Backend {
     Threads,
     /// Processes, on one or several hosts.
     Mpi,
+    /// All ranks on one NVIDIA GPU, taking turns.
+    Cuda,
+}
+
+/// Products of f32 on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum GpuPrecision {
+    /// Factors and sums of f32.
+    F32,
+    /// Factors rounded to 10 bits, sums of f32: tensor cores.
+    Tf32,
 }
 
 /// A program ready to start, and what is known of where it comes from.
@@ -104,10 +122,15 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
             return Err(Error::plain(Class::Invalid, message).help("add `--backend mpi`"));
         }
     }
+    // Before anything is planned: without a GPU there is nothing to plan for.
+    let gpu = match args.backend {
+        Backend::Cuda => Some(open_gpu(args)?),
+        Backend::Threads | Backend::Mpi => None,
+    };
     let mut prepared = if args.input.is_dir() {
-        from_artifact(args)?
+        from_artifact(args, gpu)?
     } else {
-        from_document(args, format)?
+        from_document(args, gpu, format)?
     };
     check_ranks(args, prepared.execution.program())?;
     if args.job.checkpoint.is_some() {
@@ -135,6 +158,7 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
     };
     training.steps(&mut prepared.execution, n_steps, progress, &mut outcome)?;
     outcome.arena_bytes = prepared.execution.arena_bytes();
+    outcome.gpu = prepared.execution.gpu();
     if let Some(n_tokens) = training.end_record()?
         && format == Format::Text
     {
@@ -170,6 +194,29 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
     Ok(())
 }
 
+fn open_gpu(args: &RunArgs) -> Result<Cuda> {
+    let precision = match args.precision {
+        GpuPrecision::F32 => Precision::F32,
+        GpuPrecision::Tf32 => Precision::Tf32,
+    };
+    Cuda::open(args.device, precision).map_err(runtime_error)
+}
+
+/// Starts an artifact's program: on a GPU where there is one, else on threads.
+fn start(folder: &Path, gpu: Option<Cuda>, options: &SessionOptions) -> Result<Execution> {
+    let execution = match gpu {
+        Some(gpu) => {
+            let (program, code) = artifact::load_gpu(folder).map_err(runtime_error)?;
+            Execution::on_gpu(program, &code, Box::new(gpu), options)
+        }
+        None => {
+            let (program, kernels) = artifact::load(folder).map_err(runtime_error)?;
+            Execution::new(program, kernels, options)
+        }
+    };
+    execution.map_err(runtime_error)
+}
+
 /// Runs every rank as a process of its own, started by MPI's launcher.
 fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
     for (given, flag) in [
@@ -193,7 +240,7 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
             .artifact
             .clone()
             .unwrap_or_else(|| folder.path().join("artifact"));
-        let made = make_artifact(args, &path, format)?;
+        let made = make_artifact(args, &path, None, format)?;
         let request = &made.origin.session.request;
         flags.steps.get_or_insert(n_steps(&request.job));
         flags.data = flags.data.or_else(|| request.data.clone());
@@ -236,7 +283,7 @@ fn check_ranks(args: &RunArgs, program: &Program) -> Result<()> {
     }
 }
 
-fn from_artifact(args: &RunArgs) -> Result<Prepared> {
+fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
     for (given, flag) in [
         (args.report.is_some(), "--report"),
         (args.verify, "--verify"),
@@ -253,11 +300,9 @@ fn from_artifact(args: &RunArgs) -> Result<Prepared> {
             .help("run the .weave document instead"));
         }
     }
-    let (program, kernels) = artifact::load(&args.input).map_err(runtime_error)?;
     let init = args.job.init()?.unwrap_or(Init::Golden);
     Ok(Prepared {
-        execution: Execution::new(program, kernels, &options(args, &init))
-            .map_err(runtime_error)?,
+        execution: start(&args.input, gpu, &options(args, &init))?,
         n_steps: 10,
         init,
         data: None,
@@ -276,7 +321,7 @@ struct Made {
 }
 
 /// The way of every document: what runs is what was written and read back.
-fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
+fn from_document(args: &RunArgs, gpu: Option<Cuda>, format: Format) -> Result<Prepared> {
     let folder = temporary_folder()?;
     let path = folder.path().join("artifact");
     let Made {
@@ -284,11 +329,9 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
         init,
         routes,
         relabeling,
-    } = make_artifact(args, &path, format)?;
-    let (program, kernels) = artifact::load(&path).map_err(runtime_error)?;
+    } = make_artifact(args, &path, gpu.as_ref().map(Cuda::target), format)?;
     Ok(Prepared {
-        execution: Execution::new(program, kernels, &options(args, &init))
-            .map_err(runtime_error)?,
+        execution: start(&path, gpu, &options(args, &init))?,
         n_steps: n_steps(&origin.session.request.job),
         init,
         data: origin.session.request.data.clone(),
@@ -298,7 +341,7 @@ fn from_document(args: &RunArgs, format: Format) -> Result<Prepared> {
     })
 }
 
-fn make_artifact(args: &RunArgs, path: &Path, format: Format) -> Result<Made> {
+fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format) -> Result<Made> {
     let session = Session::open(&args.input, args.cluster.as_deref())?;
     let init = args
         .job
@@ -343,6 +386,7 @@ fn make_artifact(args: &RunArgs, path: &Path, format: Format) -> Result<Made> {
     };
     let compile_options = CompileOptions {
         keep,
+        gpu: gpu.map(String::from),
         ..CompileOptions::default()
     };
     let compiled = session.compile(&model, &solution.plan, &compile_options)?;
@@ -357,10 +401,12 @@ fn make_artifact(args: &RunArgs, path: &Path, format: Format) -> Result<Made> {
     let Compiled {
         program,
         kernels,
+        code,
         locals,
         ..
     } = compiled;
-    artifact::write(path, &program, &kernels, &target_features()).map_err(runtime_error)?;
+    artifact::write_with_gpu(path, &program, &kernels, &target_features(), code.as_ref())
+        .map_err(runtime_error)?;
     let origin = Origin {
         session,
         model,

@@ -13,17 +13,19 @@ mod collective;
 mod issue;
 mod order;
 mod product;
+mod session;
 
 use std::collections::BTreeMap;
 
 use meshweave_dsl::device_code::{DEVICE_CODE_VERSION, DeviceCode, Module};
-use meshweave_dsl::program::{Action, BufferId, Program};
+use meshweave_dsl::program::{BufferId, Program, RankProgram};
 
 use crate::device::gpu::{Address, Gpu, GraphIdx, Value, Work};
 use crate::error::{Error, Result};
 use collective::Functions;
 use issue::{Place, Site, address};
 use order::{Order, Step, Timing};
+pub use session::GpuUse;
 
 /// Steps that are timed instruction by instruction before the graph takes over: the first one loads
 /// code, the second one does not.
@@ -74,7 +76,7 @@ impl Tables {
 }
 
 /// The ranks of a program on a GPU.
-pub(super) struct OnGpu {
+pub(in crate::executor) struct OnGpu {
     gpu: Box<dyn Gpu>,
     places: Vec<Place>,
     /// For each item its rank and instruction, several for collectives.
@@ -264,28 +266,18 @@ fn check(program: &Program, code: &DeviceCode) -> Result<()> {
     }
     let counts =
         |n_kernels: usize, n_ranks: usize| format!("{n_kernels} kernels and {n_ranks} ranks");
+    let n_instructions = |rank: &RankProgram| rank.instructions.len();
+    let same = program.ranks.iter().map(n_instructions);
+    let same = same.eq(code.ranks.iter().map(Vec::len));
     let of_program = (program.kernels.len(), program.ranks.len());
     let of_code = (code.kernels.len(), code.ranks.len());
-    if of_program != of_code {
+    if of_program != of_code || !same {
         return Err(Error::Invalid(format!(
-            "the code for {} is of {}, the program has {}; compile again",
+            "the code for {} is of {}, the program has {}, or they differ in instructions; compile again",
             code.target,
             counts(of_code.0, of_code.1),
             counts(of_program.0, of_program.1)
         )));
     }
     Ok(())
-}
-
-/// The category of an instruction in timelines.
-pub(super) fn category(action: &Action) -> meshweave_dsl::timeline::Category {
-    use meshweave_dsl::timeline::Category;
-    match action {
-        Action::Kernel { .. } => Category::Kernel,
-        Action::Contract { .. } => Category::Contract,
-        Action::Attention { .. } | Action::AttentionGrad { .. } => Category::Attention,
-        Action::Routine { .. } => Category::Routine,
-        Action::Collective { .. } => Category::Collective,
-        Action::Send { .. } | Action::Recv { .. } => Category::Message,
-    }
 }

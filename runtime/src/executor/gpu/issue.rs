@@ -347,14 +347,8 @@ impl<'a> Site<'a> {
     fn launches(&mut self, (rank, idx): (usize, usize)) -> Result<Vec<Work>> {
         let code = self.code;
         let launches = code.ranks.get(rank).and_then(|rank| rank.get(idx));
-        let launches = launches.filter(|launches| !launches.is_empty()).ok_or_else(|| {
-            let name = &self.program.ranks[rank].instructions[idx].name;
-            Error::Unsupported(format!(
-                "the code for {} has no kernel for instruction {idx} `{name}` of rank {rank}; compile again \
-                 with this version, or run with `--backend threads`",
-                code.target
-            ))
-        })?;
+        let launches = launches
+            .ok_or_else(|| damaged(format!("the code lacks instruction {idx} of rank {rank}")))?;
         launches
             .iter()
             .map(|launch| self.launch(rank, launch))
