@@ -6,6 +6,7 @@
 mod calibrate;
 mod check;
 mod compile;
+mod corpus;
 mod diff;
 mod explain;
 mod export;
@@ -90,6 +91,9 @@ pub enum Command {
     Run(run::RunArgs),
     /// Run one rank of an artifact as a process of an MPI job (`mpirun -n 8 meshweave worker ARTIFACT`).
     Worker(worker::WorkerArgs),
+    /// Compile programs for a machine with a GPU, with what they must give (see `make test-gpu`).
+    #[command(hide = true)]
+    Corpus(corpus::CorpusArgs),
     /// Write a report, a trace or a drawing.
     Show(show::ShowArgs),
     /// Say why the plan is what it is: where time goes, the runner-up, the price of each pin.
@@ -159,6 +163,7 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Compile(args) => compile::compile(args, cli.format),
         Command::Run(args) => run::run(args, cli.format),
         Command::Worker(args) => worker::worker(args, cli.format),
+        Command::Corpus(args) => corpus::corpus(args),
         Command::Show(args) => show::show(args, cli.format),
         Command::Explain(args) => explain::explain(args, cli.format),
         Command::Schedule(args) => schedule::schedule(args, cli.format),

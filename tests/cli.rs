@@ -209,3 +209,39 @@ fn the_golden_example_runs_verified_and_reports() {
             .contains("golden-tiny")
     );
 }
+
+/// Without a GPU, the message says what was looked for and how to go on; nothing is planned first.
+#[test]
+fn without_a_gpu_the_way_out_is_named() {
+    use meshweave::runtime::device::cuda::n_devices;
+    if n_devices().is_ok_and(|n| n > 0) {
+        eprintln!("skipped: this machine has a GPU");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let document = format!("{HEAD}train batch 8 seq 64 optimizer adamw\n");
+    std::fs::write(folder.path().join("plan.weave"), document).unwrap();
+    for args in [
+        &["run", "plan.weave", "--backend", "cuda"][..],
+        &["run", "plan.weave", "--backend", "cuda", "--device", "1"],
+    ] {
+        let output = meshweave(args, folder.path());
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(4), "{said}");
+        assert!(said.contains("CUDA driver"), "{said}");
+        assert!(said.contains("--backend threads"), "{said}");
+    }
+}
+
+#[cfg(feature = "mlir")]
+#[test]
+fn targets_that_do_not_exist_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let document = format!("{HEAD}train batch 8 seq 64 optimizer adamw\n");
+    std::fs::write(folder.path().join("plan.weave"), document).unwrap();
+    let args = ["compile", "plan.weave", "--out", "x", "--target", "sm_90"];
+    let output = meshweave(&args, folder.path());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    insta::assert_snapshot!(said, @"");
+}

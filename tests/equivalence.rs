@@ -79,7 +79,7 @@ fn start(graph: &Graph, plan: &Plan) -> Session {
     let cluster = Cluster::local(plan.mesh.n_ranks(), &Host::nominal());
     let options = CompileOptions {
         keep: Keep::Gradients,
-        emit: Vec::new(),
+        ..CompileOptions::default()
     };
     let compiled = compile(graph, plan, &cluster, &options).unwrap();
     let folder = tempfile::tempdir().unwrap();

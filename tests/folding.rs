@@ -126,7 +126,7 @@ impl Case {
 
         let options = CompileOptions {
             keep: Keep::Gradients,
-            emit: Vec::new(),
+            ..CompileOptions::default()
         };
         let compiled = self
             .session

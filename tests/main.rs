@@ -15,6 +15,8 @@ mod folding;
 #[cfg(feature = "mlir")]
 mod fragments;
 mod golden;
+#[cfg(feature = "mlir")]
+mod gpu;
 mod hf;
 #[cfg(feature = "mlir")]
 mod logits;

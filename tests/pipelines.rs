@@ -52,7 +52,7 @@ impl Divided {
     fn compile(&self) -> Result<Compiled, Error> {
         let options = CompileOptions {
             keep: Keep::Gradients,
-            emit: Vec::new(),
+            ..CompileOptions::default()
         };
         compile_pipeline(
             &self.graph,

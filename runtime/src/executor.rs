@@ -8,6 +8,7 @@
 
 mod drill;
 mod gpu;
+mod kernels;
 mod place;
 mod prepare;
 #[cfg(test)]
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Role, TensorType};
-use meshweave_dsl::program::{GlobalTensor, KernelId, Program};
+use meshweave_dsl::program::{GlobalTensor, Program};
 use meshweave_dsl::timeline::{Basis, Event, Timeline};
 
 use crate::attention::KernelFn;
@@ -35,51 +36,13 @@ use drill::PlacedDrill;
 pub use drill::{Drill, Mishap};
 use gpu::OnGpu;
 pub use gpu::{Choice, GpuUse};
+pub use kernels::KernelTable;
 use place::{Placed, PlacedPart, Words, place};
 pub(crate) use place::{holders, is_kept};
 use prepare::{Call, Prepared, prepare};
 
 /// The scalar input that counts steps from 1; the session gives it by itself.
 const STEP_INPUT: &str = "step";
-
-/// The functions of a program's kernels, in the order of their ids.
-pub struct KernelTable {
-    functions: Vec<KernelFn>,
-    /// Keeps the code mapped.
-    _library: Option<libloading::Library>,
-}
-
-impl KernelTable {
-    /// Kernels of this process.
-    ///
-    /// # Safety
-    /// Each function follows the contract of the kernel symbol in its place: it touches what its
-    /// arguments' types span, for rows inside of the symbol's.
-    pub unsafe fn from_functions(functions: Vec<KernelFn>) -> KernelTable {
-        KernelTable {
-            functions,
-            _library: None,
-        }
-    }
-
-    /// The kernels of a loaded object.
-    ///
-    /// # Safety
-    /// As for [`KernelTable::from_functions`]; the functions are those of `library`.
-    pub(crate) unsafe fn from_library(
-        functions: Vec<KernelFn>,
-        library: libloading::Library,
-    ) -> KernelTable {
-        KernelTable {
-            functions,
-            _library: Some(library),
-        }
-    }
-
-    fn get(&self, kernel: KernelId) -> Option<KernelFn> {
-        self.functions.get(kernel.index()).copied()
-    }
-}
 
 /// How a session runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,8 +74,10 @@ pub struct Session {
     crew: WorkerPool,
     /// The ranks of this process, in order; none where they are on a GPU.
     ranks: Vec<Mutex<Rank>>,
-    /// All ranks, where they are on a GPU.
+    /// The ranks of this process, where they are on a GPU.
     gpu: Option<Mutex<OnGpu>>,
+    /// Their way to other processes, where there are some.
+    communicator: Option<Mutex<Box<dyn Communicator>>>,
     sources: Vec<Placed>,
     outputs: Vec<Placed>,
     /// Inputs that no one has given yet.
@@ -183,13 +148,7 @@ impl Session {
         options: &SessionOptions,
         communicator: Box<dyn Communicator>,
     ) -> Result<Session> {
-        let (n_ranks, n_found) = (program.ranks.len(), communicator.n_ranks());
-        if n_ranks != n_found {
-            return Err(Error::Invalid(format!(
-                "the program is for {n_ranks} ranks, {n_found} were started; start as many processes as \
-                 its mesh has ranks"
-            )));
-        }
+        check_n_ranks(&program, communicator.as_ref())?;
         Session::start(program, kernels, options, vec![communicator])
     }
 
@@ -215,12 +174,13 @@ impl Session {
         program: Arc<Program>,
         kernels: KernelTable,
         mut ranks: Vec<Rank>,
-        gpu: Option<OnGpu>,
+        gpu: Option<(OnGpu, Option<Box<dyn Communicator>>)>,
         options: &SessionOptions,
     ) -> Result<Session> {
-        let on_gpu = gpu.is_some();
-        let sources = place(&program, &program.sources, &mut ranks, on_gpu)?;
-        let outputs = place(&program, &program.outputs, &mut ranks, on_gpu)?;
+        let (gpu, communicator) = gpu.unzip();
+        let on_gpu = gpu.as_ref().map_or_else(Vec::new, OnGpu::ranks);
+        let sources = place(&program, &program.sources, &mut ranks, &on_gpu)?;
+        let outputs = place(&program, &program.outputs, &mut ranks, &on_gpu)?;
         let missing = program
             .sources
             .iter()
@@ -231,6 +191,7 @@ impl Session {
             failure: Mutex::new(None),
             crew: WorkerPool::new(ranks.len().max(1))?,
             gpu: gpu.map(Mutex::new),
+            communicator: communicator.flatten().map(Mutex::new),
             ranks: ranks.into_iter().map(Mutex::new).collect(),
             sources,
             outputs,
@@ -269,8 +230,8 @@ impl Session {
 
     /// The ranks of this process.
     pub fn ranks(&self) -> Vec<usize> {
-        if self.gpu.is_some() {
-            return (0..self.program.ranks.len()).collect();
+        if let Some(gpu) = &self.gpu {
+            return lock(gpu).ranks();
         }
         self.ranks.iter().map(|rank| lock(rank).rank).collect()
     }
@@ -280,25 +241,24 @@ impl Session {
     /// # Errors
     /// That of a rank which does not come.
     pub fn exchange(&self, text: &str) -> Result<Vec<String>> {
-        match self.ranks.as_slice() {
-            [rank] => exchange_texts(lock(rank).communicator.as_mut(), text),
-            _ => Ok(vec![text.to_string()]),
+        let own = || Ok(vec![text.to_string()]);
+        if self.ranks.len() > 1 {
+            return own();
         }
+        self.with_communicator(|communicator| exchange_texts(communicator, text))
+            .unwrap_or_else(own)
     }
 
     /// After a failure: which rank's failure is the one to report, when the others have been heard out
     /// for up to `patience`.
     pub fn settle(&self, patience: Duration) -> Option<(usize, Error)> {
-        let rank = self.ranks.first()?;
-        lock(rank).communicator.settle(patience)
+        self.with_communicator(|communicator| communicator.settle(patience))?
     }
 
     /// Tells all other processes that this one has failed.
     pub fn abort(&self, error: &Error) {
         lock(&self.failure).get_or_insert_with(|| error.clone());
-        if let Some(rank) = self.ranks.first() {
-            lock(rank).communicator.abort(error);
-        }
+        let _ = self.with_communicator(|communicator| communicator.abort(error));
     }
 
     /// Ends the session together with all other processes.
@@ -306,8 +266,20 @@ impl Session {
     /// # Errors
     /// `Exhausted` when the others do not come.
     pub fn finish(self) -> Result<()> {
+        if let Some(communicator) = &self.communicator {
+            return lock(communicator).finish();
+        }
         let mut ranks = self.ranks.iter();
         ranks.try_for_each(|rank| lock(rank).communicator.finish())
+    }
+
+    /// Calls `f` with the first rank's way to the others; `None` where there is none.
+    fn with_communicator<T>(&self, f: impl FnOnce(&mut dyn Communicator) -> T) -> Option<T> {
+        match (&self.communicator, self.ranks.first()) {
+            (Some(communicator), _) => Some(f(lock(communicator).as_mut())),
+            (None, Some(rank)) => Some(f(lock(rank).communicator.as_mut())),
+            (None, None) => None,
+        }
     }
 
     /// Number of steps done.
@@ -770,13 +742,25 @@ fn check(program: &Program) -> Result<()> {
     Ok(())
 }
 
+/// Whether as many processes were started as the program has ranks.
+fn check_n_ranks(program: &Program, communicator: &dyn Communicator) -> Result<()> {
+    let (n_ranks, n_found) = (program.ranks.len(), communicator.n_ranks());
+    if n_ranks == n_found {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "the program is for {n_ranks} ranks, {n_found} were started; start as many processes as its mesh \
+         has ranks"
+    )))
+}
+
 /// Whether the kernels are those of the program.
 fn check_kernels(program: &Program, kernels: &KernelTable) -> Result<()> {
-    if kernels.functions.len() != program.kernels.len() {
+    if kernels.len() != program.kernels.len() {
         return Err(Error::Invalid(format!(
             "damaged program: {} kernels are listed, {} were given; compile again",
             program.kernels.len(),
-            kernels.functions.len()
+            kernels.len()
         )));
     }
     Ok(())

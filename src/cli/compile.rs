@@ -119,12 +119,20 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
 }
 
 /// The GPU of a target such as `cuda:sm_90`.
-fn gpu_target(target: &str) -> Result<String> {
-    target
-        .strip_prefix("cuda:")
-        .map(String::from)
-        .ok_or_else(|| {
-            Error::plain(Class::Invalid, format!("there is no target `{target}`"))
-                .help("a target is `cuda:` and a GPU, as in `--target cuda:sm_90`")
-        })
+pub(super) fn gpu_target(target: &str) -> Result<String> {
+    let stages = stage_names();
+    let known: Vec<&str> = stages
+        .iter()
+        .filter_map(|stage| stage.strip_prefix("ptx:"))
+        .collect();
+    let gpu = target.strip_prefix("cuda:").unwrap_or_default();
+    // A build without a code generator says so later.
+    if known.contains(&gpu) || known.is_empty() {
+        return Ok(gpu.into());
+    }
+    let targets: Vec<String> = known.iter().map(|gpu| format!("cuda:{gpu}")).collect();
+    Err(
+        Error::plain(Class::Invalid, format!("there is no target `{target}`"))
+            .help(format!("targets are {}", targets.join(", "))),
+    )
 }

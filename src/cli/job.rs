@@ -26,6 +26,9 @@ pub struct JobArgs {
     /// Threads of each device; by default the cores divided by the devices.
     #[arg(long)]
     pub(super) threads: Option<usize>,
+    /// Give every process a GPU of its own, over NCCL (ranks that are processes only).
+    #[arg(long)]
+    pub(super) gpu: bool,
     /// Seconds without a rank after which a collective fails and says who did not arrive [default: 600].
     #[arg(long, value_parser = positive)]
     pub(super) timeout: Option<f64>,
@@ -69,6 +72,14 @@ impl JobArgs {
         give("--init", self.init.as_ref().map(OsString::from));
         give("--data", path(&self.data));
         give("--threads", number(self.threads));
+        if self.gpu {
+            args.push("--gpu".into());
+        }
+        let mut give = |flag: &str, value: Option<OsString>| {
+            if let Some(value) = value {
+                args.extend([OsString::from(flag), value]);
+            }
+        };
         give(
             "--timeout",
             self.timeout.map(|timeout| timeout.to_string().into()),
@@ -118,7 +129,7 @@ mod tests {
 
     #[test]
     fn flags_survive_the_way_to_another_process() {
-        let line = "x --steps 3 --init random:7 --data d --threads 2 --timeout 0.5 --trace t --save s \
+        let line = "x --steps 3 --init random:7 --data d --threads 2 --gpu --timeout 0.5 --trace t --save s \
                     --checkpoint c --every 4 --keep 1 --resume r --drill 1:2:3:kill";
         let Only { job } = Only::parse_from(line.split_whitespace());
         let again = std::iter::once(OsString::from("x")).chain(job.to_args());

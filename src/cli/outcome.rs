@@ -82,7 +82,7 @@ pub(super) fn print(
                 "gpu": outcome.gpu.as_ref().map(|gpu| json!({
                     "name": gpu.name,
                     "contractions": {"library": gpu.n_by_library, "generated": gpu.n_generated},
-                    "table_bytes": gpu.table_bytes,
+                    "other_bytes": gpu.other_bytes,
                 })),
                 "errors": outcome.errors,
                 "report": written.report,

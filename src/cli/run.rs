@@ -116,6 +116,7 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
     for (given, flag) in [
         (args.hosts.is_some(), "--hosts"),
         (args.artifact.is_some(), "--artifact"),
+        (args.job.gpu, "--gpu"),
     ] {
         if given {
             let message = format!("{flag} is for ranks that are processes");
@@ -240,7 +241,9 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
             .artifact
             .clone()
             .unwrap_or_else(|| folder.path().join("artifact"));
-        let made = make_artifact(args, &path, None, format)?;
+        let gpu = args.job.gpu.then(|| open_gpu(args)).transpose()?;
+        let made = make_artifact(args, &path, gpu.as_ref().map(Cuda::target), format)?;
+        drop(gpu);
         let request = &made.origin.session.request;
         flags.steps.get_or_insert(n_steps(&request.job));
         flags.data = flags.data.or_else(|| request.data.clone());
@@ -253,7 +256,11 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
         }
         path
     };
-    let (program, _) = artifact::load(&artifact).map_err(runtime_error)?;
+    let program = if args.job.gpu {
+        artifact::load_gpu(&artifact).map_err(runtime_error)?.0
+    } else {
+        artifact::load(&artifact).map_err(runtime_error)?.0
+    };
     check_ranks(args, &program)?;
     let job = launch::Job {
         artifact: &artifact,

@@ -11,12 +11,14 @@ use std::time::Duration;
 use clap::Args;
 use meshweave_compiler::resolve::Init;
 use meshweave_compiler::show::perfetto;
+use meshweave_dsl::device_code::DeviceCode;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::{Event, Timeline};
 use meshweave_runtime::collective::Communicator;
 use meshweave_runtime::collective::mpi::MpiCommunicator;
 use meshweave_runtime::data::DataSource;
+use meshweave_runtime::device::cuda::{Cuda, Precision, n_devices};
 use meshweave_runtime::executor::{KernelTable, Session as Execution, SessionOptions};
 use meshweave_runtime::mpi::Mpi;
 use meshweave_runtime::rendezvous::{self, Roster, Ticket};
@@ -40,9 +42,15 @@ pub struct WorkerArgs {
 /// What a process needs before it can meet the others.
 struct Loaded {
     program: Program,
-    kernels: KernelTable,
+    code: Code,
     data: DataSource,
     seed: u32,
+}
+
+/// What the rank executes.
+enum Code {
+    Host(KernelTable),
+    Gpu(DeviceCode),
 }
 
 /// How long a failed rank hears the others out, so that one of them reports.
@@ -78,7 +86,12 @@ pub fn worker(args: &WorkerArgs, format: Format) -> Result<()> {
         seed: loaded.seed,
         timeout,
     };
-    let started = Execution::one_of(loaded.program, loaded.kernels, &options, communicator);
+    let started = match loaded.code {
+        Code::Host(kernels) => Execution::one_of(loaded.program, kernels, &options, communicator),
+        Code::Gpu(code) => own_gpu(&roster, rank).and_then(|gpu| {
+            Execution::one_on_gpu(loaded.program, &code, Box::new(gpu), &options, communicator)
+        }),
+    };
     let mut execution = match started {
         Ok(execution) => execution,
         Err(error) => {
@@ -147,7 +160,13 @@ fn meet(
 
 fn load(args: &WorkerArgs, n_found: usize) -> Result<(Loaded, Vec<(String, String)>)> {
     let identity = artifact::identity(&args.artifact).map_err(runtime_error)?;
-    let (program, kernels) = artifact::load(&args.artifact).map_err(runtime_error)?;
+    let (program, code) = if args.job.gpu {
+        let (program, code) = artifact::load_gpu(&args.artifact).map_err(runtime_error)?;
+        (program, Code::Gpu(code))
+    } else {
+        let (program, kernels) = artifact::load(&args.artifact).map_err(runtime_error)?;
+        (program, Code::Host(kernels))
+    };
     let n_ranks = program.ranks.len();
     if n_ranks != n_found {
         let message =
@@ -171,7 +190,7 @@ fn load(args: &WorkerArgs, n_found: usize) -> Result<(Loaded, Vec<(String, Strin
     let data = data_source(&program, args.job.data.as_deref())?;
     let loaded = Loaded {
         program,
-        kernels,
+        code,
         data,
         seed,
     };
@@ -237,6 +256,21 @@ fn gather(execution: &Execution, outcome: &mut Outcome) -> Result<()> {
         timeline.events = all;
     }
     Ok(())
+}
+
+/// The GPU of a process: its host's processes take one each, in the order of their ranks.
+fn own_gpu(roster: &Roster, rank: usize) -> meshweave_runtime::Result<Cuda> {
+    let own = roster.hosts.get(rank);
+    let before = roster.hosts.iter().take(rank);
+    let ordinal = before.filter(|host| Some(*host) == own).count();
+    let n_devices = n_devices()?;
+    if ordinal >= n_devices {
+        return Err(meshweave_runtime::Error::Exhausted(format!(
+            "rank {rank} is the process {ordinal} of its host, counted from 0, which has {n_devices} GPUs; \
+             start fewer processes there, or put all ranks on one GPU with `meshweave run --backend cuda`"
+        )));
+    }
+    Cuda::open(ordinal, Precision::F32)
 }
 
 /// Threads of a rank: the cores of its host divided by its host's ranks.

@@ -6,6 +6,7 @@
 //! while work that may use it is under way. Without a driver no function of it is called.
 
 mod blas;
+mod nccl;
 mod nvrtc;
 
 use std::ffi::{CString, c_void};
@@ -15,10 +16,11 @@ use meshweave_dsl::device_code::{Grid, Module};
 
 use super::gpu::{
     Address, Command, EventIdx, FunctionIdx, Gpu, GraphIdx, ModuleIdx, Product, ProductIdx,
-    StreamIdx, Value, Work,
+    StreamIdx, TeamIdx, Value, Work,
 };
 use crate::error::{Error, Result};
 use blas::Blas;
+use nccl::Team;
 pub use nvrtc::ptx_of;
 
 /// The oldest driver whose functions all exist, as `cuDriverGetVersion` gives it: CUDA 12.8.
@@ -47,6 +49,7 @@ pub struct Cuda {
     events: Vec<sys::CUevent>,
     graphs: Vec<sys::CUgraphExec>,
     blas: Option<Blas>,
+    teams: Vec<Team>,
 }
 
 // SAFETY: the handles may be used by any thread in whose the context is current, which every method sees
@@ -131,6 +134,7 @@ impl Cuda {
             events: Vec::new(),
             graphs: Vec::new(),
             blas: None,
+            teams: Vec::new(),
         };
         cuda.enter()?;
         cuda.blas = Blas::load(precision)?;
@@ -191,6 +195,16 @@ impl Cuda {
                 Some(blas) => blas.run(*product, [*a, *b, *c], (command.stream, stream)),
                 None => Err(Error::Internal("a product without its library".into())),
             },
+            Work::Exchange { team, sends, recvs } => {
+                self.teams[team.0].exchange(sends, recvs, stream)
+            }
+            Work::AllReduce {
+                team,
+                kind,
+                src,
+                dst,
+                n_elements,
+            } => self.teams[team.0].all_reduce(*kind, (*src, *dst, *n_elements), stream),
             Work::Record(EventIdx(event)) => {
                 // SAFETY: both handles are this device's.
                 unsafe { result::event::record(self.events[*event], stream) }
@@ -226,6 +240,8 @@ impl Gpu for Cuda {
         // SAFETY: the memory was just allocated.
         unsafe { result::memset_d8_sync(address, 0, n_bytes.max(256)) }
             .map_err(|error| self.error("cannot clear memory", error))?;
+        // Streams do not wait for what the device clears.
+        self.synchronize()?;
         Ok(address)
     }
 
@@ -234,9 +250,11 @@ impl Gpu for Cuda {
         if words.is_empty() {
             return Ok(());
         }
-        // SAFETY: the address lies in this device's memory, and the call returns when it is done.
+        // SAFETY: the address lies in this device's memory, and the words are read before the call returns.
         unsafe { result::memcpy_htod_sync(to, words) }
-            .map_err(|error| self.error("cannot copy to the device", error))
+            .map_err(|error| self.error("cannot copy to the device", error))?;
+        // The last bytes may still be on their way, and streams do not wait for them.
+        self.synchronize()
     }
 
     fn download(&mut self, from: Address, words: &mut [u32]) -> Result<()> {
@@ -315,6 +333,17 @@ impl Gpu for Cuda {
         }
     }
 
+    fn team_name(&mut self) -> Result<Vec<u32>> {
+        self.enter()?;
+        nccl::team_name()
+    }
+
+    fn join(&mut self, name: &[u32], n_members: usize, member: usize) -> Result<TeamIdx> {
+        self.enter()?;
+        self.teams.push(Team::join(name, n_members, member)?);
+        Ok(TeamIdx(self.teams.len() - 1))
+    }
+
     fn reserve(&mut self, n_streams: usize, n_events: usize) -> Result<()> {
         self.enter()?;
         while self.streams.len() < n_streams {
@@ -389,6 +418,7 @@ impl Drop for Cuda {
         // Best effort: there is no one to tell of a failure.
         let _ = result::ctx::synchronize();
         self.blas = None;
+        self.teams.clear();
         // SAFETY: nothing runs any more, and each handle was made by this value and is freed once.
         unsafe {
             for graph in &self.graphs {

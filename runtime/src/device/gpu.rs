@@ -8,6 +8,7 @@
 //! the streams in any order that the rules allow, so that a missing wait shows as a wrong result.
 
 use meshweave_dsl::device_code::{Grid, Module};
+use meshweave_dsl::layout::ReduceKind;
 
 use crate::error::Result;
 
@@ -25,6 +26,13 @@ pub struct FunctionIdx(pub usize);
 /// Index of a matrix product that the device's library prepared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProductIdx(pub usize);
+
+/// Index of a team: devices that exchange memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TeamIdx(pub usize);
+
+/// Words of the name that a team is joined by.
+pub const TEAM_NAME_WORDS: usize = 32;
 
 /// Index of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,8 +77,31 @@ pub enum Work {
         b: Address,
         c: Address,
     },
+    /// Sends to and receives from members of a team, all at once; what one member sends to another, that
+    /// one receives, in order.
+    Exchange {
+        team: TeamIdx,
+        sends: Vec<Part>,
+        recvs: Vec<Part>,
+    },
+    /// All members' f32, combined by sum or maximum; in place where the addresses are the same.
+    AllReduce {
+        team: TeamIdx,
+        kind: ReduceKind,
+        src: Address,
+        dst: Address,
+        n_elements: usize,
+    },
     Record(EventIdx),
     Wait(EventIdx),
+}
+
+/// Bytes to or from a member of a team.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub member: usize,
+    pub address: Address,
+    pub n_bytes: usize,
 }
 
 /// Work on a stream.
@@ -147,6 +178,18 @@ pub trait Gpu: Send {
     /// # Errors
     /// Those of the library.
     fn product(&mut self, product: &Product) -> Result<Option<ProductIdx>>;
+
+    /// A name for a team, which all its members join it by.
+    ///
+    /// # Errors
+    /// `Exhausted` when the device has no way to others.
+    fn team_name(&mut self) -> Result<Vec<u32>>;
+
+    /// Joins a team; waits for all its members.
+    ///
+    /// # Errors
+    /// `Exhausted` when the device has no way to others, or they do not come.
+    fn join(&mut self, name: &[u32], n_members: usize, member: usize) -> Result<TeamIdx>;
 
     /// Makes streams and events up to these numbers.
     ///

@@ -1,4 +1,4 @@
-//! Executes all ranks of a program on one GPU.
+//! Executes a program's ranks on one GPU: all of them, or one whose peers are on other devices.
 //!
 //! In: a program, its code for the device, the device. Out: the ranks' memory to read and write between
 //! steps, and steps, with the times of their instructions.
@@ -7,24 +7,28 @@
 //! command while instructions are timed, and as one graph afterwards.
 //!
 //! Memory is what the program plans: an arena a rank and its channels. Besides them there are tables of
-//! addresses for collectives, [`OnGpu::table_bytes`] in all.
+//! addresses for collectives, and where peers are on other devices, room for elements on their way:
+//! [`OnGpu::other_bytes`] in all.
 
 mod collective;
 mod issue;
 mod order;
 mod product;
+mod remote;
 mod session;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::device_code::{DEVICE_CODE_VERSION, DeviceCode, Module};
-use meshweave_dsl::program::{BufferId, Program, RankProgram};
+use meshweave_dsl::program::{Action, BufferId, Program, RankProgram};
 
-use crate::device::gpu::{Address, Gpu, GraphIdx, Value, Work};
+use crate::collective::Communicator;
+use crate::device::gpu::{Address, Gpu, GraphIdx, TEAM_NAME_WORDS, Value, Work};
 use crate::error::{Error, Result};
 use collective::Functions;
-use issue::{Place, Site, address};
+use issue::{Apart, Place, Site, TeamKey, address};
 use order::{Order, Step, Timing};
+use remote::{IN_STAGING, Staging};
 pub use session::GpuUse;
 
 /// Steps that are timed instruction by instruction before the graph takes over: the first one loads
@@ -63,14 +67,42 @@ impl Tables {
         self.addresses.extend_from_slice(addresses);
         Value::Address(IN_TABLE | offset)
     }
+}
 
-    fn place(args: &mut [Value], table: Address) {
-        for arg in args {
-            if let Value::Address(address) = arg
-                && *address & IN_TABLE != 0
-            {
-                *address = table + (*address & !IN_TABLE);
+/// Where addresses that were not known before lie.
+#[derive(Clone, Copy)]
+struct Known {
+    table: Address,
+    staging: Address,
+}
+
+impl Known {
+    fn of(self, address: &mut Address) {
+        for (mark, base) in [(IN_TABLE, self.table), (IN_STAGING, self.staging)] {
+            if *address & mark != 0 {
+                *address = base + (*address & !mark);
+                return;
             }
+        }
+    }
+
+    fn place(self, work: &mut Work) {
+        match work {
+            Work::Launch { args, .. } => {
+                for arg in args {
+                    if let Value::Address(address) = arg {
+                        self.of(address);
+                    }
+                }
+            }
+            Work::Copy { to, from, .. } => [to, from].into_iter().for_each(|one| self.of(one)),
+            Work::Exchange { sends, recvs, .. } => {
+                let parts = sends.iter_mut().chain(recvs);
+                parts.for_each(|part| self.of(&mut part.address));
+            }
+            // Of buffers alone.
+            Work::Product { .. } | Work::AllReduce { .. } => {}
+            Work::Record(_) | Work::Wait(_) => {}
         }
     }
 }
@@ -78,7 +110,8 @@ impl Tables {
 /// The ranks of a program on a GPU.
 pub(in crate::executor) struct OnGpu {
     gpu: Box<dyn Gpu>,
-    places: Vec<Place>,
+    /// One a rank of the program; none for those that are elsewhere.
+    places: Vec<Option<Place>>,
     /// For each item its rank and instruction, several for collectives.
     owners: Vec<Vec<(usize, usize)>>,
     timed: Step,
@@ -88,26 +121,43 @@ pub(in crate::executor) struct OnGpu {
     /// Of the last timed step, one a rank and instruction.
     spans: Vec<Vec<Span>>,
     choices: BTreeMap<(usize, usize), Choice>,
-    table_bytes: usize,
+    other_bytes: usize,
 }
 
 impl OnGpu {
-    /// Allocates the ranks' memory, loads the code, and puts the step's commands in order.
+    /// Allocates the ranks' memory, loads the code, and puts the step's commands in order. With a
+    /// communicator, only its rank is here, and all ranks call this together; else all ranks are.
     ///
     /// # Errors
     /// `Invalid` when program and code do not fit each other or are damaged; `Exhausted` when the
     /// device's memory does not suffice; `Unsupported` when the program needs what is not written for
     /// GPUs.
-    pub(super) fn new(program: &Program, code: &DeviceCode, mut gpu: Box<dyn Gpu>) -> Result<Self> {
+    pub(super) fn new(
+        program: &Program,
+        code: &DeviceCode,
+        mut gpu: Box<dyn Gpu>,
+        communicator: Option<&mut dyn Communicator>,
+    ) -> Result<Self> {
         check(program, code)?;
+        let here = communicator
+            .as_ref()
+            .map(|communicator| communicator.rank());
+        let is_here = |rank: usize| here.is_none_or(|here| here == rank);
         let mut places = Vec::with_capacity(program.ranks.len());
-        for rank in &program.ranks {
-            let arena_bytes = rank.arena_bytes;
-            let arena = gpu.allocate(arena_bytes)?;
-            places.push(Place { arena, arena_bytes });
+        for (rank, rank_program) in program.ranks.iter().enumerate() {
+            let arena_bytes = rank_program.arena_bytes;
+            let place = |arena| Place { arena, arena_bytes };
+            let arena = is_here(rank).then(|| gpu.allocate(arena_bytes));
+            places.push(arena.transpose()?.map(place));
         }
-        let channels = program.channels.iter();
-        let channels = channels.map(|channel| gpu.allocate(channel.depth * channel.n_bytes));
+        // A channel to another device keeps its messages where they come from.
+        let channels = program.channels.iter().map(|channel| {
+            if is_here(channel.from) {
+                gpu.allocate(channel.depth * channel.n_bytes)
+            } else {
+                Ok(0)
+            }
+        });
         let channels = channels.collect::<Result<Vec<_>>>()?;
         let modules = code.modules.iter().map(|module| gpu.load(module));
         let modules = modules.collect::<Result<Vec<_>>>()?;
@@ -115,37 +165,51 @@ impl OnGpu {
             source: None,
             ptx: Some(collective::CODE.into()),
         })?;
-        let collectives = Functions::of(gpu.as_mut(), own)?;
+        let apart = communicator.map(|communicator| join(program, gpu.as_mut(), communicator));
         let mut site = Site {
             program,
             code,
             gpu: gpu.as_mut(),
             modules,
-            collectives,
+            collectives: Functions::of(own),
             places,
             channels,
+            apart: apart.transpose()?,
             tables: Tables::default(),
             choices: BTreeMap::new(),
             functions: BTreeMap::new(),
         };
         let mut items = site.items()?;
+        let n_streams = site.n_streams();
         let (places, choices) = (site.places, site.choices);
         let addresses = site.tables.addresses;
+        let staging_bytes = site.apart.map_or(0, |apart| apart.staging.n_bytes);
         let table_bytes = 8 * addresses.len();
-        if !addresses.is_empty() {
-            let table = gpu.allocate(table_bytes)?;
-            let halves = |address: &u64| [*address as u32, (*address >> 32) as u32];
-            let words: Vec<u32> = addresses.iter().flat_map(halves).collect();
-            gpu.upload(table, &words)?;
-            for work in items.iter_mut().flat_map(|item| &mut item.work) {
-                if let Work::Launch { args, .. } = work {
-                    Tables::place(args, table);
-                }
-            }
+        let known = Known {
+            table: if table_bytes > 0 {
+                gpu.allocate(table_bytes)?
+            } else {
+                0
+            },
+            staging: if staging_bytes > 0 {
+                gpu.allocate(staging_bytes)?
+            } else {
+                0
+            },
+        };
+        let halves = |mut address: u64| {
+            known.of(&mut address);
+            [address as u32, (address >> 32) as u32]
+        };
+        let words: Vec<u32> = addresses.into_iter().flat_map(halves).collect();
+        if !words.is_empty() {
+            gpu.upload(known.table, &words)?;
         }
-        let order = Order::new(items, 2 * program.ranks.len());
+        let works = items.iter_mut().flat_map(|item| &mut item.work);
+        works.for_each(|work| known.place(work));
+        let order = Order::new(items, n_streams);
         let (timed, whole) = (order.step(Timing::EveryItem), order.step(Timing::StepOnly));
-        gpu.reserve(2 * program.ranks.len(), timed.n_events.max(whole.n_events))?;
+        gpu.reserve(n_streams, timed.n_events.max(whole.n_events))?;
         let n_instructions = program.ranks.iter().map(|rank| rank.instructions.len());
         Ok(Self {
             gpu,
@@ -161,8 +225,16 @@ impl OnGpu {
             n_run: 0,
             spans: n_instructions.map(|n| vec![Span::default(); n]).collect(),
             choices,
-            table_bytes,
+            other_bytes: table_bytes + staging_bytes,
         })
+    }
+
+    /// The ranks that are here.
+    pub(in crate::executor) fn ranks(&self) -> Vec<usize> {
+        let ranks = self.places.iter().enumerate();
+        ranks
+            .filter_map(|(rank, place)| place.map(|_| rank))
+            .collect()
     }
 
     /// The device in words.
@@ -172,12 +244,13 @@ impl OnGpu {
 
     /// Bytes of each rank's arena.
     pub(super) fn arena_bytes(&self) -> Vec<usize> {
-        self.places.iter().map(|place| place.arena_bytes).collect()
+        let places = self.places.iter().flatten();
+        places.map(|place| place.arena_bytes).collect()
     }
 
-    /// Bytes of the tables of addresses.
-    pub(super) fn table_bytes(&self) -> usize {
-        self.table_bytes
+    /// Bytes besides arenas and channels.
+    pub(super) fn other_bytes(&self) -> usize {
+        self.other_bytes
     }
 
     /// Contractions by what does them.
@@ -186,6 +259,12 @@ impl OnGpu {
             .values()
             .filter(|other| **other == choice)
             .count()
+    }
+
+    fn address(&self, program: &Program, rank: usize, buffer: BufferId) -> Result<Address> {
+        let place = self.places[rank];
+        let place = place.ok_or_else(|| Error::Internal(format!("rank {rank} is elsewhere")))?;
+        address(&program.ranks[rank].buffers[buffer.index()], place)
     }
 
     /// Copies a buffer's words to the host.
@@ -198,10 +277,7 @@ impl OnGpu {
         (rank, buffer): (usize, BufferId),
         words: &mut [u32],
     ) -> Result<()> {
-        let address = address(
-            &program.ranks[rank].buffers[buffer.index()],
-            self.places[rank],
-        )?;
+        let address = self.address(program, rank, buffer)?;
         self.gpu.download(address, words)
     }
 
@@ -215,10 +291,7 @@ impl OnGpu {
         (rank, buffer): (usize, BufferId),
         words: &[u32],
     ) -> Result<()> {
-        let address = address(
-            &program.ranks[rank].buffers[buffer.index()],
-            self.places[rank],
-        )?;
+        let address = self.address(program, rank, buffer)?;
         self.gpu.upload(address, words)
     }
 
@@ -253,6 +326,48 @@ impl OnGpu {
     pub(super) fn spans(&self, rank: usize) -> &[Span] {
         &self.spans[rank]
     }
+}
+
+/// Joins the groups and channels of a rank, together with all other ranks: each group's first member
+/// makes the name that the others join it by.
+fn join(
+    program: &Program,
+    gpu: &mut dyn Gpu,
+    communicator: &mut dyn Communicator,
+) -> Result<Apart> {
+    let rank = communicator.rank();
+    let mut keys: BTreeSet<(Vec<usize>, TeamKey)> = BTreeSet::new();
+    for instruction in program.ranks.iter().flat_map(|rank| &rank.instructions) {
+        if let Action::Collective { op, .. } = &instruction.action
+            && let Some(group) = op.group()
+        {
+            keys.insert((group.ranks.clone(), TeamKey::Group(group.ranks.clone())));
+        }
+    }
+    for (channel_idx, channel) in program.channels.iter().enumerate() {
+        let ends = vec![channel.from, channel.to];
+        keys.insert((ends, TeamKey::Channel(channel_idx)));
+    }
+    let mut teams = BTreeMap::new();
+    for (ranks, key) in keys {
+        let Some(member) = ranks.iter().position(|other| *other == rank) else {
+            continue;
+        };
+        let made = if member == 0 {
+            gpu.team_name()?
+        } else {
+            Vec::new()
+        };
+        let mut name = vec![0; TEAM_NAME_WORDS];
+        let group = communicator.join(&ranks)?;
+        communicator.broadcast(group, &made, &mut name)?;
+        teams.insert(key, gpu.join(&name, ranks.len(), member)?);
+    }
+    Ok(Apart {
+        rank,
+        teams,
+        staging: Staging::default(),
+    })
 }
 
 /// Whether the code is for the program.

@@ -13,6 +13,7 @@ use meshweave_dsl::program::{GlobalTensor, Program, TensorPart};
 
 use super::{Rank, Session, lock};
 use crate::checkpoint::{Piece, key, region_type};
+use crate::collective::Communicator;
 use crate::error::{Error, Result};
 use crate::tensor::{HostTensor, Part};
 
@@ -211,20 +212,27 @@ impl Session {
             })?;
         }
         let n_ranks = self.program.ranks.len();
-        if self.gpu.is_none() && self.ranks.len() < n_ranks {
-            self.collect(placed, &mut whole)?;
+        if let Some(own) = self
+            .ranks()
+            .first()
+            .filter(|_| self.ranks().len() < n_ranks)
+        {
+            let collected = self.with_communicator(|communicator| {
+                self.collect(*own, communicator, placed, &mut whole)
+            });
+            collected.transpose()?;
         }
         Ok(whole)
     }
 
     /// Brings the parts of the other processes into `whole`: over rank 0 to all.
-    fn collect(&self, placed: &Placed, whole: &mut HostTensor) -> Result<()> {
-        let Some(rank) = self.ranks.first() else {
-            return Ok(());
-        };
-        let mut rank = lock(rank);
-        let own = rank.rank;
-        let communicator = rank.communicator.as_mut();
+    fn collect(
+        &self,
+        own: usize,
+        communicator: &mut dyn Communicator,
+        placed: &Placed,
+        whole: &mut HostTensor,
+    ) -> Result<()> {
         let tensor = &placed.tensor;
         for (part_idx, part) in holders(tensor) {
             if part.rank == 0 || (own != 0 && own != part.rank) {
@@ -255,7 +263,7 @@ pub(super) fn place(
     program: &Program,
     tensors: &[GlobalTensor],
     ranks: &mut [Rank],
-    on_gpu: bool,
+    on_gpu: &[usize],
 ) -> Result<Vec<Placed>> {
     tensors
         .iter()
@@ -285,7 +293,7 @@ pub(super) fn place(
 fn place_part(
     program: &Program,
     ranks: &mut [Rank],
-    on_gpu: bool,
+    on_gpu: &[usize],
     tensor: &GlobalTensor,
     (part_idx, part): (usize, &TensorPart),
 ) -> Result<Option<PlacedPart>> {
@@ -300,7 +308,7 @@ fn place_part(
     let part = Part::new(name, &tensor.ty, &part.region, &buffer.ty)?;
     let words = match ranks.iter_mut().find(|here| here.rank == rank) {
         Some(here) => Words::Here(here.arena.address(buffer)?.cast()),
-        None if on_gpu => Words::OnGpu,
+        None if on_gpu.contains(&rank) => Words::OnGpu,
         None => return Ok(None),
     };
     Ok(Some(PlacedPart {

@@ -1,9 +1,12 @@
-//! Collectives between ranks that share a device: kernels that read the members' buffers in place.
+//! What a collective moves and combines, and the kernels that do it on one device.
 //!
-//! In: a group of members that have all come to the same collective, with the addresses of their
-//! buffers. Out: launches of the two kernels of `collective.cu`, which may run in any order.
+//! In: a group of members, each with its op and its buffers. Out: a [`Collective`], the same seen from
+//! any member; and its launches where all members share a device: kernels of `collective.cu`, which read
+//! the members' buffers in place.
 //! Invariant: reductions add in the order of the group's ranks, as on every other backend, and all
 //! members receive the same bits.
+
+use std::collections::BTreeMap;
 
 use meshweave_dsl::device_code::Grid;
 use meshweave_dsl::graph::TensorType;
@@ -21,17 +24,25 @@ use crate::strided::CopyLoop;
 /// The kernels as PTX for sm_80, which every device of this kind and later runs.
 pub(super) const CODE: &str = include_str!("collective.ptx");
 
-/// Blocks and threads of both kernels, which walk their elements in a loop.
-const GRID: (u32, u32) = (1024, 256);
+/// Threads of a block of both kernels, which walk their elements in a loop.
+const THREADS: u32 = 256;
+/// Beyond this many blocks every device is full.
+const MAX_BLOCKS: usize = 1024;
 
-/// The functions of [`CODE`].
-#[derive(Clone, Copy)]
+/// The functions of [`CODE`], by name and number of blocks.
 pub(super) struct Functions {
-    copy: FunctionIdx,
-    reduce: FunctionIdx,
+    module: ModuleIdx,
+    known: BTreeMap<(&'static str, u32), FunctionIdx>,
 }
 
-/// One member's part in a collective.
+/// What launches are made with.
+pub(super) struct Launcher<'a> {
+    pub(super) gpu: &'a mut dyn Gpu,
+    pub(super) functions: &'a mut Functions,
+    pub(super) tables: &'a mut Tables,
+}
+
+/// One member's part in a collective; addresses of members on other devices mean nothing here.
 pub(super) struct Member<'a> {
     pub(super) rank: usize,
     pub(super) op: &'a OpKind,
@@ -41,36 +52,84 @@ pub(super) struct Member<'a> {
     pub(super) dst_ty: &'a TensorType,
 }
 
-/// Rows of elements that lie together, at a pitch in each member's buffer.
-struct Rows {
-    n: usize,
-    width: usize,
-    source_pitch: usize,
-    source_offset: usize,
-    target_pitch: usize,
+/// What a collective does; members are counted in the order of the group.
+#[derive(Debug, PartialEq)]
+pub(super) enum Collective {
+    /// Elements change their places.
+    Moves(Vec<Move>),
+    /// All sources are combined, element by element, into all targets.
+    AllReduce { kind: ReduceKind, n_elements: usize },
+    /// Of all sources, each member's rows are combined into its target.
+    ReduceScatter { kind: ReduceKind, rows: Vec<Rows> },
 }
 
-impl Functions {
-    /// Finds the kernels in their loaded module.
-    ///
-    /// # Errors
-    /// Those of the device.
-    pub(super) fn of(gpu: &mut dyn Gpu, module: ModuleIdx) -> Result<Self> {
-        let grid = Grid::linear(GRID.0, GRID.1);
-        Ok(Self {
-            copy: gpu.function(module, "meshweave_copy", grid)?,
-            reduce: gpu.function(module, "meshweave_reduce", grid)?,
-        })
+/// Elements of one member's source that go to one member's target.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Move {
+    pub(super) source: usize,
+    pub(super) target: usize,
+    /// Up to three, outermost first.
+    pub(super) loops: Vec<CopyLoop>,
+    /// First element in the source, and in the target.
+    pub(super) from: usize,
+    pub(super) to: usize,
+}
+
+/// Rows of elements that lie together: at a pitch in the sources, one after the other in the target.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rows {
+    pub(super) n: usize,
+    pub(super) width: usize,
+    /// Elements from one row to the next in the sources, and before the first one.
+    pub(super) pitch: usize,
+    pub(super) start: usize,
+}
+
+impl Rows {
+    pub(super) fn dense(n_elements: usize) -> Self {
+        Self {
+            n: 1,
+            width: n_elements,
+            pitch: n_elements,
+            start: 0,
+        }
     }
 
-    /// The launches of a collective; `members` stand in the order of the group.
+    pub(super) fn n_elements(&self) -> usize {
+        self.n * self.width
+    }
+
+    /// The rows as loops into a dense target.
+    pub(super) fn loops(&self) -> Vec<CopyLoop> {
+        vec![
+            CopyLoop {
+                size: self.n,
+                src: self.pitch,
+                dst: self.width,
+            },
+            together(self.width),
+        ]
+    }
+}
+
+/// Elements that lie together on both sides.
+fn together(size: usize) -> CopyLoop {
+    CopyLoop {
+        size,
+        src: 1,
+        dst: 1,
+    }
+}
+
+impl Collective {
+    /// The collective of these members, in the order of their group.
     ///
     /// # Errors
     /// `Invalid` when the members' ops and buffers do not fit each other, `Unsupported` when the op is
     /// not written for GPUs.
-    pub(super) fn launches(self, members: &[Member<'_>], tables: &mut Tables) -> Result<Vec<Work>> {
+    pub(super) fn of(members: &[Member<'_>]) -> Result<Self> {
         let Some(first) = members.first() else {
-            return Ok(Vec::new());
+            return Ok(Self::Moves(Vec::new()));
         };
         match first.op {
             OpKind::AllReduce { kind, .. } => {
@@ -79,32 +138,28 @@ impl Functions {
                     let sizes = [member.src_ty, member.dst_ty].map(TensorType::n_elements);
                     ensure(member, sizes == [n_elements; 2])?;
                 }
-                let rows = Rows {
-                    n: 1,
-                    width: n_elements,
-                    source_pitch: n_elements,
-                    source_offset: 0,
-                    target_pitch: n_elements,
-                };
-                Ok(vec![self.reduce(members, members, *kind, &rows, tables)])
+                let kind = *kind;
+                Ok(Self::AllReduce { kind, n_elements })
             }
-            OpKind::ReduceScatter { .. } => self.reduce_scatter(members, tables),
-            OpKind::AllGather { .. } => self.all_gather(members),
-            OpKind::AllToAll { .. } => self.all_to_all(members),
+            OpKind::ReduceScatter { kind, .. } => Ok(Self::ReduceScatter {
+                kind: *kind,
+                rows: scattered(members)?,
+            }),
+            OpKind::AllGather { .. } => gathered(members).map(Self::Moves),
+            OpKind::AllToAll { .. } => crossed(members).map(Self::Moves),
             OpKind::CollectivePermute { .. } => {
-                let copies = members.iter().map(|member| {
+                let moves = members.iter().enumerate().map(|(target, member)| {
                     let OpKind::CollectivePermute { from, .. } = member.op else {
                         return Err(misfit(member));
                     };
-                    let source = members.iter().find(|other| other.rank == *from);
-                    let source = source.ok_or_else(|| misfit(member))?;
-                    same_size(source, member)
+                    let source = members.iter().position(|other| other.rank == *from);
+                    whole(members, source.ok_or_else(|| misfit(member))?, target)
                 });
-                copies.collect()
+                moves.collect::<Result<_>>().map(Self::Moves)
             }
             OpKind::Broadcast { .. } => {
-                let copies = members.iter().map(|member| same_size(first, member));
-                copies.collect()
+                let moves = (0..members.len()).map(|target| whole(members, 0, target));
+                moves.collect::<Result<_>>().map(Self::Moves)
             }
             other => Err(Error::Unsupported(format!(
                 "{} between ranks on GPUs; run with `--backend threads`",
@@ -112,175 +167,234 @@ impl Functions {
             ))),
         }
     }
+}
 
-    fn reduce(
-        self,
-        sources: &[Member<'_>],
-        targets: &[Member<'_>],
+fn scattered(members: &[Member<'_>]) -> Result<Vec<Rows>> {
+    let rows = members.iter().enumerate().map(|(idx, member)| {
+        let OpKind::ReduceScatter { dim, counts, .. } = member.op else {
+            return Err(misfit(member));
+        };
+        let division = divide(member.src_ty, dim, counts).ok_or_else(|| misfit(member))?;
+        check_division(member, &division, members.len())?;
+        let n_part = division.n_part_elements(idx);
+        ensure(member, n_part == member.dst_ty.n_elements())?;
+        for other in members {
+            ensure(other, other.src_ty.n_elements() == division.n_elements())?;
+        }
+        Ok(Rows {
+            n: division.outer,
+            width: division.counts[idx] * division.inner,
+            pitch: division.total() * division.inner,
+            start: division.start(idx) * division.inner,
+        })
+    });
+    rows.collect()
+}
+
+fn gathered(members: &[Member<'_>]) -> Result<Vec<Move>> {
+    let mut moves = Vec::new();
+    for (target, member) in members.iter().enumerate() {
+        let OpKind::AllGather { dim, counts, .. } = member.op else {
+            return Err(misfit(member));
+        };
+        let division = divide(member.dst_ty, dim, counts).ok_or_else(|| misfit(member))?;
+        check_division(member, &division, members.len())?;
+        for (source, other) in members.iter().enumerate() {
+            let n_part = division.n_part_elements(source);
+            ensure(other, other.src_ty.n_elements() == n_part)?;
+            let width = division.counts[source] * division.inner;
+            let rows = CopyLoop {
+                size: division.outer,
+                src: width,
+                dst: division.total() * division.inner,
+            };
+            moves.push(Move {
+                source,
+                target,
+                loops: vec![rows, together(width)],
+                from: 0,
+                to: division.start(source) * division.inner,
+            });
+        }
+    }
+    Ok(moves)
+}
+
+fn crossed(members: &[Member<'_>]) -> Result<Vec<Move>> {
+    let n_members = members.len();
+    let crossings = members.iter().map(|member| {
+        let OpKind::AllToAll {
+            split,
+            split_counts,
+            concat,
+            concat_counts,
+            ..
+        } = member.op
+        else {
+            return Err(misfit(member));
+        };
+        let crossing = cross(member.src_ty, split, split_counts, concat, concat_counts);
+        let crossing = crossing.ok_or_else(|| misfit(member))?;
+        let counts = [crossing.split_counts.len(), crossing.concat_counts.len()];
+        ensure(member, counts == [n_members; 2])?;
+        Ok(crossing)
+    });
+    let crossings = crossings.collect::<Result<Vec<Crossing>>>()?;
+    let mut moves = Vec::new();
+    for (target, crossing) in crossings.iter().enumerate() {
+        for (source, (peer, sent)) in members.iter().zip(&crossings).enumerate() {
+            let route = Route {
+                crossing,
+                peer_split: &sent.split_counts,
+                n_concat: crossing.concat_counts.iter().sum(),
+                own_split: crossing.split_counts[target],
+                count: crossing.concat_counts[source],
+                skipped: sent.split_counts[..target].iter().sum(),
+                place: crossing.concat_counts[..source].iter().sum(),
+            };
+            let (loops, from, to, n_src) = match crossing.order {
+                CrossingOrder::SameDim => route.same_dim(),
+                CrossingOrder::SplitFirst => route.split_first(),
+                CrossingOrder::ConcatFirst => route.concat_first(),
+            };
+            let fits = match crossing.order {
+                CrossingOrder::SameDim => sent.split_counts[target] == route.count,
+                _ => sent.split_counts[target] == route.own_split,
+            };
+            ensure(peer, fits && peer.src_ty.n_elements() == n_src)?;
+            moves.push(Move {
+                source,
+                target,
+                loops,
+                from,
+                to,
+            });
+        }
+    }
+    Ok(moves)
+}
+
+/// A member's whole source to another's whole target.
+fn whole(members: &[Member<'_>], source: usize, target: usize) -> Result<Move> {
+    let n_elements = members[target].dst_ty.n_elements();
+    let fits = members[source].src_ty.n_elements() == n_elements;
+    ensure(&members[target], fits)?;
+    Ok(Move {
+        source,
+        target,
+        loops: vec![together(n_elements)],
+        from: 0,
+        to: 0,
+    })
+}
+
+impl Functions {
+    /// Those of a module that was loaded from [`CODE`].
+    pub(super) fn of(module: ModuleIdx) -> Self {
+        Self {
+            module,
+            known: BTreeMap::new(),
+        }
+    }
+}
+
+impl Launcher<'_> {
+    /// The launches of a collective whose members are all on this device.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(super) fn here(
+        &mut self,
+        collective: &Collective,
+        members: &[Member<'_>],
+    ) -> Result<Vec<Work>> {
+        let sources: Vec<Address> = members.iter().map(|member| member.src).collect();
+        let targets: Vec<Address> = members.iter().map(|member| member.dst).collect();
+        match collective {
+            Collective::Moves(moves) => {
+                let copies = moves.iter().map(|one| {
+                    let src = words(members[one.source].src, one.from);
+                    let dst = words(members[one.target].dst, one.to);
+                    self.copy(&one.loops, src, dst)
+                });
+                copies.collect()
+            }
+            Collective::AllReduce { kind, n_elements } => {
+                let rows = Rows::dense(*n_elements);
+                Ok(vec![self.reduce(*kind, &sources, &targets, &rows)?])
+            }
+            Collective::ReduceScatter { kind, rows } => {
+                let parts = targets.iter().zip(rows);
+                let works = parts.map(|(target, rows)| {
+                    self.reduce(*kind, &sources, std::slice::from_ref(target), rows)
+                });
+                works.collect()
+            }
+        }
+    }
+
+    /// The function for so many elements.
+    fn function(&mut self, name: &'static str, n_elements: usize) -> Result<FunctionIdx> {
+        let n_blocks = n_elements.div_ceil(THREADS as usize).clamp(1, MAX_BLOCKS) as u32;
+        let Functions { module, known } = &mut *self.functions;
+        if let Some(function) = known.get(&(name, n_blocks)) {
+            return Ok(*function);
+        }
+        let grid = Grid::linear(n_blocks, THREADS);
+        let function = self.gpu.function(*module, name, grid)?;
+        known.insert((name, n_blocks), function);
+        Ok(function)
+    }
+
+    /// Rows of the sources, combined in their order into every target.
+    pub(super) fn reduce(
+        &mut self,
         kind: ReduceKind,
+        sources: &[Address],
+        targets: &[Address],
         rows: &Rows,
-        tables: &mut Tables,
-    ) -> Work {
-        let sources: Vec<Address> = sources.iter().map(|member| member.src).collect();
-        let targets: Vec<Address> = targets.iter().map(|member| member.dst).collect();
+    ) -> Result<Work> {
         let kind = match kind {
             ReduceKind::Sum => 0,
             ReduceKind::Max => 1,
             ReduceKind::Lse => 2,
         };
         let int = |n: usize| Value::Int(n as i64);
-        Work::Launch {
-            function: self.reduce,
+        Ok(Work::Launch {
+            function: self.function("meshweave_reduce", rows.n_elements())?,
             args: vec![
-                tables.add(&sources),
+                self.tables.add(sources),
                 int(sources.len()),
-                tables.add(&targets),
+                self.tables.add(targets),
                 int(targets.len()),
                 int(rows.n),
                 int(rows.width),
-                int(rows.source_pitch),
-                int(rows.source_offset),
-                int(rows.target_pitch),
+                int(rows.pitch),
+                int(rows.start),
+                int(rows.width),
                 Value::Int(kind),
             ],
-        }
-    }
-
-    fn reduce_scatter(self, members: &[Member<'_>], tables: &mut Tables) -> Result<Vec<Work>> {
-        let works = members.iter().enumerate().map(|(idx, member)| {
-            let OpKind::ReduceScatter {
-                kind, dim, counts, ..
-            } = member.op
-            else {
-                return Err(misfit(member));
-            };
-            let division = divide(member.src_ty, dim, counts).ok_or_else(|| misfit(member))?;
-            check_division(member, &division, members.len())?;
-            ensure(
-                member,
-                division.n_part_elements(idx) == member.dst_ty.n_elements(),
-            )?;
-            for other in members {
-                ensure(other, other.src_ty.n_elements() == division.n_elements())?;
-            }
-            let width = division.counts[idx] * division.inner;
-            let rows = Rows {
-                n: division.outer,
-                width,
-                source_pitch: division.total() * division.inner,
-                source_offset: division.start(idx) * division.inner,
-                target_pitch: width,
-            };
-            let target = std::slice::from_ref(member);
-            Ok(self.reduce(members, target, *kind, &rows, tables))
-        });
-        works.collect()
-    }
-
-    fn all_gather(self, members: &[Member<'_>]) -> Result<Vec<Work>> {
-        let mut works = Vec::new();
-        for member in members {
-            let OpKind::AllGather { dim, counts, .. } = member.op else {
-                return Err(misfit(member));
-            };
-            let division = divide(member.dst_ty, dim, counts).ok_or_else(|| misfit(member))?;
-            check_division(member, &division, members.len())?;
-            for (idx, source) in members.iter().enumerate() {
-                let n_part = division.n_part_elements(idx);
-                ensure(source, source.src_ty.n_elements() == n_part)?;
-                let width = division.counts[idx] * division.inner;
-                let loops = [
-                    CopyLoop {
-                        size: division.outer,
-                        src: width,
-                        dst: division.total() * division.inner,
-                    },
-                    CopyLoop {
-                        size: width,
-                        src: 1,
-                        dst: 1,
-                    },
-                ];
-                let to = division.start(idx) * division.inner;
-                works.push(self.copy(&loops, source.src, words(member.dst, to)));
-            }
-        }
-        Ok(works)
-    }
-
-    fn all_to_all(self, members: &[Member<'_>]) -> Result<Vec<Work>> {
-        let crossings = members.iter().map(|member| {
-            let OpKind::AllToAll {
-                split,
-                split_counts,
-                concat,
-                concat_counts,
-                ..
-            } = member.op
-            else {
-                return Err(misfit(member));
-            };
-            let crossing = cross(member.src_ty, split, split_counts, concat, concat_counts);
-            let crossing = crossing.ok_or_else(|| misfit(member))?;
-            let n = members.len();
-            ensure(
-                member,
-                crossing.split_counts.len() == n && crossing.concat_counts.len() == n,
-            )?;
-            Ok(crossing)
-        });
-        let crossings = crossings.collect::<Result<Vec<Crossing>>>()?;
-        let mut works = Vec::new();
-        for (idx, (member, crossing)) in members.iter().zip(&crossings).enumerate() {
-            for (peer_idx, (peer, sent)) in members.iter().zip(&crossings).enumerate() {
-                let route = Route {
-                    crossing,
-                    peer_split: &sent.split_counts,
-                    n_concat: crossing.concat_counts.iter().sum(),
-                    own_split: crossing.split_counts[idx],
-                    count: crossing.concat_counts[peer_idx],
-                    skipped: sent.split_counts[..idx].iter().sum(),
-                    place: crossing.concat_counts[..peer_idx].iter().sum(),
-                };
-                let (loops, from, to, n_src) = match crossing.order {
-                    CrossingOrder::SameDim => route.same_dim(),
-                    CrossingOrder::SplitFirst => route.split_first(),
-                    CrossingOrder::ConcatFirst => route.concat_first(),
-                };
-                let fits = match crossing.order {
-                    CrossingOrder::SameDim => sent.split_counts[idx] == route.count,
-                    _ => sent.split_counts[idx] == route.own_split,
-                };
-                ensure(peer, fits && peer.src_ty.n_elements() == n_src)?;
-                let (src, dst) = (words(peer.src, from), words(member.dst, to));
-                works.push(self.copy(&loops, src, dst));
-            }
-        }
-        Ok(works)
+        })
     }
 
     /// A copy over up to three loops, the last one over elements that lie together.
-    fn copy(self, loops: &[CopyLoop], src: Address, dst: Address) -> Work {
-        let once = CopyLoop {
-            size: 1,
-            src: 0,
-            dst: 0,
-        };
+    pub(super) fn copy(&mut self, loops: &[CopyLoop], src: Address, dst: Address) -> Result<Work> {
         let at = |from_last: usize| {
             let position = loops.len().checked_sub(from_last + 1);
-            position.map_or(once, |position| loops[position])
+            position.map_or(together(1), |position| loops[position])
         };
         let [inner, middle, outer] = [at(0), at(1), at(2)];
         if middle.size == 1 && outer.size == 1 {
-            return Work::Copy {
+            return Ok(Work::Copy {
                 to: dst,
                 from: src,
                 n_bytes: inner.size * 4,
-            };
+            });
         }
         let int = |n: usize| Value::Int(n as i64);
-        Work::Launch {
-            function: self.copy,
+        let n_elements = outer.size * middle.size * inner.size;
+        Ok(Work::Launch {
+            function: self.function("meshweave_copy", n_elements)?,
             args: vec![
                 Value::Address(dst),
                 Value::Address(src),
@@ -292,23 +406,13 @@ impl Functions {
                 int(outer.src),
                 int(middle.src),
             ],
-        }
+        })
     }
 }
 
 /// The address of a buffer's word.
-fn words(buffer: Address, n: usize) -> Address {
+pub(super) fn words(buffer: Address, n: usize) -> Address {
     buffer + 4 * n as u64
-}
-
-fn same_size(source: &Member<'_>, target: &Member<'_>) -> Result<Work> {
-    let n_bytes = target.dst_ty.n_bytes();
-    ensure(target, source.src_ty.n_bytes() == n_bytes)?;
-    Ok(Work::Copy {
-        to: target.dst,
-        from: source.src,
-        n_bytes,
-    })
 }
 
 fn check_division(member: &Member<'_>, division: &Division, n_members: usize) -> Result<()> {

@@ -1,9 +1,12 @@
 //! From the ranks of a device to work on its streams.
 //!
-//! In: the programs of the ranks here, the code's functions, and where each rank's memory lies. Out:
-//! items of work, in an order in which every rank's instructions follow one another.
-//! Invariant: a collective stands once, after all its members have come to it; a message is copied into
-//! its channel before it is copied out, and a channel never holds more than its depth.
+//! In: the programs of the ranks, of which all are here or one is, the code's functions, and where each
+//! rank's memory lies. Out: items of work, in an order in which every rank's instructions follow one
+//! another.
+//! Invariant: where all ranks are here, a collective stands once, after all its members have come to it;
+//! a message is copied into its channel before it is copied out, and a channel never holds more than its
+//! depth. Where one is, collectives follow one another on one stream, and the messages of a channel on
+//! another of their own.
 
 use std::collections::BTreeMap;
 
@@ -11,11 +14,14 @@ use meshweave_dsl::device_code::{Argument, DeviceCode, Launch};
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::program::{Action, Buffer, BufferId, Program};
 
-use super::collective::{Functions, Member};
+use super::collective::{Collective, Functions, Launcher, Member};
 use super::order::{Item, Range};
 use super::product::products;
+use super::remote::{Own, Staging};
 use super::{Choice, Tables};
-use crate::device::gpu::{Address, FunctionIdx, Gpu, ModuleIdx, StreamIdx, Value, Work};
+use crate::device::gpu::{
+    Address, FunctionIdx, Gpu, ModuleIdx, Part, StreamIdx, TeamIdx, Value, Work,
+};
 use crate::error::{Error, Result};
 
 /// Where a rank's memory lies.
@@ -33,15 +39,32 @@ pub(super) struct Site<'a> {
     /// One a module of the code.
     pub(super) modules: Vec<ModuleIdx>,
     pub(super) collectives: Functions,
-    /// One a rank, all of which are here.
-    pub(super) places: Vec<Place>,
+    /// One a rank; none for those that are elsewhere.
+    pub(super) places: Vec<Option<Place>>,
     /// One a channel of the program: where its messages are kept.
     pub(super) channels: Vec<Address>,
+    /// The one rank that is here, where the others are on other devices.
+    pub(super) apart: Option<Apart>,
     pub(super) tables: Tables,
     /// How each contraction is done, by rank and instruction.
     pub(super) choices: BTreeMap<(usize, usize), Choice>,
     /// Functions by module, name and shape of the launch.
     pub(super) functions: BTreeMap<(usize, String, [u32; 7]), FunctionIdx>,
+}
+
+/// A rank whose peers are on other devices.
+pub(super) struct Apart {
+    pub(super) rank: usize,
+    pub(super) teams: BTreeMap<TeamKey, TeamIdx>,
+    pub(super) staging: Staging,
+}
+
+/// Who talks to whom: the ranks of a group, or the two ends of a channel, which do not wait for what
+/// the group of the same two ranks does.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum TeamKey {
+    Group(Vec<usize>),
+    Channel(usize),
 }
 
 /// A channel while the ranks' instructions are put in order.
@@ -51,9 +74,13 @@ struct Queue {
     n_received: usize,
 }
 
-/// The streams of a rank: its own work, and what it exchanges with others.
-pub(super) fn streams_of(rank: usize) -> (StreamIdx, StreamIdx) {
-    (StreamIdx(2 * rank), StreamIdx(2 * rank + 1))
+/// What comes of the instruction that a rank is at.
+enum Outcome {
+    Items(Vec<Item>),
+    /// A collective, and all ranks that have done it.
+    Met(Item, Vec<usize>),
+    /// It waits for other ranks.
+    Waits,
 }
 
 impl<'a> Site<'a> {
@@ -67,52 +94,80 @@ impl<'a> Site<'a> {
         let mut items = Vec::new();
         let mut next = vec![0; program.ranks.len()];
         let mut queues = vec![Queue::default(); program.channels.len()];
+        let ranks: Vec<usize> = match &self.apart {
+            Some(apart) => vec![apart.rank],
+            None => (0..program.ranks.len()).collect(),
+        };
         loop {
             let mut progress = false;
-            for rank in 0..program.ranks.len() {
-                while let Some(instruction) = program.ranks[rank].instructions.get(next[rank]) {
-                    let at = (rank, next[rank]);
-                    let item = match &instruction.action {
-                        Action::Collective { .. } => match self.meet(at, &next)? {
-                            Some((item, others)) => {
-                                others.iter().for_each(|other| next[*other] += 1);
-                                item
-                            }
-                            None => break,
-                        },
-                        Action::Send { to, src } => match self.send(at, *to, *src, &mut queues)? {
-                            Some(item) => item,
-                            None => break,
-                        },
-                        Action::Recv { from, dst } => {
-                            match self.recv(at, *from, *dst, &mut queues)? {
-                                Some(item) => item,
-                                None => break,
-                            }
+            for rank in &ranks {
+                while next[*rank] < program.ranks[*rank].instructions.len() {
+                    match self.instruction((*rank, next[*rank]), &next, &mut queues)? {
+                        Outcome::Items(made) => {
+                            items.extend(made);
+                            next[*rank] += 1;
                         }
-                        action => self.own(at, action)?,
-                    };
-                    // A collective's other members have been moved on already.
-                    next[rank] +=
-                        usize::from(!matches!(instruction.action, Action::Collective { .. }));
-                    items.push(item);
+                        Outcome::Met(item, members) => {
+                            items.push(item);
+                            members.iter().for_each(|member| next[*member] += 1);
+                        }
+                        Outcome::Waits => break,
+                    }
                     progress = true;
                 }
             }
-            let waiting =
-                (0..next.len()).find(|rank| next[*rank] < program.ranks[*rank].instructions.len());
+            let waiting = ranks
+                .iter()
+                .find(|rank| next[**rank] < program.ranks[**rank].instructions.len());
             match waiting {
                 None => return Ok(items),
                 Some(rank) if !progress => {
-                    let instruction = &program.ranks[rank].instructions[next[rank]];
+                    let instruction = &program.ranks[*rank].instructions[next[*rank]];
                     return Err(Error::Invalid(format!(
                         "damaged program: rank {rank} waits at instruction {} `{}` for ranks that never \
                          come; compile again",
-                        next[rank], instruction.name
+                        next[*rank], instruction.name
                     )));
                 }
                 Some(_) => {}
             }
+        }
+    }
+
+    fn instruction(
+        &mut self,
+        at: (usize, usize),
+        next: &[usize],
+        queues: &mut [Queue],
+    ) -> Result<Outcome> {
+        let program = self.program;
+        let apart = self.apart.is_some();
+        match &program.ranks[at.0].instructions[at.1].action {
+            Action::Collective { .. } if apart => Ok(Outcome::Items(vec![self.take_part(at)?])),
+            Action::Collective { .. } => self.meet(at, next),
+            Action::Send { to, src } if apart => {
+                Ok(Outcome::Items(self.send_apart(at, *to, *src)?))
+            }
+            Action::Send { to, src } => self.send(at, *to, *src, queues),
+            Action::Recv { from, dst } if apart => {
+                Ok(Outcome::Items(vec![self.recv_apart(at, *from, *dst)?]))
+            }
+            Action::Recv { from, dst } => self.recv(at, *from, *dst, queues),
+            action => Ok(Outcome::Items(vec![self.own(at, action)?])),
+        }
+    }
+
+    /// A rank's streams: its own work, and what it exchanges with others.
+    fn streams(&self, rank: usize) -> (StreamIdx, StreamIdx) {
+        let first = if self.apart.is_some() { 0 } else { 2 * rank };
+        (StreamIdx(first), StreamIdx(first + 1))
+    }
+
+    /// Streams in use: two a rank here, and one a channel to or from other devices.
+    pub(super) fn n_streams(&self) -> usize {
+        match &self.apart {
+            Some(_) => 2 + self.program.channels.len(),
+            None => 2 * self.program.ranks.len(),
         }
     }
 
@@ -219,7 +274,7 @@ impl<'a> Site<'a> {
             }
         };
         Ok(Item {
-            stream: streams_of(rank).0,
+            stream: self.streams(rank).0,
             reads: self.ranges(rank, &reads)?,
             writes: self.ranges(rank, &writes)?,
             work,
@@ -227,43 +282,23 @@ impl<'a> Site<'a> {
         })
     }
 
-    /// The collective that a rank has come to, with its members, once all of them are there.
-    fn meet(
-        &mut self,
-        (rank, idx): (usize, usize),
-        next: &[usize],
-    ) -> Result<Option<(Item, Vec<usize>)>> {
-        let program = self.program;
-        let Action::Collective { op, .. } = &program.ranks[rank].instructions[idx].action else {
-            return Ok(None);
-        };
-        let group = op
-            .group()
-            .filter(|group| group.ranks.iter().all(|rank| *rank < next.len()))
-            .ok_or_else(|| damaged(format!("{} is no collective of its ranks", op.name())))?;
-        let mut members = Vec::with_capacity(group.ranks.len());
-        for member in &group.ranks {
-            let instruction = program.ranks[*member].instructions.get(next[*member]);
-            let Some(Action::Collective { op, src, dst }) =
-                instruction.map(|instruction| &instruction.action)
-            else {
-                return Ok(None);
-            };
-            if op.group().is_none_or(|other| other.ranks != group.ranks) {
-                return Ok(None);
+    /// The collective that a rank has come to, once all its members have.
+    fn meet(&mut self, (rank, idx): (usize, usize), next: &[usize]) -> Result<Outcome> {
+        let group = self.group((rank, idx))?;
+        let mut members = Vec::with_capacity(group.len());
+        for member in group {
+            let at = (*member, next[*member]);
+            let instructions = &self.program.ranks[*member].instructions;
+            if at.1 == instructions.len() || self.group(at).ok() != Some(group) {
+                return Ok(Outcome::Waits);
             }
-            members.push(Member {
-                rank: *member,
-                op,
-                src: self.address(*member, *src)?,
-                dst: self.address(*member, *dst)?,
-                src_ty: self.ty(*member, *src)?,
-                dst_ty: self.ty(*member, *dst)?,
-            });
+            members.push(self.member(at)?);
         }
+        let collective = Collective::of(&members)?;
+        let work = self.launcher().here(&collective, &members)?;
         let range = |address: Address, ty: &TensorType| Range::new(address, ty.n_bytes());
         let item = Item {
-            stream: streams_of(group.ranks[0]).1,
+            stream: self.streams(group[0]).1,
             reads: members
                 .iter()
                 .map(|one| range(one.src, one.src_ty))
@@ -272,14 +307,112 @@ impl<'a> Site<'a> {
                 .iter()
                 .map(|one| range(one.dst, one.dst_ty))
                 .collect(),
-            work: self.collectives.launches(&members, &mut self.tables)?,
-            owners: group
-                .ranks
-                .iter()
-                .map(|rank| (*rank, next[*rank]))
-                .collect(),
+            work,
+            owners: group.iter().map(|rank| (*rank, next[*rank])).collect(),
         };
-        Ok(Some((item, group.ranks.clone())))
+        Ok(Outcome::Met(item, group.to_vec()))
+    }
+
+    /// This rank's part in a collective with ranks on other devices.
+    fn take_part(&mut self, at: (usize, usize)) -> Result<Item> {
+        let (rank, idx) = at;
+        let group = self.group(at)?;
+        let is_same = |place: &(usize, usize)| self.group(*place).ok() == Some(group);
+        let turn = (0..idx).filter(|idx| is_same(&(rank, *idx))).count();
+        let mut members = Vec::with_capacity(group.len());
+        for member in group {
+            let n_instructions = self.program.ranks[*member].instructions.len();
+            let mut places = (0..n_instructions)
+                .map(|idx| (*member, idx))
+                .filter(&is_same);
+            let place = places.nth(turn).ok_or_else(|| {
+                damaged(format!(
+                    "rank {member} does not come to instruction {idx} of rank {rank}"
+                ))
+            })?;
+            members.push(self.member(place)?);
+        }
+        let collective = Collective::of(&members)?;
+        let position = group.iter().position(|member| *member == rank);
+        let position =
+            position.ok_or_else(|| damaged(format!("rank {rank} is not of its group")))?;
+        let own = &members[position];
+        let (src, dst, n_src, n_dst) =
+            (own.src, own.dst, own.src_ty.n_bytes(), own.dst_ty.n_bytes());
+        let Some(apart) = &mut self.apart else {
+            return Err(Error::Internal("all ranks are here".into()));
+        };
+        let team = apart.teams.get(&TeamKey::Group(group.to_vec()));
+        let own = Own {
+            team: *team.ok_or_else(|| Error::Internal("a group that was not joined".into()))?,
+            member: position,
+            n_members: group.len(),
+            src,
+            dst,
+        };
+        let mut launcher = Launcher {
+            gpu: &mut *self.gpu,
+            functions: &mut self.collectives,
+            tables: &mut self.tables,
+        };
+        let work = launcher.remote(&collective, own, &mut apart.staging)?;
+        Ok(Item {
+            stream: self.streams(rank).1,
+            reads: vec![Range::new(src, n_src)],
+            writes: vec![Range::new(dst, n_dst)],
+            work,
+            owners: vec![at],
+        })
+    }
+
+    fn launcher(&mut self) -> Launcher<'_> {
+        Launcher {
+            gpu: &mut *self.gpu,
+            functions: &mut self.collectives,
+            tables: &mut self.tables,
+        }
+    }
+
+    /// The group of an instruction that is a collective.
+    fn group(&self, (rank, idx): (usize, usize)) -> Result<&'a [usize]> {
+        let program = self.program;
+        let n_ranks = program.ranks.len();
+        let action = &program.ranks[rank].instructions[idx].action;
+        let group = match action {
+            Action::Collective { op, .. } => op.group(),
+            _ => None,
+        };
+        let group = group.filter(|group| {
+            !group.ranks.is_empty() && group.ranks.iter().all(|rank| *rank < n_ranks)
+        });
+        let group = group.ok_or_else(|| {
+            damaged(format!(
+                "instruction {idx} of rank {rank} is no collective of its ranks"
+            ))
+        })?;
+        Ok(&group.ranks)
+    }
+
+    fn member(&self, (rank, idx): (usize, usize)) -> Result<Member<'a>> {
+        let program = self.program;
+        let Action::Collective { op, src, dst } = &program.ranks[rank].instructions[idx].action
+        else {
+            return Err(damaged(format!(
+                "instruction {idx} of rank {rank} is no collective"
+            )));
+        };
+        let address = |id: BufferId| match self.places[rank] {
+            Some(_) => self.address(rank, id),
+            None => Ok(0),
+        };
+        Ok(Member {
+            rank,
+            op,
+            src: address(*src)?,
+            dst: address(*dst)?,
+            src_ty: self.ty(rank, *src)?,
+            dst_ty: self.ty(rank, *dst)?,
+        })
     }
 
     fn send(
@@ -288,19 +421,95 @@ impl<'a> Site<'a> {
         to: usize,
         src: BufferId,
         queues: &mut [Queue],
-    ) -> Result<Option<Item>> {
+    ) -> Result<Outcome> {
         let (rank, _) = at;
         let channel_idx = self.channel(rank, to)?;
         let queue = &mut queues[channel_idx];
         if queue.n_sent - queue.n_received >= self.program.channels[channel_idx].depth {
-            return Ok(None);
+            return Ok(Outcome::Waits);
         }
         queue.n_sent += 1;
-        let n_sent = queue.n_sent - 1;
+        let n_before = queue.n_sent - 1;
+        Ok(Outcome::Items(vec![
+            self.keep(at, channel_idx, n_before, src)?.0,
+        ]))
+    }
+
+    /// Copies a message into its channel; the slot that it has there.
+    fn keep(
+        &self,
+        at: (usize, usize),
+        channel_idx: usize,
+        n_before: usize,
+        src: BufferId,
+    ) -> Result<(Item, Address)> {
+        let (rank, _) = at;
         let n_bytes = self.ty(rank, src)?.n_bytes();
-        let slot = self.slot(channel_idx, n_sent, n_bytes)?;
+        let slot = self.slot(channel_idx, n_before, n_bytes)?;
         let from = self.address(rank, src)?;
-        Ok(Some(message(at, from, slot, n_bytes)))
+        let stream = self.streams(rank).1;
+        Ok((message(at, stream, from, slot, n_bytes), slot))
+    }
+
+    /// A message to another device: copied into its slot here, which its channel sends from.
+    fn send_apart(&mut self, at: (usize, usize), to: usize, src: BufferId) -> Result<Vec<Item>> {
+        let (rank, idx) = at;
+        let channel_idx = self.channel(rank, to)?;
+        let before = self.program.ranks[rank].instructions[..idx].iter();
+        let n_before = before
+            .filter(|one| matches!(one.action, Action::Send { to: other, .. } if other == to))
+            .count();
+        let (copy, address) = self.keep(at, channel_idx, n_before, src)?;
+        let n_bytes = self.ty(rank, src)?.n_bytes();
+        let part = Part {
+            member: 1,
+            address,
+            n_bytes,
+        };
+        let item = Item {
+            stream: StreamIdx(2 + channel_idx),
+            reads: vec![Range::new(address, n_bytes)],
+            writes: Vec::new(),
+            work: vec![Work::Exchange {
+                team: self.channel_team(channel_idx)?,
+                sends: vec![part],
+                recvs: Vec::new(),
+            }],
+            // The copy's time is the rank's; the channel takes its own.
+            owners: Vec::new(),
+        };
+        Ok(vec![copy, item])
+    }
+
+    /// A message from another device, received where it belongs.
+    fn recv_apart(&mut self, at: (usize, usize), from: usize, dst: BufferId) -> Result<Item> {
+        let (rank, _) = at;
+        let channel_idx = self.channel(from, rank)?;
+        let address = self.address(rank, dst)?;
+        let n_bytes = self.ty(rank, dst)?.n_bytes();
+        let part = Part {
+            member: 0,
+            address,
+            n_bytes,
+        };
+        Ok(Item {
+            stream: StreamIdx(2 + channel_idx),
+            reads: Vec::new(),
+            writes: vec![Range::new(address, n_bytes)],
+            work: vec![Work::Exchange {
+                team: self.channel_team(channel_idx)?,
+                sends: Vec::new(),
+                recvs: vec![part],
+            }],
+            owners: vec![at],
+        })
+    }
+
+    fn channel_team(&self, channel_idx: usize) -> Result<TeamIdx> {
+        let teams = self.apart.as_ref().map(|apart| &apart.teams);
+        let team = teams.and_then(|teams| teams.get(&TeamKey::Channel(channel_idx)));
+        team.copied()
+            .ok_or_else(|| Error::Internal("a channel that was not joined".into()))
     }
 
     fn recv(
@@ -309,19 +518,20 @@ impl<'a> Site<'a> {
         from: usize,
         dst: BufferId,
         queues: &mut [Queue],
-    ) -> Result<Option<Item>> {
+    ) -> Result<Outcome> {
         let (rank, _) = at;
         let channel_idx = self.channel(from, rank)?;
         let queue = &mut queues[channel_idx];
         if queue.n_sent == queue.n_received {
-            return Ok(None);
+            return Ok(Outcome::Waits);
         }
         queue.n_received += 1;
-        let n_received = queue.n_received - 1;
+        let n_before = queue.n_received - 1;
         let n_bytes = self.ty(rank, dst)?.n_bytes();
-        let slot = self.slot(channel_idx, n_received, n_bytes)?;
+        let slot = self.slot(channel_idx, n_before, n_bytes)?;
         let to = self.address(rank, dst)?;
-        Ok(Some(message(at, slot, to, n_bytes)))
+        let stream = self.streams(rank).1;
+        Ok(Outcome::Items(vec![message(at, stream, slot, to, n_bytes)]))
     }
 
     fn channel(&self, from: usize, to: usize) -> Result<usize> {
@@ -402,8 +612,9 @@ impl<'a> Site<'a> {
     }
 
     fn address(&self, rank: usize, id: BufferId) -> Result<Address> {
-        let (buffer, place) = (self.buffer(rank, id)?, self.places[rank]);
-        address(buffer, place)
+        let place = self.places[rank];
+        let place = place.ok_or_else(|| Error::Internal(format!("rank {rank} is elsewhere")))?;
+        address(self.buffer(rank, id)?, place)
     }
 
     fn ranges(&self, rank: usize, ids: &[BufferId]) -> Result<Vec<Range>> {
@@ -435,9 +646,15 @@ pub(super) fn address(buffer: &Buffer, place: Place) -> Result<Address> {
 }
 
 /// A message's copy from one place to another.
-fn message(at: (usize, usize), from: Address, to: Address, n_bytes: usize) -> Item {
+fn message(
+    at: (usize, usize),
+    stream: StreamIdx,
+    from: Address,
+    to: Address,
+    n_bytes: usize,
+) -> Item {
     Item {
-        stream: streams_of(at.0).1,
+        stream,
         reads: vec![Range::new(from, n_bytes)],
         writes: vec![Range::new(to, n_bytes)],
         work: vec![Work::Copy { to, from, n_bytes }],

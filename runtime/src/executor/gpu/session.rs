@@ -11,10 +11,11 @@ use meshweave_dsl::timeline::{Basis, Category, Event, Timeline};
 use std::sync::Arc;
 
 use super::{Choice, OnGpu};
+use crate::collective::Communicator;
 use crate::device::gpu::Gpu;
 use crate::error::Result;
 use crate::executor::place::Placed;
-use crate::executor::{KernelTable, Session, SessionOptions, check, lock};
+use crate::executor::{KernelTable, Session, SessionOptions, check, check_n_ranks, lock};
 use crate::weights;
 
 /// How a program uses a GPU.
@@ -26,8 +27,8 @@ pub struct GpuUse {
     pub n_by_library: usize,
     /// Contractions that generated kernels do.
     pub n_generated: usize,
-    /// Bytes of tables besides arenas and channels.
-    pub table_bytes: usize,
+    /// Bytes besides arenas and channels: tables, and elements on their way to other devices.
+    pub other_bytes: usize,
 }
 
 impl Session {
@@ -42,16 +43,39 @@ impl Session {
         options: &SessionOptions,
     ) -> Result<Session> {
         check(&program)?;
-        let gpu = OnGpu::new(&program, code, gpu)?;
-        let no_kernels = KernelTable {
-            functions: Vec::new(),
-            _library: None,
-        };
+        let gpu = OnGpu::new(&program, code, gpu, None)?;
         Session::assemble(
             Arc::new(program),
-            no_kernels,
+            KernelTable::none(),
             Vec::new(),
-            Some(gpu),
+            Some((gpu, None)),
+            options,
+        )
+    }
+
+    /// Starts the rank that `communicator` is the end of, on a GPU of its own; the others run elsewhere,
+    /// on theirs. The communicator brings them together and carries what is gathered; collectives go
+    /// from device to device.
+    ///
+    /// # Errors
+    /// As for [`Session::on_gpu`] and [`Session::one_of`].
+    pub fn one_on_gpu(
+        program: Program,
+        code: &DeviceCode,
+        gpu: Box<dyn Gpu>,
+        options: &SessionOptions,
+        mut communicator: Box<dyn Communicator>,
+    ) -> Result<Session> {
+        check(&program)?;
+        check_n_ranks(&program, communicator.as_ref())?;
+        let program = Arc::new(program);
+        communicator.follow(&program)?;
+        let gpu = OnGpu::new(&program, code, gpu, Some(communicator.as_mut()))?;
+        Session::assemble(
+            program,
+            KernelTable::none(),
+            Vec::new(),
+            Some((gpu, Some(communicator))),
             options,
         )
     }
@@ -64,7 +88,7 @@ impl Session {
             name: gpu.name(),
             n_by_library: gpu.n_contractions(Choice::Library),
             n_generated: gpu.n_contractions(Choice::Generated),
-            table_bytes: gpu.table_bytes(),
+            other_bytes: gpu.other_bytes(),
         })
     }
 
@@ -82,8 +106,8 @@ impl Session {
 
     /// The times of the last step whose instructions were timed.
     fn gpu_timeline(&self, gpu: &OnGpu) -> Timeline {
-        let ranks = self.program.ranks.iter().enumerate();
-        let events = ranks.flat_map(|(rank, program)| {
+        let events = gpu.ranks().into_iter().flat_map(|rank| {
+            let program = &self.program.ranks[rank];
             let timed = program.instructions.iter().zip(gpu.spans(rank)).enumerate();
             timed.map(move |(instruction_idx, (instruction, span))| Event {
                 rank,

@@ -1,0 +1,304 @@
+//! Runs the programs of a folder on a GPU and compares them: `gpu_check FOLDER [--bench]`.
+//!
+//! In: what `meshweave corpus` has written. Out: a line a program: the greatest relative error of
+//! losses, gradients and parameters against the serial f64 interpreter, and of losses against this
+//! machine's CPU; with `--bench` times beside the limits of the device. Fails when a program does, and
+//! when there is no GPU.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use meshweave_dsl::graph::TensorType;
+use meshweave_dsl::program::Program;
+use meshweave_dsl::timeline::{Category, Timeline};
+use meshweave_runtime::artifact;
+use meshweave_runtime::checkpoint::Checkpoint;
+use meshweave_runtime::data::DataSource;
+use meshweave_runtime::device::cuda::{Cuda, Precision, n_devices};
+use meshweave_runtime::device::gpu::{Command, EventIdx, Gpu, StreamIdx, Work};
+use meshweave_runtime::executor::{Session, SessionOptions};
+use meshweave_runtime::tensor::HostTensor;
+use serde::Deserialize;
+
+type Failure = Box<dyn std::error::Error>;
+
+/// Relative to each tensor's greatest element, against f64: f32 with sums in another order.
+const TOLERANCE: f64 = 2e-5;
+
+#[derive(Deserialize)]
+struct Expected {
+    vocab: usize,
+    losses: Vec<f64>,
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let Some(folder) = args.iter().find(|arg| !arg.starts_with("--")) else {
+        eprintln!("usage: gpu_check FOLDER [--bench]");
+        return ExitCode::FAILURE;
+    };
+    let run = match args.iter().any(|arg| arg == "--bench") {
+        true => bench(Path::new(folder)),
+        false => check_all(Path::new(folder)),
+    };
+    match run {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(n_failed) => {
+            eprintln!("{n_failed} programs failed");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The programs of a folder, by name.
+fn cases(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let entries = std::fs::read_dir(folder).map_err(|error| {
+        format!(
+            "cannot read {}: {error}; make it with `make gpu-corpus`",
+            folder.display()
+        )
+    })?;
+    let mut cases: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.is_dir())
+        .collect();
+    cases.sort();
+    if cases.is_empty() {
+        return Err(format!("{} is empty; `make gpu-corpus` fills it", folder.display()).into());
+    }
+    Ok(cases)
+}
+
+fn check_all(folder: &Path) -> Result<usize, Failure> {
+    // Without a GPU this is what there is to say.
+    n_devices()?;
+    println!("device     {}", Cuda::open(0, Precision::F32)?.name());
+    println!("program                    losses   tensors   losses to CPU");
+    let mut n_failed = 0;
+    for case in cases(folder)? {
+        let name = case
+            .file_name()
+            .map_or_else(String::new, |name| name.to_string_lossy().into());
+        match check(&case) {
+            Ok((losses, tensors, cpu)) => {
+                let passed = losses <= TOLERANCE && tensors <= TOLERANCE;
+                n_failed += usize::from(!passed);
+                let cpu = cpu.map_or_else(
+                    |reason| format!("skipped: {reason}"),
+                    |e| format!("{e:.1e}"),
+                );
+                let verdict = if passed { "" } else { "   FAILED" };
+                println!("{name:<24}  {losses:.1e}   {tensors:.1e}   {cpu}{verdict}");
+            }
+            Err(error) => {
+                n_failed += 1;
+                println!("{name:<24}  FAILED: {error}");
+            }
+        }
+    }
+    Ok(n_failed)
+}
+
+/// Greatest relative errors: losses and tensors against the interpreter, losses against the CPU or why
+/// it was not asked.
+fn check(case: &Path) -> Result<(f64, f64, Result<f64, String>), Failure> {
+    let expected: Expected = serde_json::from_slice(&std::fs::read(case.join("expected.json"))?)?;
+    let truth = Checkpoint::open(&case.join("expected.safetensors"))?;
+    let mut session = on_gpu(case)?;
+    let gradients: Vec<(String, TensorType)> = session
+        .program()
+        .outputs
+        .iter()
+        .skip(1)
+        .map(|one| (one.name.clone(), one.ty.clone()))
+        .collect();
+    let mut tensors: f64 = 0.0;
+    let mut losses = Vec::new();
+    for step in 0..expected.losses.len() {
+        give_batch(&mut session, expected.vocab, step)?;
+        session.step()?;
+        losses.push(session.loss()?);
+        if step == 0 {
+            for (name, ty) in &gradients {
+                if let Ok(want) = truth.read(name, ty) {
+                    tensors = tensors.max(error(&session.get(name)?, &want));
+                }
+            }
+        }
+    }
+    let sources = session.program().sources.clone();
+    for source in &sources {
+        if let Ok(want) = truth.read(&source.name, &source.ty) {
+            tensors = tensors.max(error(&session.get(&source.name)?, &want));
+        }
+    }
+    let cpu = match artifact::load(&case.join("artifact")) {
+        Ok((program, kernels)) => {
+            let mut session = Session::new(program, kernels, &SessionOptions::default())?;
+            let mut own = Vec::new();
+            for step in 0..expected.losses.len() {
+                give_batch(&mut session, expected.vocab, step)?;
+                session.step()?;
+                own.push(session.loss()?);
+            }
+            Ok(greatest(&losses, &own))
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    Ok((greatest(&losses, &expected.losses), tensors, cpu))
+}
+
+fn on_gpu(case: &Path) -> Result<Session, Failure> {
+    let (program, code) = artifact::load_gpu(&case.join("artifact"))?;
+    let gpu = Box::new(Cuda::open(0, Precision::F32)?);
+    Ok(Session::on_gpu(
+        program,
+        &code,
+        gpu,
+        &SessionOptions::default(),
+    )?)
+}
+
+fn give_batch(session: &mut Session, vocab: usize, step: usize) -> Result<(), Failure> {
+    let size = |program: &Program, dim: &str| {
+        let tokens = program
+            .sources
+            .iter()
+            .find(|source| source.name == "tokens");
+        tokens
+            .and_then(|tokens| tokens.ty.size_of(&dim.into()))
+            .unwrap_or(1)
+    };
+    let (n_batch, n_seq) = (
+        size(session.program(), "batch"),
+        size(session.program(), "seq"),
+    );
+    let batch = DataSource::Golden { vocab }.batch(step, n_batch, n_seq)?;
+    let (tokens, targets) = batch.tensors()?;
+    session.set("tokens", &tokens)?;
+    session.set("targets", &targets)?;
+    Ok(())
+}
+
+fn greatest(got: &[f64], want: &[f64]) -> f64 {
+    let errors = got
+        .iter()
+        .zip(want)
+        .map(|(got, want)| (got - want).abs() / want.abs());
+    errors.fold(0.0, |most, error| {
+        if error.is_nan() {
+            f64::INFINITY
+        } else {
+            most.max(error)
+        }
+    })
+}
+
+/// Relative to the greatest element.
+fn error(got: &HostTensor, want: &HostTensor) -> f64 {
+    let (Ok(got), Ok(want)) = (got.as_f32(), want.as_f32()) else {
+        return f64::INFINITY;
+    };
+    let scale = want
+        .iter()
+        .fold(0.0_f32, |most, x| most.max(x.abs()))
+        .max(f32::MIN_POSITIVE);
+    let errors = got
+        .iter()
+        .zip(want)
+        .map(|(got, want)| f64::from((got - want).abs() / scale));
+    errors.fold(0.0, |most, error| {
+        if error.is_nan() {
+            f64::INFINITY
+        } else {
+            most.max(error)
+        }
+    })
+}
+
+/// Times of all programs, beside the device's measured copy bandwidth.
+fn bench(folder: &Path) -> Result<usize, Failure> {
+    let mut gpu = Cuda::open(0, Precision::F32)?;
+    let copy = copy_bandwidth(&mut gpu)?;
+    println!("device     {}", gpu.name());
+    println!(
+        "copies     {:.0} GB/s, read and written (measured)",
+        copy / 1e9
+    );
+    drop(gpu);
+    println!(
+        "program                    step eager   step as graph   kernels: part of the copy bandwidth   products"
+    );
+    for case in cases(folder)? {
+        let name = case
+            .file_name()
+            .map_or_else(String::new, |name| name.to_string_lossy().into());
+        let expected: Expected =
+            serde_json::from_slice(&std::fs::read(case.join("expected.json"))?)?;
+        let mut session = on_gpu(&case)?;
+        give_batch(&mut session, expected.vocab, 0)?;
+        session.step()?;
+        let eager = session.step()?;
+        let mut graph_s = f64::INFINITY;
+        for _ in 0..20 {
+            let start = Instant::now();
+            session.step()?;
+            graph_s = graph_s.min(start.elapsed().as_secs_f64());
+        }
+        let (bytes, kernel_s) = total(&eager, Category::Kernel, |event| event.n_bytes);
+        let (flops, product_s) = total(&eager, Category::Contract, |event| event.n_flops);
+        println!(
+            "{name:<24}  {:9.3} ms   {:9.3} ms   {:9.1} %   {:9.2} TFLOP/s",
+            1e3 * eager.step_s(),
+            1e3 * graph_s,
+            100.0 * bytes / kernel_s / copy,
+            flops / product_s / 1e12
+        );
+    }
+    Ok(0)
+}
+
+/// Work and seconds of a category.
+fn total(
+    timeline: &Timeline,
+    category: Category,
+    work: impl Fn(&meshweave_dsl::timeline::Event) -> f64,
+) -> (f64, f64) {
+    let events = timeline
+        .events
+        .iter()
+        .filter(|event| event.category == category);
+    events.fold((0.0, 0.0), |(sum, seconds), event| {
+        (sum + work(event), seconds + event.duration_s)
+    })
+}
+
+/// Bytes read and written a second by a copy of 1 GiB, the best of ten.
+fn copy_bandwidth(gpu: &mut Cuda) -> Result<f64, Failure> {
+    const N_BYTES: usize = 1 << 30;
+    let (from, to) = (gpu.allocate(N_BYTES)?, gpu.allocate(N_BYTES)?);
+    gpu.reserve(1, 2)?;
+    let stream = StreamIdx(0);
+    let command = |work| Command { stream, work };
+    let commands = [
+        command(Work::Record(EventIdx(0))),
+        command(Work::Copy {
+            to,
+            from,
+            n_bytes: N_BYTES,
+        }),
+        command(Work::Record(EventIdx(1))),
+    ];
+    let mut best_s = f64::INFINITY;
+    for _ in 0..10 {
+        gpu.submit(&commands)?;
+        gpu.synchronize()?;
+        best_s = best_s.min(gpu.elapsed_s(EventIdx(0), EventIdx(1))?);
+    }
+    Ok(2.0 * N_BYTES as f64 / best_s)
+}

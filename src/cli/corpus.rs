@@ -1,0 +1,188 @@
+//! `meshweave corpus`: programs for a GPU, with what they must give.
+//!
+//! Enters: a folder and a target. Leaves: for each program a folder with the artifact, `expected.json` and
+//! `expected.safetensors`: losses, the first step's gradients and the last step's parameters of the serial
+//! f64 interpreter.
+//! Invariant: a machine with a GPU needs these and their checker (`runtime/examples/gpu_check.rs`) alone:
+//! no LLVM, no network. `make gpu-corpus` makes both.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use meshweave_compiler::partition::Keep;
+use meshweave_dsl::diagnostics::Class;
+use meshweave_dsl::graph::{Graph, Role, TensorId};
+use meshweave_runtime::data::DataSource;
+use meshweave_runtime::reference::{ReferenceError, Stepper, Value};
+use meshweave_runtime::tensor::{Elements, HostTensor};
+use meshweave_runtime::{artifact, checkpoint};
+use serde_json::json;
+
+use super::compile::gpu_target;
+use super::runtime_error;
+use crate::compile::{CompileOptions, target_features};
+use crate::error::{Error, Result};
+use crate::session::Session;
+
+#[derive(Debug, Args)]
+pub struct CorpusArgs {
+    /// Where to put the programs.
+    folder: PathBuf,
+    /// The GPU to compile for.
+    #[arg(long, value_name = "TARGET", default_value = "cuda:sm_90")]
+    target: String,
+}
+
+/// Steps of each case: two whose instructions are timed, two as a graph.
+const N_STEPS: usize = 4;
+
+/// The golden model under a mesh: name, statements of the model, devices, mesh and tactics.
+const CASES: [(&str, &str, usize, &str); 10] = [
+    ("dense-1", "", 1, "mesh main = dp:1"),
+    ("dense-dp2", "", 2, "mesh main = dp:2\napply dp(dp)"),
+    ("dense-tp2", "", 2, "mesh main = tp:2\napply megatron(tp)"),
+    (
+        "dense-tp2-dp2",
+        "",
+        4,
+        "mesh main = dp:2 > tp:2\napply dp(dp)\napply megatron(tp)",
+    ),
+    (
+        "dense-fsdp4",
+        "",
+        4,
+        "mesh main = dp:4\napply dp(dp)\napply zero(3, dp)",
+    ),
+    ("dense-planned-8", "", 8, ""),
+    ("moe-1", "capacity 2", 1, "mesh main = dp:1"),
+    ("moe-ep4", "capacity 2", 4, "mesh main = ep:4\napply ep(ep)"),
+    (
+        "moe-dropless-ep2-dp2",
+        "capacity 0",
+        4,
+        "mesh main = dp:2 > ep:2\napply dp(dp)\napply ep(ep)",
+    ),
+    (
+        "dense-pp2-dp2",
+        "",
+        4,
+        "mesh main = pp:2 > dp:2\npipeline main.pp {\n  cut before layers[1]\n  schedule zb-h1\n  microbatches 4\n}\napply dp(dp)",
+    ),
+];
+
+/// Compiles all programs and runs them serially.
+pub fn corpus(args: &CorpusArgs) -> Result<()> {
+    let gpu = gpu_target(&args.target)?;
+    for (name, model, n_devices, mesh) in CASES {
+        let document = document(name, model, n_devices, mesh);
+        make(&document, &args.folder.join(name), &gpu)?;
+        println!("{name}: compiled for {gpu}");
+    }
+    Ok(())
+}
+
+fn document(name: &str, model: &str, n_devices: usize, mesh: &str) -> String {
+    format!(
+        "plan \"{name}\" model tiny cluster \"local:{n_devices}\"\n\
+         train batch 8 seq 64 steps {N_STEPS} optimizer adamw\ndata golden\ninit golden\n\
+         model tiny = golden {{\n  size tiny\n  {model}\n}}\n{mesh}\n"
+    )
+}
+
+/// Compiles a document, runs it serially, and writes both.
+fn make(document: &str, folder: &Path, target: &str) -> Result<()> {
+    let session = Session::from_text("corpus", document, Path::new("."), None)?;
+    let model = session.model()?;
+    let solution = session.plan(&model)?;
+    let options = CompileOptions {
+        keep: Keep::Gradients,
+        gpu: Some(target.into()),
+        ..CompileOptions::default()
+    };
+    let compiled = session.compile(&model, &solution.plan, &options)?;
+    std::fs::create_dir_all(folder).map_err(unwritten)?;
+    artifact::write_with_gpu(
+        &folder.join("artifact"),
+        &compiled.program,
+        &compiled.kernels,
+        &target_features(),
+        compiled.code.as_ref(),
+    )
+    .map_err(runtime_error)?;
+    let graph = model.whole();
+    let tokens = graph.find("tokens").ok_or_else(|| lacking("tokens"))?;
+    let size = |dim: &str| graph.ty(tokens).size_of(&dim.into()).unwrap_or(1);
+    let vocab = compiled.program.sources.iter();
+    let vocab = vocab
+        .filter_map(|source| source.ty.size_of(&"vocab".into()))
+        .max();
+    let vocab = vocab.ok_or_else(|| lacking("vocabulary"))?;
+    let data = DataSource::Golden { vocab };
+    let mut stepper = Stepper::new(graph).map_err(reference)?;
+    let mut losses = Vec::new();
+    let mut tensors = BTreeMap::new();
+    for step in 0..N_STEPS {
+        let (tokens, targets) = data
+            .batch(step, size("batch"), size("seq"))
+            .and_then(|batch| batch.tensors())
+            .map_err(runtime_error)?;
+        let inputs = [("tokens", tokens), ("targets", targets)];
+        let inputs = inputs
+            .into_iter()
+            .map(|(name, value)| input(graph, name, &value));
+        let truth = stepper
+            .step(&inputs.collect::<Result<_>>()?)
+            .map_err(reference)?;
+        losses.push(truth.loss());
+        if step == 0 {
+            for (param, gradient) in &graph.gradients {
+                let name = graph.tensor(*gradient).name.clone();
+                tensors.insert(name, tensor(graph, *gradient, &truth.gradients[param])?);
+            }
+        }
+    }
+    for (id, value) in stepper.sources() {
+        if matches!(graph.tensor(*id).role, Role::Param(_)) {
+            tensors.insert(graph.tensor(*id).name.clone(), tensor(graph, *id, value)?);
+        }
+    }
+    checkpoint::write(&folder.join("expected.safetensors"), &tensors, N_STEPS)
+        .map_err(runtime_error)?;
+    let expected = json!({ "vocab": vocab, "losses": losses });
+    std::fs::write(folder.join("expected.json"), expected.to_string()).map_err(unwritten)?;
+    Ok(())
+}
+
+fn input(graph: &Graph, name: &str, value: &HostTensor) -> Result<(TensorId, Value)> {
+    let id = graph.find(name).ok_or_else(|| lacking(name))?;
+    let Elements::I32(elements) = value.elements() else {
+        return Err(lacking(name));
+    };
+    let elements = elements.iter().map(|x| f64::from(*x)).collect();
+    let value = Value::new(graph.ty(id).clone(), elements).map_err(reference)?;
+    Ok((id, value))
+}
+
+fn tensor(graph: &Graph, id: TensorId, value: &Value) -> Result<HostTensor> {
+    let elements = value.data().iter().map(|x| *x as f32).collect();
+    Ok(HostTensor::new(
+        graph.ty(id).clone(),
+        Elements::F32(elements),
+    )?)
+}
+
+fn reference(error: ReferenceError) -> Error {
+    Error::plain(Class::Internal, error)
+}
+
+fn lacking(name: &str) -> Error {
+    Error::plain(Class::Internal, format!("the program lacks `{name}`"))
+}
+
+fn unwritten(error: std::io::Error) -> Error {
+    Error::plain(
+        Class::Exhausted,
+        format!("cannot write the corpus: {error}"),
+    )
+}
