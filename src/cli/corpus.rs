@@ -166,10 +166,7 @@ fn input(graph: &Graph, name: &str, value: &HostTensor) -> Result<(TensorId, Val
 
 fn tensor(graph: &Graph, id: TensorId, value: &Value) -> Result<HostTensor> {
     let elements = value.data().iter().map(|x| *x as f32).collect();
-    Ok(HostTensor::new(
-        graph.ty(id).clone(),
-        Elements::F32(elements),
-    )?)
+    HostTensor::new(graph.ty(id).clone(), Elements::F32(elements)).map_err(runtime_error)
 }
 
 fn reference(error: ReferenceError) -> Error {

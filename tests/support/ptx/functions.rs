@@ -137,6 +137,16 @@ pub(super) fn function(op: &str) -> Option<fn(&[u64]) -> u64> {
         "mul.rn.f32" | "mul.f32" => |a| of(f(a[0]) * f(a[1])),
         "div.rn.f32" => |a| of(f(a[0]) / f(a[1])),
         "rcp.rn.f32" => |a| of(1.0 / f(a[0])),
+        "cvt.sat.f32.f32" => |a| of(f(a[0]).clamp(0.0, 1.0).max(0.0)),
+        "fma.rm.f32" => |a| {
+            let exact = f64::from(f(a[0])).mul_add(f64::from(f(a[1])), f64::from(f(a[2])));
+            let nearest = exact as f32;
+            of(if f64::from(nearest) > exact {
+                nearest.next_down()
+            } else {
+                nearest
+            })
+        },
         "fma.rn.f32" => |a| of(f(a[0]).mul_add(f(a[1]), f(a[2]))),
         "sqrt.rn.f32" => |a| of(f(a[0]).sqrt()),
         "neg.f32" => |a| of(-f(a[0])),
