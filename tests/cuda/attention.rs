@@ -105,7 +105,8 @@ impl Case {
         let expected: Vec<(BufferId, Value)> = results.into_iter().zip(backward).collect();
         device.check(&action, precision, &expected, 2.0 * tolerance);
         // The test means what it says: tensor cores multiply where they are asked for and can.
-        let tensor = self.head % 16 == 0 && (dtype == DType::Bf16 || precision == Precision::Tf32);
+        let tensor =
+            self.head.is_multiple_of(16) && (dtype == DType::Bf16 || precision == Precision::Tf32);
         let kernels = kernels_of(&action, &device.buffers, precision).unwrap();
         assert_eq!(kernels[1].source.contains("#define PIECES"), tensor);
     }

@@ -261,7 +261,7 @@ impl<'a, 'm> Block<'a, 'm> {
         let is_shared = match space {
             Space::Shared => {
                 assert!(
-                    address < 1 << 32 || address >= SHARED,
+                    !(1 << 32..SHARED).contains(&address),
                     "{name}: {text}: wrong space"
                 );
                 true
