@@ -202,6 +202,7 @@ pub fn predicted_timeline(program: &Program) -> Timeline {
                     wait_s,
                     n_flops: instruction.n_flops,
                     n_bytes: instruction.n_bytes,
+                    received_bytes: None,
                 });
                 clock_s[*member] = start_s + instruction.predicted_s;
                 next[*member] += 1;

@@ -209,6 +209,17 @@ impl Session {
                 self.sources.clone(),
             ));
         }
+        if schedule.n_microbatches > 1 && !whole.gradients.is_empty() {
+            let message = "the bias of a router goes by the loads of the whole batch, which microbatches do not see together yet";
+            return Err(Error::new(
+                vec![
+                    Diagnostic::error(Class::Unsupported, message)
+                        .at(pipeline.span, "")
+                        .help("write `microbatches 1`, or leave `bias_rate` out"),
+                ],
+                self.sources.clone(),
+            ));
+        }
         let located = |error: PipelineError| {
             let mut error = pipeline_error(error);
             error.sources = self.sources.clone();

@@ -245,3 +245,70 @@ fn targets_that_do_not_exist_are_refused() {
     assert_eq!(output.status.code(), Some(1));
     insta::assert_snapshot!(said, @"");
 }
+
+/// Traces and placements that do not fit say with which figures, and what to do.
+#[test]
+fn what_cannot_be_placed_is_refused_with_a_way_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |args: &[&str]| {
+        let output = meshweave(args, folder.path());
+        let text = [output.stdout, output.stderr].concat();
+        String::from_utf8(text).unwrap()
+    };
+    let synth = "trace synth --layers 3 --experts 8 --tokens 500 -o routes.parquet";
+    said(&synth.split(' ').collect::<Vec<_>>());
+    let place = |flags: &str| -> String {
+        let line = format!("place routes.parquet {flags}");
+        said(&line.split(' ').collect::<Vec<_>>())
+    };
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/mixtral-8x22b");
+    for (flags, expected) in [
+        (
+            "--devices 3".to_string(),
+            "8 experts do not divide over 3 devices; give --slots 3",
+        ),
+        (
+            "--devices 2 --slots 0".to_string(),
+            "devices without slots hold no experts; give 4 slots",
+        ),
+        (
+            "--devices 2 --slots 3".to_string(),
+            "2 devices with 3 slots hold 6 experts, a layer has 8; give 4 slots",
+        ),
+        (
+            format!("--devices 2 --model {model}"),
+            "the trace has 3 layers of 8 experts, top-1; `mixtral` has 56 layers of 8, top-2",
+        ),
+    ] {
+        let found = place(&flags);
+        assert!(found.contains(expected), "{flags}: {found}");
+    }
+    // Experts that no token chose are placed, and counted.
+    let loads = r#"{"logical_count": [[5, 0, 3, 4], [1, 1, 0, 0]]}"#;
+    std::fs::write(folder.path().join("loads.json"), loads).unwrap();
+    let found = said(&[
+        "place",
+        "loads.json",
+        "--devices",
+        "2",
+        "--objective",
+        "load",
+    ]);
+    assert!(found.contains("3 experts were never chosen"), "{found}");
+    // Decoding asks for a placement of the same devices, and for tokens enough.
+    let decode = "trace decode routes.parquet --devices 3";
+    let found = said(&decode.split(' ').collect::<Vec<_>>());
+    assert!(
+        found.contains("8 experts do not divide over 3 devices"),
+        "{found}"
+    );
+    let decode = "trace decode routes.parquet --devices 4";
+    let found = said(&decode.split(' ').collect::<Vec<_>>());
+    assert!(
+        found.contains("has 500 tokens, 64 steps of 16 sequences need more"),
+        "{found}"
+    );
+    let decode = "trace decode routes.parquet --devices 4 --batch 4 --seq 20 --steps 20";
+    let found = said(&decode.split(' ').collect::<Vec<_>>());
+    assert!(found.contains("features   differ by"), "{found}");
+}

@@ -641,6 +641,7 @@ fn latent_attention_with_limited_groups() {
         moe.losses = RouterLosses {
             balance: 0.3,
             z: 0.2,
+            bias_rate: 0.0,
         };
         moe.router = router;
         moe.shared = Some(SharedExperts {

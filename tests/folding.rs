@@ -79,6 +79,89 @@ const FOLDS: [(&str, usize, &str, &str); 7] = [
     ),
 ];
 
+/// Ranks, parts of a sequence that are dispatched from where they are, meshes with their tactics, and
+/// how the plan keeps an expert's weights. Tokens are dispatched by the ranks that attention leaves them
+/// on, and travel.
+const TRAVELS: [(&str, usize, usize, &str, &str); 8] = [
+    (
+        "ep4",
+        4,
+        1,
+        "mesh main = dp:4\nmesh moe = ep:4 refolds main\napply dp(dp)\napply leave(dp)\n\
+         apply arrive(ep)",
+        "[expert/dp_ep, embed, ffn]",
+    ),
+    (
+        "ep2 x etp2",
+        4,
+        1,
+        "mesh main = dp:4\nmesh moe = ep:2 > etp:2 refolds main\napply dp(dp)\napply leave(dp)\n\
+         apply arrive(ep)\napply megatron(etp)\n\
+         pin layers[*].moe.experts.w* : [expert/ep, embed, ffn/etp]",
+        "[expert/dp_ep, embed, ffn/dp_etp]",
+    ),
+    (
+        "etp2 x ep2",
+        4,
+        1,
+        "mesh main = dp:4\nmesh moe = etp:2 > ep:2 refolds main\napply dp(dp)\napply leave(dp)\n\
+         apply arrive(ep)\napply megatron(etp)\n\
+         pin layers[*].moe.experts.w* : [expert/ep, embed, ffn/etp]",
+        "[expert/dp_ep, embed, ffn/dp_etp]",
+    ),
+    (
+        "ep8",
+        8,
+        1,
+        "mesh main = dp:8\nmesh moe = ep:8 refolds main\napply dp(dp)\napply leave(dp)\n\
+         apply arrive(ep)",
+        "[expert/dp_ep, embed, ffn]",
+    ),
+    (
+        "ep4 over tp2 x dp4",
+        8,
+        2,
+        "mesh main = dp:4 > tp:2\nmesh moe = edp:rest > ep:4 refolds main\napply dp(dp)\n\
+         apply megatron(tp)\napply leave(dp)\napply leave_parts(tp)\napply arrive(ep)\n\
+         apply replicas(edp)\npin layers[*].moe.experts.w* : [expert/ep, embed, ffn]",
+        "[expert/(dp_ep,tp_ep), embed, ffn]",
+    ),
+    (
+        "ep4 over tp4 x dp2",
+        8,
+        4,
+        "mesh main = dp:2 > tp:4\nmesh moe = edp:rest > ep:4 refolds main\napply dp(dp)\n\
+         apply megatron(tp)\napply leave(dp)\napply leave_parts(tp)\napply arrive(ep)\n\
+         apply replicas(edp)\npin layers[*].moe.experts.w* : [expert/ep, embed, ffn]",
+        "[expert/tp_ep, embed, ffn]",
+    ),
+    (
+        "ep4 over cp2 x tp2 x dp2",
+        8,
+        4,
+        "mesh main = dp:2 > cp:2 > tp:2\nmesh moe = edp:rest > ep:4 refolds main\napply dp(dp)\n\
+         apply context(cp)\napply megatron(tp)\napply leave(dp)\napply leave_parts(cp)\n\
+         apply leave_parts(tp)\napply arrive(ep)\napply replicas(edp)\n\
+         pin layers[*].moe.experts.w* : [expert/ep, embed, ffn]",
+        "[expert/(cp_ep,tp_ep), embed, ffn]",
+    ),
+    (
+        "ep4 over tp2 x dp2 with pp2",
+        8,
+        2,
+        "mesh main = pp:2 > dp:2 > tp:2\nmesh moe = pp:same > ep:4 refolds main\napply dp(dp)\n\
+         apply megatron(tp)\napply leave(dp)\napply leave_parts(tp)\napply arrive(ep)\n\
+         pin layers[*].moe.experts.w* : [expert/ep, embed, ffn]\npipeline main.pp {\n  microbatches 4\n}",
+        "[expert/(dp_ep,tp_ep), embed, ffn]",
+    ),
+];
+
+/// Dispatch by attention's ranks, work on the experts'.
+const TACTICS: &str = "tactic leave(a) {\nshard batch over a on .moe.dispatched\n}\n\
+     tactic leave_parts(a) {\nshard part over a on .moe.dispatched\n}\n\
+     tactic arrive(a) {\nshard expert over a on .moe.experts.*\n}\n\
+     tactic replicas(a) {\nshard batch over a on .moe.experts.*\n}\n";
+
 struct Case {
     session: Session,
     model: Model,
@@ -88,7 +171,12 @@ impl Case {
     fn new(n_ranks: usize, config: &str, rest: &str) -> Self {
         let text = format!(
             "plan \"folded\" model m cluster \"local:{n_ranks}\"\nmodel m = {config}\n{rest}\n\
-             use main on *\nuse moe on layers[*].moe.dispatched, layers[*].moe.experts\n"
+             use main on *\nuse moe on {}layers[*].moe.experts\n",
+            if rest.contains("apply arrive") {
+                ""
+            } else {
+                "layers[*].moe.dispatched, "
+            }
         );
         let session = Session::from_text("plan.weave", &text, Path::new("."), None)
             .unwrap_or_else(|error| panic!("{text}\n{error}"));
@@ -241,6 +329,90 @@ fn choices_of_64_experts_fold_with_the_losses_of_routers() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+fn check_travels(capacity: &str, published: Option<&[f64; 5]>) {
+    let mut failures = Vec::new();
+    for (name, n_ranks, parts, rest, layout) in TRAVELS {
+        let config = format!("golden {{ size tiny capacity {capacity} subsequences {parts} }}");
+        let rest = format!("train batch 8 seq 64 optimizer adamw\n{TACTICS}{rest}");
+        let case = Case::new(n_ranks, &config, &rest);
+        let solution = case.session.plan(&case.model).unwrap();
+        let (program, _) = case.session.outline(&case.model, &solution.plan).unwrap();
+        let mut found: Vec<String> = counted_collectives(&program);
+        found.dedup();
+        if !found.iter().any(|op| op == "all_to_all") {
+            failures.push(format!("{name}: counted rows go by {found:?}"));
+        }
+        let (truth, published) = (case.truth(), published.map_or(&[][..], |losses| losses));
+        // Parts of sequences drop other tokens than whole ones.
+        let published = if parts == 1 || capacity == "0" {
+            published
+        } else {
+            &[]
+        };
+        let found = case.check(layout, &truth, published);
+        failures.extend(
+            found
+                .into_iter()
+                .map(|failure| format!("{name}: {failure}")),
+        );
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn tokens_travel_on_every_mapping_with_capacity() {
+    check_travels("2", Some(&MOE_CAPACITY_2));
+}
+
+#[test]
+fn tokens_travel_on_every_mapping_without_drops() {
+    check_travels("0", Some(&MOE_DROPLESS));
+}
+
+/// The collectives of rank 0 that send counted rows, in their order.
+fn counted_collectives(program: &Program) -> Vec<String> {
+    let instructions = program.ranks[0].instructions.iter();
+    instructions
+        .filter(|instruction| instruction.rows.is_some())
+        .filter_map(|instruction| match &instruction.action {
+            Action::Collective { op, .. } => Some(op.name().to_owned()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// A token's features cross once for every expert of another device, each way; nothing that fills up
+/// slots is sent.
+#[test]
+fn dispatched_bytes_are_those_of_tokens_that_cross() {
+    let (_, n_ranks, _, rest, layout) = TRAVELS[0];
+    let rest = format!("train batch 8 seq 64 optimizer adamw\n{TACTICS}{rest}");
+    let mut case = Case::new(n_ranks, "golden { size tiny capacity 0 }", &rest);
+    let chosen: Vec<String> = (0..2)
+        .map(|l| format!("layers[{l}].moe.chosen.1"))
+        .collect();
+    for name in &chosen {
+        let id = case.model.graph.find(name).unwrap();
+        case.model.graph.outputs.push(id);
+    }
+    let mut execution = case.start(layout);
+    let timeline = execution.step().unwrap();
+    let mut n_crossing = 0;
+    for name in &chosen {
+        let experts = execution.get(name).unwrap();
+        // Two of eight sequences a rank, 64 tokens of two choices each; two of eight experts a rank.
+        for (at, expert) in experts.as_i32().unwrap().iter().enumerate() {
+            n_crossing += usize::from(at / (2 * 64 * 2) != *expert as usize / 2);
+        }
+    }
+    // As many all_to_alls in both layers; each moves every crossing token once.
+    let found = counted_collectives(execution.program());
+    assert!(found.len() >= 4 && found.iter().all(|op| op == "all_to_all"));
+    let expected = found.len() / 2 * n_crossing * 128 * 4;
+    let counted = timeline.dispatched_bytes(execution.program()).unwrap();
+    assert_eq!(counted, expected as u64);
+}
+
 /// The collectives of the ops whose names hold `part`, in their order on rank 0.
 fn collectives(program: &Program, part: &str) -> Vec<String> {
     let instructions = program.ranks[0].instructions.iter();
@@ -281,6 +453,54 @@ fn tokens_travel_by_all_to_all() {
     }
     let failures = case.check("[expert/dp_ep, embed, ffn]", &case.truth(), &MOE_CAPACITY_2);
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// The bias of a sigmoid router moves against the loads of the whole batch (DeepSeek-V3, §2.1.2), on
+/// every mesh alike, by the optimizer's side.
+#[test]
+fn the_bias_of_a_router_goes_against_the_load() {
+    const RATE: f64 = 0.01;
+    let config = format!(
+        "llama {{\n  layers 2 embed 32 heads 4 ffn 16 vocab 64\n  experts 8 topk 2\n  router sigmoid \
+         bias_rate {RATE}\n}}"
+    );
+    let rest = "train batch 4 seq 32 optimizer adamw\nmesh main = dp:2 > tp:2\n\
+                mesh moe = ep:4 refolds main\napply dp(dp)\napply megatron(tp)\napply ep(ep)";
+    let mut case = Case::new(4, &config, rest);
+    let name = "layers[1].moe.router_bias";
+    let chosen = case.model.graph.find("layers[1].moe.chosen.1").unwrap();
+    case.model.graph.outputs.push(chosen);
+    let truth = case.truth();
+    let layout = "[expert/(dp_ep,tp_ep), embed, ffn]";
+    let failures = case.check(layout, &truth, &[]);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+
+    let mut execution = case.start(layout);
+    let mut expected = [0.0; 8];
+    for _ in 0..3 {
+        execution.step().unwrap();
+        let mut load = [0; 8];
+        for expert in execution
+            .get("layers[1].moe.chosen.1")
+            .unwrap()
+            .as_i32()
+            .unwrap()
+        {
+            load[*expert as usize] += 1;
+        }
+        assert_eq!(load.iter().sum::<i32>(), 4 * 32 * 2);
+        for (bias, load) in expected.iter_mut().zip(load) {
+            *bias -= RATE * f64::from((load - 32).signum());
+        }
+        let bias = execution.get(name).unwrap();
+        for (got, want) in bias.as_f32().unwrap().iter().zip(expected) {
+            assert!(
+                (f64::from(*got) - want).abs() < 1e-6,
+                "{got} against {want}"
+            );
+        }
+    }
+    assert!(expected.iter().any(|bias| *bias != 0.0));
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod analysis;
 mod cli;
 mod cuda;
+mod decode;
 mod differentiate;
 #[cfg(feature = "mlir")]
 mod equivalence;
@@ -29,6 +30,7 @@ mod ptx;
 #[cfg(feature = "mlir")]
 mod processes;
 mod random_graphs;
+mod rebalance;
 mod schedule;
 mod show;
 mod simplify;

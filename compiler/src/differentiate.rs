@@ -111,9 +111,11 @@ pub fn differentiate_traced(graph: &Graph, optimizer: &Optimizer) -> Rule<(Graph
         made,
         ..
     } = backward;
+    // What the graph gives as a gradient itself is the whole step of its parameter.
+    let given = std::mem::take(&mut graph.gradients);
     graph.gradients = graph
         .params()
-        .filter_map(|param| Some((param, *gradients.get(&param)?)))
+        .filter_map(|param| Some((param, *given.get(&param).or(gradients.get(&param))?)))
         .collect();
     naming::name_gradients(&mut graph, &gradients, &made);
     let of: BTreeMap<TensorId, TensorId> = made.into_iter().collect();
@@ -133,7 +135,7 @@ pub fn differentiate_traced(graph: &Graph, optimizer: &Optimizer) -> Rule<(Graph
         };
         origins.insert(graph.op_name(op).into(), origin);
     }
-    optimizer::add_updates(&mut graph, optimizer)?;
+    optimizer::add_updates(&mut graph, optimizer, &given)?;
     let graph = remove_dead(&graph);
     // Ops that were added last are the updates; each begins with the parameter.
     let origin = |op: &Op| match (origins.get(graph.op_name(op)), op.inputs.first()) {

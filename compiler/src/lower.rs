@@ -5,6 +5,7 @@
 //! Invariant: instructions stand in an order that respects every dependency, all addresses are fixed,
 //! and the arena's size is the peak that the runtime will allocate.
 
+mod counted;
 mod memory;
 
 use std::collections::BTreeMap;
@@ -12,11 +13,12 @@ use std::collections::BTreeMap;
 use meshweave_dsl::cluster::{Cluster, DeviceKind};
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
 use meshweave_dsl::layout::{Layout, Mesh};
+use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::OpKind;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::{
-    Action, Buffer, BufferId, ContractIndex, GlobalTensor, Instruction, KernelId, KernelSymbol,
-    PROGRAM_VERSION, Program, RankProgram, TensorPart,
+    Action, Buffer, BufferId, ContractIndex, CountedRows, GlobalTensor, Instruction, KernelId,
+    KernelSymbol, PROGRAM_VERSION, Program, RankProgram, TensorPart,
 };
 
 use crate::codegen::fuse::{FuseError, Item, fuse};
@@ -25,6 +27,7 @@ use crate::partition::Partition;
 use crate::plan::cost::{
     GroupShape, Traffic, collective_seconds, fragment_seconds, op_seconds, traffic_seconds,
 };
+use counted::{CountedStep, Rows};
 use memory::{Access, MemoryPlan, plan_memory};
 
 /// A partition that cannot be lowered.
@@ -126,7 +129,8 @@ pub fn lower_ranks(
         kernels: Vec::new(),
     };
     for (rank, (local, steps)) in locals.iter().zip(steps).enumerate() {
-        let lowering = RankLowering::new(rank, local, steps, cluster, &mut kernels);
+        let (local, steps) = counted::count(local, rank, steps);
+        let lowering = RankLowering::new(rank, &local, steps, cluster, &mut kernels);
         let (rank, buffers, firsts) = lowering.finish()?;
         lowered.ranks.push(rank);
         lowered.buffers_of.push(buffers);
@@ -182,7 +186,7 @@ struct RankLowering<'a> {
     rank: usize,
     local: &'a Graph,
     cluster: &'a Cluster,
-    steps: Vec<Step>,
+    steps: Vec<CountedStep>,
     memory: MemoryPlan,
     buffers: Vec<Buffer>,
     buffer_of: BTreeMap<TensorId, BufferId>,
@@ -193,7 +197,7 @@ impl<'a> RankLowering<'a> {
     fn new(
         rank: usize,
         local: &'a Graph,
-        steps: Vec<Step>,
+        steps: Vec<CountedStep>,
         cluster: &'a Cluster,
         kernels: &'a mut KernelTable,
     ) -> Self {
@@ -228,9 +232,14 @@ impl<'a> RankLowering<'a> {
         let mut firsts = Vec::with_capacity(self.steps.len());
         let steps = std::mem::take(&mut self.steps);
         for (step_idx, step) in steps.iter().enumerate() {
-            firsts.push(instructions.len());
-            match step {
-                Step::Item(item) => self.add_item(step_idx, item, &mut instructions)?,
+            if !step.is_added {
+                firsts.push(instructions.len());
+            }
+            match &step.step {
+                Step::Item(item) => {
+                    let rows = step.rows.as_ref();
+                    self.add_item(step_idx, item, rows, &mut instructions)?;
+                }
                 Step::Send { tensor, to } => {
                     let (to, src) = (*to, self.buffer(*tensor)?);
                     let action = Action::Send { to, src };
@@ -285,6 +294,7 @@ impl<'a> RankLowering<'a> {
             n_bytes,
             predicted_s,
             live_bytes: self.memory.live_bytes[step_idx],
+            rows: None,
         }
     }
 
@@ -292,9 +302,14 @@ impl<'a> RankLowering<'a> {
         &mut self,
         item_idx: usize,
         item: &Item,
+        rows: Option<&Rows>,
         instructions: &mut Vec<Instruction>,
     ) -> Result<(), LowerError> {
         let live_bytes = self.memory.live_bytes[item_idx];
+        let rows = rows.filter(|_| match item {
+            Item::Fragment(fragment) => fragment.kernel.program().stores_in_order(),
+            _ => true,
+        });
         let action = match item {
             Item::View { .. } => return Ok(()),
             Item::Fragment(fragment) => {
@@ -383,15 +398,39 @@ impl<'a> RankLowering<'a> {
         };
         let (n_flops, n_bytes, predicted_s) = self.price(item);
         let name = self.item_name(item);
+        let share = rows.map_or(1.0, |rows| rows.share);
         instructions.push(Instruction {
             name,
             action,
-            n_flops,
-            n_bytes,
-            predicted_s,
+            n_flops: n_flops * share,
+            n_bytes: n_bytes * share,
+            predicted_s: predicted_s * share,
             live_bytes,
+            rows: rows.map(|rows| self.counted_rows(item, rows)).transpose()?,
         });
         Ok(())
+    }
+
+    fn counted_rows(&self, item: &Item, rows: &Rows) -> Result<CountedRows, LowerError> {
+        let mut indices = Vec::new();
+        if let Item::Contract { a, b, out, .. } = item {
+            let [a, b, out] = [a, b, out].map(|id| self.local.ty(*id));
+            let all = contract_dims(a, b, out);
+            let groups = self.local.ty(rows.counts).dims();
+            for dim in groups.chain([&rows.slot]) {
+                let position = all.iter().position(|(other, _)| other == dim);
+                indices.push(position.ok_or_else(|| {
+                    LowerError::Internal(format!("a contraction of rows lacks `{dim}`"))
+                })?);
+            }
+        }
+        let result_counts = rows.result_counts.map(|counts| self.buffer(counts));
+        Ok(CountedRows {
+            counts: self.buffer(rows.counts)?,
+            result_counts: result_counts.transpose()?,
+            slot: rows.slot.clone(),
+            indices,
+        })
     }
 
     /// (flops, bytes, seconds) of one execution.
@@ -481,6 +520,7 @@ impl<'a> RankLowering<'a> {
             n_bytes: 2.0 * ty.n_bytes() as f64,
             predicted_s,
             live_bytes,
+            rows: None,
         })
     }
 
@@ -512,8 +552,8 @@ impl<'a> RankLowering<'a> {
     }
 }
 
-fn access_of(local: &Graph, step: &Step) -> Access {
-    match step {
+fn access_of(local: &Graph, step: &CountedStep) -> Access {
+    let mut access = match &step.step {
         Step::Item(item) => access(local, item),
         Step::Send { tensor, .. } => Access {
             reads: vec![*tensor],
@@ -523,7 +563,12 @@ fn access_of(local: &Graph, step: &Step) -> Access {
             writes: vec![*tensor],
             ..Access::default()
         },
+    };
+    if let Some(rows) = &step.rows {
+        access.reads.push(rows.counts);
+        access.reads.extend(rows.result_counts);
     }
+    access
 }
 
 /// What an item reads and writes.
@@ -598,30 +643,29 @@ fn contract_indices(
             "a contraction to {op_ty} is written as {c}"
         )));
     }
-    let stride_of = |ty: &TensorType, dim| {
+    let stride_of = |ty: &TensorType, dim: &Dim| {
         ty.position(dim)
             .map_or(0, |position| ty.strides()[position])
     };
-    let mut indices: Vec<ContractIndex> = Vec::new();
-    let inner = a
-        .shape
-        .iter()
-        .chain(&b.shape)
-        .filter(|(dim, _)| !c.has(dim));
-    let mut seen: Vec<&meshweave_dsl::name::Dim> = Vec::new();
-    for (dim, size) in c.shape.iter().chain(inner) {
-        if seen.contains(&dim) {
-            continue;
+    let indices = contract_dims(a, b, c).into_iter();
+    let indices = indices.map(|(dim, size)| ContractIndex {
+        size,
+        a: stride_of(a, &dim),
+        b: stride_of(b, &dim),
+        c: stride_of(c, &dim),
+    });
+    Ok(indices.collect())
+}
+
+/// The dims of c, then those that are summed.
+fn contract_dims(a: &TensorType, b: &TensorType, c: &TensorType) -> Vec<(Dim, usize)> {
+    let mut dims: Vec<(Dim, usize)> = Vec::new();
+    for (dim, size) in c.shape.iter().chain(&a.shape).chain(&b.shape) {
+        if !dims.iter().any(|(seen, _)| seen == dim) {
+            dims.push((dim.clone(), *size));
         }
-        seen.push(dim);
-        indices.push(ContractIndex {
-            size: *size,
-            a: stride_of(a, dim),
-            b: stride_of(b, dim),
-            c: stride_of(c, dim),
-        });
     }
-    Ok(indices)
+    dims
 }
 
 fn input(op: &Op, idx: usize) -> Result<TensorId, LowerError> {

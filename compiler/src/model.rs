@@ -76,6 +76,14 @@ pub fn build_decoder(
             config.name
         )));
     }
+    if let Some(moe) = &config.moe
+        && !seq.is_multiple_of(moe.subsequences)
+    {
+        return Err(ModelError::Invalid(format!(
+            "model `{}` routes by {} `subsequences`, which do not divide {seq} tokens: choose a number that does",
+            config.name, moe.subsequences
+        )));
+    }
     let mut b = GraphBuilder::new(&config.name);
     let b = &mut b;
     let tokens = b.input("tokens", DType::I32, [("batch", batch), ("seq", seq)])?;
@@ -95,6 +103,7 @@ pub fn build_decoder(
                     let (h, scores) = model.moe(b, layer_idx, moe, h)?;
                     if goal == Goal::Training {
                         router_losses.extend(model.router_losses(b, moe, &scores)?);
+                        model.bias_step(b, moe, &scores)?;
                     }
                     Ok(h)
                 }),

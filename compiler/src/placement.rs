@@ -17,6 +17,7 @@ pub mod joint;
 pub mod matching;
 pub mod migrate;
 pub mod price;
+pub mod rebalance;
 pub mod search;
 pub mod solve;
 pub mod split;

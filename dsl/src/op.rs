@@ -174,6 +174,9 @@ pub enum OpKind {
     MoeCombine(MoeDims),
     /// `(y[expert, b.., slot, d], dout[b.., seq, d], expert, slot) -> dgate[b.., seq, choice]`.
     MoeGateGrad(MoeDims),
+    /// `(expert[b.., seq, choice], slot) -> [expert:n_experts, b..]`: how many of an expert's slots are
+    /// taken. Whole sequences: the slots taken are the first ones.
+    MoeCounts(MoeDims),
     /// `(p, g, m, v, step[]) -> (p, m, v)`; step counts from 1. Bias-corrected, decoupled decay:
     /// p −= lr (m̂ / (√v̂ + eps) + decay p).
     Adamw {
@@ -323,6 +326,7 @@ impl OpKind {
             Self::MoeDispatch(_) => "moe_dispatch",
             Self::MoeCombine(_) => "moe_combine",
             Self::MoeGateGrad(_) => "moe_gate_grad",
+            Self::MoeCounts(_) => "moe_counts",
             Self::Adamw { .. } => "adamw",
             Self::Sgd { .. } => "sgd",
             Self::AllGather { .. } => "all_gather",
@@ -406,7 +410,10 @@ impl OpKind {
             Self::Attention(dims) | Self::AttentionGrad(dims) => {
                 dims.offset = interval(&dims.seq, 0).start;
             }
-            Self::MoeDispatch(dims) | Self::MoeCombine(dims) | Self::MoeGateGrad(dims) => {
+            Self::MoeDispatch(dims)
+            | Self::MoeCombine(dims)
+            | Self::MoeGateGrad(dims)
+            | Self::MoeCounts(dims) => {
                 let part = interval(&dims.expert, dims.n_experts);
                 (dims.n_experts, dims.offset) = (part.len, part.start);
             }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::graph::{Role, TensorType};
 use crate::layout::{Interval, Layout, Mesh};
+use crate::name::Dim;
 use crate::op::{AttentionDims, OpKind};
 
 /// Version of the program form; an artifact of another version is refused.
@@ -150,6 +151,26 @@ pub struct Instruction {
     pub predicted_s: f64,
     /// Bytes of the arena alive while it runs (persistent buffers included).
     pub live_bytes: usize,
+    /// Rows that it may keep to; without them, or for a runtime that pays no attention to them, all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<CountedRows>,
+}
+
+/// Rows of which the first of each group are used. What stands after them is never read.
+///
+/// Tensors of rows are `[dims of the counts.., slot, ..]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CountedRows {
+    /// i32, a number of rows for every group: of what is read, or written where no rows are read.
+    pub counts: BufferId,
+    /// Of the result of a collective.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result_counts: Option<BufferId>,
+    /// The dim whose first elements count.
+    pub slot: Dim,
+    /// Positions of the dims of the counts, then of the slots, among a contraction's indices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub indices: Vec<usize>,
 }
 
 /// What an instruction does.

@@ -43,6 +43,9 @@ pub struct Event {
     pub wait_s: f64,
     pub n_flops: f64,
     pub n_bytes: f64,
+    /// Bytes that came from other ranks, where that was counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received_bytes: Option<u64>,
 }
 
 /// The events of one step on all ranks.
@@ -69,6 +72,21 @@ impl Timeline {
             .iter()
             .filter(|event| event.category == category);
         events.map(|event| event.duration_s - event.wait_s).sum()
+    }
+
+    /// Bytes of tokens that were dispatched to experts and brought back from another rank than their
+    /// own, over all ranks; `None` where bytes were not counted, or no rows are.
+    pub fn dispatched_bytes(&self, program: &Program) -> Option<u64> {
+        let mut total = None;
+        for event in &self.events {
+            let of_rank = program.ranks.get(event.rank);
+            let instruction = of_rank.and_then(|rank| rank.instructions.get(event.instruction));
+            let counts_rows = instruction.is_some_and(|instruction| instruction.rows.is_some());
+            if let Some(bytes) = event.received_bytes.filter(|_| counts_rows) {
+                *total.get_or_insert(0) += bytes;
+            }
+        }
+        total
     }
 
     /// The actions of a schedule on every rank, from the spans of the program that ran. Linear.

@@ -91,7 +91,11 @@ impl ContractPlan {
             c: span(dims, |d| d.c),
         };
         check_output(dims)?;
-        let merged = merge(dims);
+        Ok(ContractPlan::of_merged(&merge(dims), spans, options))
+    }
+
+    /// The plan for indices that are as merged as they may be.
+    fn of_merged(merged: &[ContractIndex], spans: Spans, options: ContractOptions) -> ContractPlan {
         let of = |wanted: Role| -> Vec<ContractIndex> {
             merged
                 .iter()
@@ -122,7 +126,7 @@ impl ContractPlan {
         outer.extend(without(&rows, m));
         outer.extend(without(&columns, n));
         let (m_dim, n_dim) = (pick(&rows, m), pick(&columns, n));
-        Ok(ContractPlan {
+        ContractPlan {
             m: m_dim,
             n: n_dim,
             k: pick(&depths, k),
@@ -130,7 +134,7 @@ impl ContractPlan {
             depth: without(&depths, k),
             options,
             spans,
-        })
+        }
     }
 
     /// Floating point operations, a multiplication and an addition counted as two.
@@ -315,6 +319,70 @@ impl ContractPlan {
             // SAFETY: the offset is below the output's span.
             unsafe { *c.add(offset) = 0.0 };
         }
+    }
+}
+
+/// A contraction one of whose indices is as long as a run says.
+#[derive(Debug, Clone)]
+pub struct RowPlan {
+    plan: ContractPlan,
+    rows: ContractIndex,
+}
+
+impl RowPlan {
+    /// Plans for `rows` at its full length besides `others`, which it is not merged with.
+    ///
+    /// # Errors
+    /// As for [`ContractPlan::new`].
+    pub fn new(
+        others: &[ContractIndex],
+        rows: ContractIndex,
+        options: ContractOptions,
+    ) -> Result<RowPlan> {
+        let all: Vec<ContractIndex> = others.iter().copied().chain([rows]).collect();
+        check_output(&all)?;
+        let spans = Spans {
+            a: span(&all, |d| d.a),
+            b: span(&all, |d| d.b),
+            c: span(&all, |d| d.c),
+        };
+        let mut merged = merge(others);
+        merged.push(rows);
+        Ok(RowPlan {
+            plan: ContractPlan::of_merged(&merged, spans, options),
+            rows,
+        })
+    }
+
+    /// Runs over the first `n_rows`; the result replaces what was there when `is_first` and the options
+    /// do not say to accumulate, otherwise it is added.
+    ///
+    /// # Errors
+    /// As for [`ContractPlan::run_raw_on`].
+    ///
+    /// # Safety
+    /// As for [`ContractPlan::run_raw`], with `n_rows` at most the full length.
+    pub(crate) unsafe fn run_raw_on(
+        &self,
+        pool: &WorkerPool,
+        n_rows: usize,
+        is_first: bool,
+        (a, b, c): (*const f32, *const f32, *mut f32),
+    ) -> Result<()> {
+        if n_rows == 0 && (self.rows.c != 0 || !is_first) {
+            return Ok(());
+        }
+        let mut plan = self.plan.clone();
+        plan.options.accumulate |= !is_first;
+        {
+            let places = [&mut plan.m, &mut plan.n, &mut plan.k].into_iter();
+            let mut places = places.chain(&mut plan.outer).chain(&mut plan.depth);
+            if let Some(place) = places.find(|index| **index == self.rows) {
+                place.size = n_rows;
+            }
+        }
+        // SAFETY: as for this function.
+        unsafe { plan.run_raw_on(pool, a, b, c) }
     }
 }
 

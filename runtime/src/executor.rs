@@ -11,6 +11,7 @@ mod gpu;
 mod kernels;
 mod place;
 mod prepare;
+mod rows;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +41,7 @@ pub use kernels::KernelTable;
 use place::{Placed, PlacedPart, Words, place};
 pub(crate) use place::{holders, is_kept};
 use prepare::{Call, Prepared, prepare};
+use rows::Packed;
 
 /// The scalar input that counts steps from 1; the session gives it by itself.
 const STEP_INPUT: &str = "step";
@@ -97,6 +99,7 @@ struct Rank {
     /// Attention scratch of the pool's threads but the first, which uses the arena's.
     scratch: Vec<Vec<f32>>,
     clocks: Vec<Clock>,
+    packed: Packed,
     drill: Option<PlacedDrill>,
     /// After what points into it.
     arena: Arena,
@@ -112,6 +115,8 @@ struct Clock {
     start: Instant,
     duration_s: f64,
     wait_s: f64,
+    /// Bytes that came from other ranks.
+    received_bytes: u64,
 }
 
 impl Session {
@@ -420,6 +425,7 @@ impl Session {
                     wait_s: clock.wait_s,
                     n_flops: instruction.n_flops,
                     n_bytes: instruction.n_bytes,
+                    received_bytes: prepared.is_exchange().then_some(clock.received_bytes),
                 },
             ));
         }
@@ -511,6 +517,7 @@ impl Rank {
             start: Instant::now(),
             duration_s: 0.0,
             wait_s: 0.0,
+            received_bytes: 0,
         };
         let instructions = program.ranks[rank].instructions.iter();
         let names = instructions.map(|one| one.name.clone()).collect();
@@ -518,6 +525,7 @@ impl Rank {
             rank,
             names,
             clocks: vec![now; prepared.len()],
+            packed: Packed::default(),
             drill: None,
             prepared,
             communicator,
@@ -539,13 +547,16 @@ impl Rank {
             {
                 self.fail_as_rehearsed();
             }
-            let waited_s = self.communicator.stats().wait_s;
+            let before = self.communicator.stats();
             let start = Instant::now();
             self.execute(instruction_idx)?;
+            let duration_s = start.elapsed().as_secs_f64();
+            let after = self.communicator.stats();
             self.clocks[instruction_idx] = Clock {
                 start,
-                duration_s: start.elapsed().as_secs_f64(),
-                wait_s: self.communicator.stats().wait_s - waited_s,
+                duration_s,
+                wait_s: after.wait_s - before.wait_s,
+                received_bytes: after.received_bytes - before.received_bytes,
             };
         }
         self.communicator.enter(Place {
@@ -562,7 +573,36 @@ impl Rank {
                 args,
                 n_rows,
                 divisible,
-            } => run_kernel(&self.pool, *function, args, *n_rows, *divisible),
+                rows: None,
+            } => run_kernel(&self.pool, *function, args, (0, *n_rows), *divisible),
+            Prepared::Kernel {
+                function,
+                args,
+                divisible,
+                rows: Some(rows),
+                ..
+            } => {
+                // SAFETY: the counts lie in this rank's arena, made by an instruction before.
+                let mut ranges = unsafe { rows.ranges() }?.into_iter();
+                ranges.try_for_each(|range| {
+                    run_kernel(&self.pool, *function, args, range, *divisible)
+                })
+            }
+            Prepared::ContractRows { rows, a, b, c } => {
+                // SAFETY: as for a contraction; the counts lie in this rank's arena.
+                unsafe { rows.run(&self.pool, *a, *b, *c) }
+            }
+            Prepared::CollectiveRows {
+                rows,
+                group,
+                src,
+                dst,
+            } => {
+                let communicator = self.communicator.as_mut();
+                // SAFETY: `prepare` checked the buffers against the counts' types, and that they do
+                // not overlap unless the rows are reduced in place.
+                unsafe { rows.run(communicator, *group, *src, *dst, &mut self.packed) }
+            }
             Prepared::Contract { plan, a, b, c } => {
                 // SAFETY: `prepare` checked the spans against the buffers and c against a and b.
                 unsafe { plan.run_raw_on(&self.pool, *a, *b, *c) }
@@ -672,9 +712,10 @@ fn run_kernel(
     pool: &WorkerPool,
     function: KernelFn,
     args: &[*mut std::ffi::c_void],
-    n_rows: usize,
+    (first, end): (usize, usize),
     divisible: bool,
 ) -> Result<()> {
+    let n_rows = end - first;
     let n_parts = if divisible {
         pool.n_threads().min(n_rows)
     } else {
@@ -683,7 +724,7 @@ fn run_kernel(
     if n_parts <= 1 {
         // SAFETY: the table's functions follow the contract of their symbols, and `prepare` took the
         // arguments from the instruction that the compiler wrote for this symbol.
-        unsafe { function(args.as_ptr(), 0, n_rows as i64) };
+        unsafe { function(args.as_ptr(), first as i64, end as i64) };
         return Ok(());
     }
     struct Args<'a>(&'a [*mut std::ffi::c_void]);
@@ -692,9 +733,9 @@ fn run_kernel(
     let args = Args(args);
     pool.run(n_parts, &|part| {
         let Args(args) = &args;
-        let (begin, end) = (n_rows * part / n_parts, n_rows * (part + 1) / n_parts);
+        let at = |part: usize| (first + n_rows * part / n_parts) as i64;
         // SAFETY: as above, for a part of the rows.
-        unsafe { function(args.as_ptr(), begin as i64, end as i64) };
+        unsafe { function(args.as_ptr(), at(part), at(part + 1)) };
     })
 }
 

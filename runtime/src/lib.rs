@@ -23,6 +23,7 @@ pub mod rendezvous;
 pub mod checkpoint;
 pub mod pretrained;
 pub mod profile;
+pub mod decode;
 pub mod reference;
 
 pub use error::{Error, Result};

@@ -136,7 +136,8 @@ impl Routine {
                 OpKind::MoeSlots { .. }
                 | OpKind::MoeDispatch(_)
                 | OpKind::MoeCombine(_)
-                | OpKind::MoeGateGrad(_),
+                | OpKind::MoeGateGrad(_)
+                | OpKind::MoeCounts(_),
                 ..,
             ) => Kind::Moe(Moe::new(op, inputs, results)?),
             _ => {
@@ -148,6 +149,15 @@ impl Routine {
             }
         };
         Ok(Routine(kind))
+    }
+
+    /// The same, leaving the slots that no token takes as they are instead of writing zeros.
+    #[must_use]
+    pub fn leaving_rest(self) -> Routine {
+        match self.0 {
+            Kind::Moe(moe) => Routine(Kind::Moe(moe.leaving_rest())),
+            other => Routine(other),
+        }
     }
 
     /// Runs on raw memory.

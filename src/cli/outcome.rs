@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::Format;
 use super::calibrate::Calibrated;
+use super::rebalance::Rebalanced;
 use super::render::{bytes, seconds, sparkline};
 use crate::report::predicted_timeline;
 
@@ -24,6 +25,10 @@ pub(super) struct Outcome {
     /// Wall seconds of every step.
     pub(super) step_s: Vec<f64>,
     pub(super) timeline: Option<Timeline>,
+    /// Bytes of tokens that every step dispatched to experts of other devices and brought back.
+    pub(super) dispatched_bytes: Vec<u64>,
+    /// Experts moved between steps, where it was asked for.
+    pub(super) rebalanced: Option<Rebalanced>,
     /// A signal ended the run before its last step.
     pub(super) ended_early: bool,
     /// Bytes allocated for each rank's arena.
@@ -74,6 +79,11 @@ pub(super) fn print(
                 "ended_early": outcome.ended_early,
                 "step_s": {"predicted": predicted_s, "measured_median": median_s, "measured": outcome.step_s},
                 "memory_bytes": {"predicted": planned_bytes, "measured": arena_bytes},
+                "dispatched_bytes": {"measured": outcome.dispatched_bytes},
+                "rebalanced": outcome.rebalanced.as_ref().map(|done| json!({
+                    "moved": done.moved,
+                    "balancedness": {"measured": done.balancedness},
+                })),
                 "idle_part": {"predicted": predicted.idle_part(), "measured": outcome.timeline.as_ref().map(Timeline::idle_part)},
                 "actions": {
                     "predicted": predicted.actions(program),
@@ -136,6 +146,23 @@ pub(super) fn print(
         bytes(planned_bytes as f64),
         bytes(peak_bytes as f64)
     );
+    let n_dispatches = outcome.dispatched_bytes.len();
+    if n_dispatches > 0 {
+        let total: u64 = outcome.dispatched_bytes.iter().sum();
+        println!(
+            "dispatch   {} of tokens a step between devices, there and back (measured, mean of {n_dispatches})",
+            bytes(total as f64 / n_dispatches as f64)
+        );
+    }
+    if let Some(done) = &outcome.rebalanced
+        && let Some((before, after)) = done.balancedness.last()
+    {
+        println!(
+            "rebalanced {} times, {} experts moved; balancedness {before:.3} → {after:.3} the last time (measured loads)",
+            done.moved.len(),
+            done.moved.iter().sum::<usize>()
+        );
+    }
     if let (Some(first), Some(last)) = (outcome.losses.first(), outcome.losses.last()) {
         println!(
             "loss       {first:.6} → {last:.6}  {}",

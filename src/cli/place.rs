@@ -8,6 +8,7 @@ use meshweave_compiler::import::read_config;
 use meshweave_compiler::model::DecoderConfig;
 use meshweave_compiler::placement::PlacementError;
 use meshweave_compiler::placement::price::Costs;
+use meshweave_compiler::placement::rebalance::shares;
 use meshweave_compiler::placement::search::SearchOptions;
 use meshweave_compiler::placement::solve::{
     Evidence, Method, Objective, Placed, Report, Request, Share, place as place_by, place_trace,
@@ -15,6 +16,7 @@ use meshweave_compiler::placement::solve::{
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::placement::Placement;
+use meshweave_dsl::trace::statistics::load;
 use meshweave_dsl::trace::{TraceError, file, import};
 use serde_json::json;
 
@@ -59,6 +61,10 @@ pub struct PlaceArgs {
     /// Where to write the placement (JSON).
     #[arg(long, short)]
     out: Option<PathBuf>,
+    /// Where to write what part of its expert's load each replica takes (JSON), by a linear program that
+    /// leaves the busiest device least to do.
+    #[arg(long)]
+    shares: Option<PathBuf>,
     /// Where to write the proof of the bound (JSON).
     #[arg(long)]
     certificate: Option<PathBuf>,
@@ -86,14 +92,19 @@ enum Effort {
 pub fn place(args: &PlaceArgs, format: Format) -> Result<()> {
     let model = args.model.as_deref().map(read_model).transpose()?;
     let request = request(args, model.as_ref())?;
-    let placed = if is_json(&args.trace) {
+    let (placed, load) = if is_json(&args.trace) {
         place_loads(args, model.as_ref(), &request)?
     } else {
         let trace = file::read(&args.trace).map_err(trace_error)?;
         if let Some(model) = &model {
             check_model(&trace.shape(), model)?;
         }
-        place_trace(&trace, &request).map_err(placement_error)?
+        let placed = place_trace(&trace, &request).map_err(placement_error)?;
+        (placed, load(&trace))
+    };
+    let shared = match &args.shares {
+        Some(path) => Some(write_shares(path, &placed.placement, &load)?),
+        None => None,
     };
     if let Some(path) = &args.out {
         write_json(path, &json!(placed.placement))?;
@@ -108,13 +119,21 @@ pub fn place(args: &PlaceArgs, format: Format) -> Result<()> {
         write_json(path, &json!(certificate))?;
     }
     match format {
-        Format::Text => print!("{}", render(&placed, args, model.is_some())),
+        Format::Text => {
+            print!("{}", render(&placed, args, model.is_some()));
+            if let Some(shared) = shared {
+                println!(
+                    "shares     {shared:.4} mean balancedness (predicted, of the whole trace) when replicas share by the linear program"
+                );
+            }
+        }
         Format::Json => println!(
             "{}",
             json!({
                 "report": placed.report,
                 "gap": {"device": placed.report.device.gap(), "node": placed.report.node.gap()},
                 "placement": placed.placement,
+                "shared_balancedness": shared,
             })
         ),
     }
@@ -130,7 +149,7 @@ fn place_loads(
     args: &PlaceArgs,
     model: Option<&DecoderConfig>,
     request: &Request,
-) -> Result<Placed> {
+) -> Result<(Placed, Vec<Vec<f64>>)> {
     if args.objective != Goal::Load {
         return Err(Error::plain(
             Class::Invalid,
@@ -138,11 +157,42 @@ fn place_loads(
         ));
     }
     let text = std::fs::File::open(&args.trace).map_err(|error| unreadable(&args.trace, error))?;
-    let load = import::read_load(&mut std::io::BufReader::new(text)).map_err(trace_error)?;
+    let load: Vec<Vec<f64>> =
+        import::read_load(&mut std::io::BufReader::new(text)).map_err(trace_error)?;
     let choices = model
         .and_then(|model| model.moe.as_ref())
         .map_or(1, |moe| moe.top_k);
-    place_by(&Evidence::of_load(load, choices as f64), None, request).map_err(placement_error)
+    let evidence = Evidence::of_load(load.clone(), choices as f64);
+    let placed = place_by(&evidence, None, request).map_err(placement_error)?;
+    Ok((placed, load))
+}
+
+/// Writes the shares of a placement's replicas: for every layer, device and slot, the part of its
+/// expert's load; the mean over the layers of mean over greatest load of a device.
+fn write_shares(path: &Path, placement: &Placement, load: &[Vec<f64>]) -> Result<f64> {
+    let mut parts = Vec::with_capacity(load.len());
+    let mut sum = 0.0;
+    for (layer, load) in load.iter().enumerate() {
+        let devices = placement.layer(layer);
+        let found = shares(load, devices).map_err(placement_error)?;
+        let mean = load.iter().sum::<f64>() / devices.len() as f64;
+        sum += if found.greatest > 0.0 {
+            mean / found.greatest
+        } else {
+            1.0
+        };
+        let of_expert = |(expert, taken): (&u16, f64)| {
+            let whole = load.get(usize::from(*expert)).copied().unwrap_or(0.0);
+            if whole > 0.0 { taken / whole } else { 0.0 }
+        };
+        let of_device = |(held, taken): (&Vec<u16>, Vec<f64>)| -> Vec<f64> {
+            held.iter().zip(taken).map(of_expert).collect()
+        };
+        let of_layer: Vec<Vec<f64>> = devices.iter().zip(found.of_slots).map(of_device).collect();
+        parts.push(of_layer);
+    }
+    write_json(path, &json!({ "shares": parts }))?;
+    Ok(sum / load.len().max(1) as f64)
 }
 
 fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {

@@ -42,20 +42,7 @@ impl Relabeling {
     /// the plan divides the experts over.
     pub fn read(path: &Path, graph: &Graph, plan: &Plan) -> Result<Self> {
         let placement = read_placement(path)?;
-        let layers = layers_of(graph);
-        let limited = graph.ops.iter().find(|op| {
-            let dims = layers.iter().map(|(_, expert)| expert);
-            matches!(&op.kind, OpKind::Split { dim, .. } if dims.into_iter().any(|one| one == dim))
-        });
-        if let Some(op) = limited {
-            return Err(Error::plain(
-                Class::Unsupported,
-                format!(
-                    "`{}` chooses among groups of experts that lie together, which a placement takes apart: placements of group-limited routers are not executed yet",
-                    graph.op_name(op)
-                ),
-            ));
-        }
+        let layers = movable_layers(graph)?;
         let invalid = |what: String| {
             Err(Error::plain(
                 Class::Invalid,
@@ -108,6 +95,89 @@ impl Relabeling {
         Ok(Self { layers: found })
     }
 
+    /// Every expert at its own position, and the number of devices that the plan divides experts over.
+    ///
+    /// # Errors
+    /// The model has no experts, or such as cannot be moved apart; layers divided differently.
+    pub fn in_order(graph: &Graph, plan: &Plan) -> Result<(Self, usize)> {
+        let mut degrees: Vec<usize> = Vec::new();
+        let mut found = Vec::new();
+        for (prefix, expert) in movable_layers(graph)? {
+            let kept = graph
+                .tensor_ids()
+                .filter(|id| is_kept(graph, *id, &prefix, &expert));
+            let mut n_experts = 0;
+            let mut tensors = Vec::new();
+            for id in kept {
+                let tensor = graph.tensor(id);
+                n_experts = tensor.ty.size_of(&expert).unwrap_or(0);
+                if tensor.name.contains(".experts.") {
+                    let layout = plan.source_layout(id);
+                    let axes = layout.axes_of(&expert).iter();
+                    degrees.push(axes.map(|axis| plan.mesh.degree(axis)).product());
+                }
+                tensors.push((tensor.name.clone(), expert.clone()));
+            }
+            found.push(Layer {
+                tensors,
+                order: (0..n_experts).collect(),
+            });
+        }
+        degrees.sort_unstable();
+        degrees.dedup();
+        let n_experts = found.first().map_or(0, |layer| layer.order.len());
+        match degrees.as_slice() {
+            [degree] if n_experts.is_multiple_of(*degree) => Ok((Self { layers: found }, *degree)),
+            [degree] => Err(Error::plain(
+                Class::Invalid,
+                format!(
+                    "{n_experts} experts do not divide over {degree} devices: choose a degree of `ep` that divides them"
+                ),
+            )),
+            [] => Err(
+                Error::plain(Class::Invalid, "the model has no experts to move")
+                    .help("remove --rebalance, or give the model `experts 8`"),
+            ),
+            several => Err(Error::plain(
+                Class::Unsupported,
+                format!(
+                    "layers divide their experts over {several:?} devices: pin one degree to move experts while the model runs"
+                ),
+            )),
+        }
+    }
+
+    /// Experts of a layer.
+    pub fn n_experts(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.order.len())
+    }
+
+    /// Exchanges pairs of positions of a layer, one pair after the other.
+    ///
+    /// # Errors
+    /// A tensor cannot be read or written.
+    pub fn exchange(
+        &mut self,
+        execution: &mut Execution,
+        layer: usize,
+        pairs: &[(usize, usize)],
+    ) -> Result<()> {
+        let Some(layer) = self.layers.get_mut(layer).filter(|_| !pairs.is_empty()) else {
+            return Ok(());
+        };
+        let mut from: Vec<usize> = (0..layer.order.len()).collect();
+        for (a, b) in pairs {
+            from.swap(*a, *b);
+            layer.order.swap(*a, *b);
+        }
+        for (name, dim) in &layer.tensors {
+            let value = execution.get(name).map_err(runtime_error)?;
+            let moved = take(&value, dim, &from)?;
+            execution.set(name, &moved).map_err(runtime_error)?;
+        }
+        Ok(())
+    }
+
     /// Brings an execution's experts to the placement's positions.
     ///
     /// # Errors
@@ -151,6 +221,28 @@ impl Relabeling {
             }
         }
         Ok(())
+    }
+}
+
+/// [`layers_of`] a graph whose experts may be anywhere.
+///
+/// # Errors
+/// A router that chooses among groups of experts.
+fn movable_layers(graph: &Graph) -> Result<Vec<(String, Dim)>> {
+    let layers = layers_of(graph);
+    let limited = graph.ops.iter().find(|op| {
+        let dims = layers.iter().map(|(_, expert)| expert);
+        matches!(&op.kind, OpKind::Split { dim, .. } if dims.into_iter().any(|one| one == dim))
+    });
+    match limited {
+        None => Ok(layers),
+        Some(op) => Err(Error::plain(
+            Class::Unsupported,
+            format!(
+                "`{}` chooses among groups of experts that lie together, which a placement takes apart: placements of group-limited routers are not executed yet",
+                graph.op_name(op)
+            ),
+        )),
     }
 }
 

@@ -22,6 +22,7 @@ use super::calibrate::{Origin, calibrated};
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
 use super::placed::Relabeling;
+use super::rebalance::{Rebalancer, Rhythm};
 use super::render::{plan_summary, seconds};
 use super::routes::{self, Recorder};
 use super::train::{Progress, Training, data_source, give_batch};
@@ -54,6 +55,13 @@ pub struct RunArgs {
     /// Put experts on the devices that this placement of `meshweave place` gives them (documents only).
     #[arg(long, conflicts_with = "checkpoint")]
     placement: Option<PathBuf>,
+    /// Every so many steps, exchange experts between devices so that these have equal loads (documents
+    /// with experts). Losses do not change.
+    #[arg(long, conflicts_with_all = ["routes", "placement", "checkpoint"], value_parser = clap::value_parser!(u64).range(1..))]
+    rebalance: Option<u64>,
+    /// Experts that may move each time.
+    #[arg(long, default_value_t = 8, requires = "rebalance")]
+    moves: usize,
     /// What the ranks are: threads of this process, processes started by MPI, or parts of a GPU's memory.
     #[arg(long, value_enum, default_value_t = Backend::Threads)]
     backend: Backend,
@@ -106,6 +114,7 @@ struct Prepared {
     origin: Option<Origin>,
     routes: Option<Recorder>,
     relabeling: Option<Relabeling>,
+    rebalancer: Option<Rebalancer>,
 }
 
 /// Runs a document or an artifact.
@@ -153,6 +162,7 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
         }
     }
     training.record(prepared.routes.take());
+    training.rebalance(prepared.rebalancer.take());
     let progress = match format {
         Format::Text => Progress::Shown,
         Format::Json => Progress::Hidden,
@@ -164,6 +174,10 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
         && format == Format::Text
     {
         eprintln!("recorded   the experts of {n_tokens} tokens (measured)");
+    }
+    if let Some((done, relabeling)) = training.end_rebalance() {
+        outcome.rebalanced = Some(done);
+        prepared.relabeling = Some(relabeling);
     }
     if let Some(relabeling) = &prepared.relabeling {
         relabeling.undo(&mut prepared.execution)?;
@@ -226,6 +240,7 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
         (args.calibrate.is_some(), "--calibrate"),
         (args.routes.is_some(), "--routes"),
         (args.placement.is_some(), "--placement"),
+        (args.rebalance.is_some(), "--rebalance"),
     ] {
         if given {
             let message = format!("{flag} is for ranks that are threads");
@@ -298,6 +313,7 @@ fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
         (args.calibrate.is_some(), "--calibrate"),
         (args.routes.is_some(), "--routes"),
         (args.placement.is_some(), "--placement"),
+        (args.rebalance.is_some(), "--rebalance"),
     ] {
         if given {
             return Err(Error::plain(
@@ -316,6 +332,7 @@ fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
         origin: None,
         routes: None,
         relabeling: None,
+        rebalancer: None,
     })
 }
 
@@ -325,6 +342,7 @@ struct Made {
     init: Init,
     routes: Option<Recorder>,
     relabeling: Option<Relabeling>,
+    rebalancer: Option<Rebalancer>,
 }
 
 /// The way of every document: what runs is what was written and read back.
@@ -336,6 +354,7 @@ fn from_document(args: &RunArgs, gpu: Option<Cuda>, format: Format) -> Result<Pr
         init,
         routes,
         relabeling,
+        rebalancer,
     } = make_artifact(args, &path, gpu.as_ref().map(Cuda::target), format)?;
     Ok(Prepared {
         execution: start(&path, gpu, &options(args, &init))?,
@@ -345,6 +364,7 @@ fn from_document(args: &RunArgs, gpu: Option<Cuda>, format: Format) -> Result<Pr
         origin: Some(origin),
         routes,
         relabeling,
+        rebalancer,
     })
 }
 
@@ -355,7 +375,15 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
         .init()?
         .unwrap_or_else(|| session.request.init.clone());
     let mut model = session.model()?;
+    let rebalances = args.rebalance.is_some();
     let recorded = match &args.routes {
+        _ if rebalances && model.stages.is_some() => {
+            return Err(Error::plain(
+                Class::Unsupported,
+                "the experts of a pipeline do not change places while it runs yet",
+            )
+            .help("remove --rebalance, or the `pipeline` block"));
+        }
         Some(_) if model.stages.is_some() => {
             return Err(Error::plain(
                 Class::Unsupported,
@@ -366,7 +394,23 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
         Some(path) => Some((path, routes::add_outputs(&mut model.graph)?)),
         None => None,
     };
+    let chosen = if rebalances {
+        routes::add_outputs(&mut model.graph)?.0
+    } else {
+        Vec::new()
+    };
     let solution = session.plan(&model)?;
+    let rebalancer = match args.rebalance {
+        Some(every) => {
+            let rhythm = Rhythm {
+                every: usize::try_from(every).unwrap_or(usize::MAX),
+                moves: args.moves,
+            };
+            let (relabeling, n_devices) = Relabeling::in_order(&model.graph, &solution.plan)?;
+            Some(Rebalancer::new(rhythm, chosen, n_devices, relabeling))
+        }
+        None => None,
+    };
     let relabeling = match &args.placement {
         Some(path) => Some(Relabeling::read(path, &model.graph, &solution.plan)?),
         None => None,
@@ -425,6 +469,7 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
         init,
         routes,
         relabeling,
+        rebalancer,
     })
 }
 

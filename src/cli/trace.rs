@@ -13,6 +13,7 @@ use meshweave_dsl::trace::synth::{Load, Router};
 use meshweave_dsl::trace::{RoutingTrace, TraceShape, file};
 use serde_json::json;
 
+use super::decode::{DecodeArgs, decode};
 use super::place::{trace_error, unreadable};
 use super::{Format, write_atomically};
 use crate::error::{Error, Result};
@@ -31,6 +32,8 @@ enum TraceCommand {
     Stats(StatsArgs),
     /// Turn another engine's recording into a trace.
     Import(ImportArgs),
+    /// Decode over a trace's routes: one exchange of tokens a layer against two.
+    Decode(DecodeArgs),
 }
 
 #[derive(Debug, Args)]
@@ -101,6 +104,7 @@ pub fn trace(args: &TraceArgs, format: Format) -> Result<()> {
         TraceCommand::Synth(args) => synth(args, format),
         TraceCommand::Stats(args) => stats(args, format),
         TraceCommand::Import(args) => import(args, format),
+        TraceCommand::Decode(args) => decode(args, format),
     }
 }
 

@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
 
 use super::job::JobArgs;
 use super::outcome::Outcome;
+use super::placed::Relabeling;
+use super::rebalance::{Rebalanced, Rebalancer};
 use super::routes::Recorder;
 use super::runtime_error;
 use crate::error::{Error, Result};
@@ -125,6 +127,7 @@ pub(super) struct Training {
     /// Whether the ranks are processes, which have to agree.
     shared: bool,
     routes: Option<Recorder>,
+    rebalancer: Option<Rebalancer>,
 }
 
 /// What a process says of itself after each step.
@@ -182,6 +185,7 @@ impl Training {
             data,
             order,
             routes: None,
+            rebalancer: None,
         })
     }
 
@@ -196,6 +200,16 @@ impl Training {
     /// Nothing can be written.
     pub(super) fn end_record(&mut self) -> Result<Option<usize>> {
         self.routes.take().map(Recorder::finish).transpose()
+    }
+
+    /// Moves experts between further steps.
+    pub(super) fn rebalance(&mut self, rebalancer: Option<Rebalancer>) {
+        self.rebalancer = rebalancer;
+    }
+
+    /// Ends the moving, if there is any: what was done, and where the experts are.
+    pub(super) fn end_rebalance(&mut self) -> Option<(Rebalanced, Relabeling)> {
+        self.rebalancer.take().map(Rebalancer::finish)
     }
 
     /// The data.
@@ -235,6 +249,9 @@ impl Training {
             if let Some(recorder) = &mut self.routes {
                 recorder.record(execution)?;
             }
+            if let Some(rebalancer) = &mut self.rebalancer {
+                rebalancer.after_step(execution)?;
+            }
             if has_loss {
                 let loss = execution.loss().map_err(runtime_error)?;
                 if !loss.is_finite() {
@@ -249,6 +266,8 @@ impl Training {
             }
             // The quietest step shows the program, not the machine's other work; processes, which
             // cannot see which one that was on all of them, take the last one.
+            let dispatched = timeline.dispatched_bytes(execution.program());
+            outcome.dispatched_bytes.extend(dispatched);
             let best = outcome.timeline.as_ref();
             if self.shared || best.is_none_or(|best| timeline.step_s() < best.step_s()) {
                 outcome.timeline = Some(timeline);

@@ -207,7 +207,8 @@ fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
         | OpKind::MoeSlots { .. }
         | OpKind::MoeDispatch(_)
         | OpKind::MoeCombine(_)
-        | OpKind::MoeGateGrad(_) => Item::Routine { op: op_id },
+        | OpKind::MoeGateGrad(_)
+        | OpKind::MoeCounts(_) => Item::Routine { op: op_id },
         OpKind::AllGather { .. }
         | OpKind::AllReduce { .. }
         | OpKind::ReduceScatter { .. }

@@ -420,6 +420,28 @@ impl RowProgram {
         moves && alike && apart && read_at == written_at
     }
 
+    /// Does it store every element in the order of memory, row after row?
+    pub fn stores_in_order(&self) -> bool {
+        let mut stride = self.lanes as i64;
+        let mut outer: Vec<i64> = Vec::with_capacity(self.rows.len());
+        for &size in self.rows.iter().rev() {
+            outer.push(stride);
+            stride *= size as i64;
+        }
+        outer.reverse();
+        self.body.iter().all(|inst| match inst {
+            Inst::Store(access, _) => {
+                access.indexed.is_none()
+                    && access.offset == 0
+                    && (access.lane == 1 || self.lanes == 1)
+                    && (access.outer.iter().zip(&outer).zip(&self.rows))
+                        .all(|((have, want), &size)| have == want || size == 1)
+            }
+            Inst::Accumulate { .. } => false,
+            _ => true,
+        })
+    }
+
     /// Bytes that one call over all rows moves from and to memory, each access counted once.
     pub fn bytes(&self) -> usize {
         let mut seen: Vec<&Access> = Vec::new();

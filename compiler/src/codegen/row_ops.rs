@@ -292,6 +292,7 @@ impl Lowering<'_> {
             | OpKind::MoeDispatch(_)
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)
+            | OpKind::MoeCounts(_)
             | OpKind::AllGather { .. }
             | OpKind::AllReduce { .. }
             | OpKind::ReduceScatter { .. }

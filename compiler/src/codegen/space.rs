@@ -145,6 +145,7 @@ impl Space {
             | OpKind::MoeDispatch(_)
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)
+            | OpKind::MoeCounts(_)
             | OpKind::AllGather { .. }
             | OpKind::AllReduce { .. }
             | OpKind::ReduceScatter { .. }

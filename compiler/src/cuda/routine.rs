@@ -170,6 +170,38 @@ pub(super) fn kernels(
                 &all,
             )?])
         }
+        (OpKind::MoeCounts(dims), [expert, slot], [counts]) => {
+            let groups = without(expert, &[&dims.seq, &dims.choice]);
+            let each = [
+                (dims.seq.clone(), size(expert, &dims.seq)?),
+                (dims.choice.clone(), size(expert, &dims.choice)?),
+            ];
+            let n_experts = size(counts, &dims.expert)?;
+            let mut defines = Defines::default();
+            defines
+                .set("OP", 7)
+                .size("N_EACH", count(&loops(expert, &each)))
+                .size("N_EXPERTS", n_experts)
+                .size("FIRST_EXPERT", dims.offset)
+                .size("CAPACITY", dims.capacity)
+                .size("EXPERT_STRIDE", stride(counts, &dims.expert)?)
+                .place("E_GROUP", &loops(expert, &groups))
+                .place("E_EACH", &loops(expert, &each))
+                .place("S_GROUP", &loops(slot, &groups))
+                .place("S_EACH", &loops(slot, &each))
+                .place("C_GROUP", &loops(counts, &groups));
+            let launch = Launch {
+                blocks: count(&loops(expert, &groups)) * n_experts,
+                threads: THREADS,
+                shared_bytes: 0,
+            };
+            Ok(vec![defines.kernel(
+                "moe_counts",
+                &[ROUTING],
+                launch,
+                &all,
+            )?])
+        }
         _ => {
             let reason = format!("no routine of {} inputs", inputs.ids.len());
             Err(unsupported(op.name(), reason))

@@ -98,6 +98,32 @@ extern "C" __global__ void __launch_bounds__(256) ENTRY(const int *__restrict__ 
     }
 }
 
+#elif OP == 7
+
+/// Block an expert of a group; it counts the expert's slots that are taken.
+extern "C" __global__ void __launch_bounds__(256) ENTRY(const int *__restrict__ expert, const int *__restrict__ slot, int *__restrict__ counts) {
+    __shared__ u32 in_warps[8];
+    u32 group = blockIdx.x / N_EXPERTS, own = blockIdx.x % N_EXPERTS;
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = 0;
+    for (u32 first = 0; first < N_EACH; first += 256) {
+        u32 each = first + threadIdx.x;
+        bool lands = false;
+        if (each < N_EACH) {
+            u32 wanted = u32(expert[E_GROUP(group) + E_EACH(each)]) - FIRST_EXPERT;
+            lands = wanted == own && u32(slot[S_GROUP(group) + S_EACH(each)]) < CAPACITY;
+        }
+        mine += __popc(__ballot_sync(~0u, lands));
+    }
+    if (lane == 0) in_warps[warp] = mine;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32 sum = 0;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) sum += in_warps[i];
+        counts[C_GROUP(group) + own * EXPERT_STRIDE] = int(sum);
+    }
+}
+
 #elif OP == 3
 
 extern "C" __global__ void __launch_bounds__(256) ENTRY(Y *__restrict__ y) {

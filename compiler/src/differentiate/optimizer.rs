@@ -43,8 +43,13 @@ impl Optimizer {
     pub const GOLDEN_SGD: Self = Self::Sgd { lr: 0.1 };
 }
 
-/// Adds the updates of all parameters with gradients, their states, and the input `step`.
-pub(super) fn add_updates(graph: &mut Graph, optimizer: &Optimizer) -> Result<(), OpError> {
+/// Adds the updates of all parameters with gradients, their states, and the input `step`; a parameter
+/// whose gradient is `given` moves by that.
+pub(super) fn add_updates(
+    graph: &mut Graph,
+    optimizer: &Optimizer,
+    given: &BTreeMap<TensorId, TensorId>,
+) -> Result<(), OpError> {
     let targets: Vec<(TensorId, TensorId)> = graph.gradients.clone().into_iter().collect();
     if *optimizer == Optimizer::None || targets.is_empty() {
         return Ok(());
@@ -58,6 +63,11 @@ pub(super) fn add_updates(graph: &mut Graph, optimizer: &Optimizer) -> Result<()
         let next = format!("{name}.next");
         match *optimizer {
             Optimizer::None => {}
+            _ if given.contains_key(param) => {
+                let kind = OpKind::Sgd { lr: Scalar(1.0) };
+                let results = graph.add_op(next, kind, &[*param, *gradient])?;
+                graph.updates.extend([*param].into_iter().zip(results));
+            }
             Optimizer::Sgd { lr } => {
                 let kind = OpKind::Sgd { lr: Scalar(lr) };
                 let results = graph.add_op(next, kind, &[*param, *gradient])?;

@@ -212,7 +212,7 @@ impl Backward {
                 Ok(())
             }
             // The ranks of assignments are integers.
-            (OpKind::MoeSlots { .. }, ..) => Ok(()),
+            (OpKind::MoeSlots { .. } | OpKind::MoeCounts(_), ..) => Ok(()),
             // Second derivatives of these, updates, and ops of one rank's part of a graph.
             (
                 OpKind::RmsNormGrad { .. }

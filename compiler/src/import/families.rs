@@ -305,6 +305,7 @@ fn mixtral_experts(fields: &mut Fields, ffn: usize) -> Read<MoeConfig> {
         top_k: fields.usize("num_experts_per_tok")?,
         ffn,
         capacity_factor: 0.0,
+        subsequences: 1,
         router: Router::Softmax {
             normalize: true,
             scale: 1.0,
@@ -351,6 +352,7 @@ fn qwen_experts(family: Family, fields: &mut Fields, n_layers: usize) -> Read<Op
         top_k,
         ffn,
         capacity_factor: 0.0,
+        subsequences: 1,
         router: Router::Softmax {
             normalize,
             scale: 1.0,
@@ -604,6 +606,7 @@ fn deepseek_experts(
         top_k,
         ffn,
         capacity_factor: 0.0,
+        subsequences: 1,
         router,
         losses: RouterLosses::default(),
         shared,

@@ -144,6 +144,11 @@ pub struct MoeConfig {
     /// Slots per expert and sequence: ceil(factor · top_k · seq / n_experts); 0 never drops.
     #[serde(default)]
     pub capacity_factor: f64,
+    /// Equal parts of a sequence that have slots of their own: 1 drops by full sequences, as many as
+    /// ranks share a sequence drops by what each of them sees (MoE Parallel Folding, arXiv 2504.14960,
+    /// §3.3). Without drops it changes nothing but from where tokens may be dispatched.
+    #[serde(default = "one")]
+    pub subsequences: usize,
     pub router: Router,
     #[serde(default)]
     pub losses: RouterLosses,
@@ -189,6 +194,11 @@ pub struct RouterLosses {
     /// On the mean square of the logits' logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
     #[serde(default)]
     pub z: f64,
+    /// How far the bias of a sigmoid router goes in a step, down for experts with more than the mean
+    /// load of the batch, up for those with less (DeepSeek-V3, arXiv 2412.19437, §2.1.2, γ). Adds
+    /// nothing to the loss.
+    #[serde(default)]
+    pub bias_rate: f64,
 }
 
 /// Experts that see every token: one dense block next to the routed ones.
@@ -200,6 +210,10 @@ pub struct SharedExperts {
     /// Its output times sigmoid(x · w) (Qwen2-MoE).
     #[serde(default)]
     pub gated: bool,
+}
+
+fn one() -> usize {
+    1
 }
 
 impl DecoderConfig {
@@ -296,13 +310,26 @@ impl DecoderConfig {
         if moe.ffn == 0 || moe.shared.as_ref().is_some_and(|shared| shared.ffn == 0) {
             return invalid("an expert of width 0".into());
         }
+        if moe.subsequences == 0 {
+            return invalid("a sequence cannot be divided into 0 `subsequences`".into());
+        }
         if !(moe.capacity_factor >= 0.0 && moe.capacity_factor.is_finite()) {
             return invalid(format!(
                 "`capacity_factor` is {}, but must be 0 (never drop) or positive",
                 moe.capacity_factor
             ));
         }
-        for (name, weight) in [("balance", moe.losses.balance), ("z", moe.losses.z)] {
+        if moe.losses.bias_rate > 0.0 && !matches!(moe.router, Router::Sigmoid { .. }) {
+            return invalid(
+                "`bias_rate` moves the bias of a sigmoid router, and this one is a softmax: choose `router sigmoid`, or leave it out".into(),
+            );
+        }
+        let weights = [
+            ("balance", moe.losses.balance),
+            ("z", moe.losses.z),
+            ("bias_rate", moe.losses.bias_rate),
+        ];
+        for (name, weight) in weights {
             if !(weight >= 0.0 && weight.is_finite()) {
                 return invalid(format!(
                     "the weight `{name}` of a router's loss is {weight}, but must be 0 (none) or positive"

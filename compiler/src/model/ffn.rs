@@ -1,7 +1,8 @@
 //! The feed-forward blocks: dense, and mixture of experts with its routers.
 //!
-//! Invariant: an expert's rows are grouped by sequence (`[expert, batch, slot, embed]`), so what is
-//! dropped does not depend on the mesh.
+//! Invariant: an expert's rows are grouped by sequence (`[expert, batch, slot, embed]`), or by equal
+//! parts of sequences (`[expert, batch, part, slot, embed]`), so what is dropped does not depend on the
+//! mesh.
 
 use meshweave_dsl::build::GraphBuilder;
 use meshweave_dsl::dtype::Scalar;
@@ -26,7 +27,13 @@ pub(super) struct Scores {
     probs: TensorId,
     /// `[batch, seq, choice]`.
     expert: TensorId,
+    /// Of a sigmoid router, `[expert]`.
+    bias: Option<TensorId>,
 }
+
+/// Makes of any difference of loads that is not 0 an argument whose tanh is ±1 in f32: loads are whole
+/// numbers, so they differ from their mean by at least one part in the number of experts.
+const STEEP: f64 = 1e6;
 
 impl Model<'_> {
     /// h + ffn(norm(h)), `[batch, seq, embed]`.
@@ -46,14 +53,15 @@ impl Model<'_> {
         parts: Parts,
         width: usize,
         x: TensorId,
-        experts: Option<usize>,
+        experts: Option<&MoeConfig>,
     ) -> Built {
         let (config, ffn) = (self.config, &self.config.ffn);
         let rows: &[&'static str] = match experts {
             None => &["batch", "seq"],
-            Some(_) => &["expert", "batch", "slot"],
+            Some(moe) if moe.subsequences == 1 => &["expert", "batch", "slot"],
+            Some(_) => &["expert", "batch", "part", "slot"],
         };
-        let expert_dim = experts.map(|n| ("expert", n));
+        let expert_dim = experts.map(|moe| ("expert", moe.n_experts));
         let result = |last| rows.iter().copied().chain([last]);
         let has_bias = ffn.bias;
         let mut up = |part, weight: &str, bias: &str, name: &str| -> Built {
@@ -96,16 +104,32 @@ impl Model<'_> {
     ) -> Result<(TensorId, Scores), ModelError> {
         let x = self.norm(b, "norm", "input", h)?;
         let (expert, gate, scores) = self.route(b, layer_idx, moe, x)?;
-        let capacity = capacity(moe, self.seq);
+        let capacity = capacity(moe, self.seq / moe.subsequences);
+        let [tokens, expert, gate] = if moe.subsequences == 1 {
+            [x, expert, gate]
+        } else {
+            // Slots are numbered within each part, so parts may be dispatched from where they are.
+            let parts = [
+                ("part", moe.subsequences),
+                ("row", self.seq / moe.subsequences),
+            ];
+            let mut part = |name: &str, of| b.split(name, of, "seq", parts);
+            [
+                part("input.parts", x)?,
+                part("chosen.parts", expert)?,
+                part("gates.parts", gate)?,
+            ]
+        };
+        let seq = if moe.subsequences == 1 { "seq" } else { "row" };
         let slots = OpKind::MoeSlots {
-            seq: "seq".into(),
+            seq: seq.into(),
             choice: "choice".into(),
             n_experts: moe.n_experts,
             capacity,
         };
         let slot = b.apply("slots", slots, &[expert])?;
         let dims = MoeDims {
-            seq: "seq".into(),
+            seq: seq.into(),
             choice: "choice".into(),
             expert: "expert".into(),
             slot: "slot".into(),
@@ -114,16 +138,18 @@ impl Model<'_> {
             offset: 0,
         };
         let dispatch = OpKind::MoeDispatch(dims.clone());
-        let rows = b.apply("dispatched", dispatch, &[x, expert, slot])?;
+        let rows = b.apply("dispatched", dispatch, &[tokens, expert, slot])?;
         let parts = [Part::ExpertsWg, Part::ExpertsWu, Part::ExpertsWd];
         let out = b.within("experts", |b| {
-            self.block(b, layer_idx, parts, moe.ffn, rows, Some(moe.n_experts))
+            self.block(b, layer_idx, parts, moe.ffn, rows, Some(moe))
         })?;
-        let mut out = b.apply(
-            "combined",
-            OpKind::MoeCombine(dims),
-            &[out, expert, slot, gate],
-        )?;
+        let combine = OpKind::MoeCombine(dims);
+        let mut out = if moe.subsequences == 1 {
+            b.apply("combined", combine, &[out, expert, slot, gate])?
+        } else {
+            let parts = b.apply("combined.parts", combine, &[out, expert, slot, gate])?;
+            b.merge("combined", parts, ["part", "row"], "seq")?
+        };
         if let Some(shared) = &moe.shared {
             let parts = [Part::SharedWg, Part::SharedWu, Part::SharedWd];
             let dense = b.within("shared", |b| {
@@ -183,6 +209,37 @@ impl Model<'_> {
         Ok(losses)
     }
 
+    /// Makes the step of a router's bias its given gradient: γ sign(load − mean load), over the batch.
+    pub(super) fn bias_step(
+        &self,
+        b: &mut GraphBuilder,
+        moe: &MoeConfig,
+        scores: &Scores,
+    ) -> Result<(), ModelError> {
+        let rate = moe.losses.bias_rate;
+        let Some(bias) = scores.bias.filter(|_| rate > 0.0) else {
+            return Ok(());
+        };
+        let shape = b.ty(scores.expert).shape.clone();
+        let n_assigned: usize = shape.iter().map(|(_, size)| size).product();
+        let one = ConstInit::Fill(Scalar(1.0));
+        let ones = b.constant("bias.ones", self.config.dtype, shape, one)?;
+        let scatter = OpKind::TopKGrad {
+            dim: "expert".into(),
+            choice: "choice".into(),
+            size: moe.n_experts,
+        };
+        let chosen = b.apply("bias.chosen", scatter, &[ones, scores.expert])?;
+        let load = b.reduce("bias.load", ReduceKind::Sum, chosen, ["batch", "seq"])?;
+        let mean = n_assigned as f64 / moe.n_experts as f64;
+        let error = b.shift("bias.error", load, -mean)?;
+        let steep = b.scale("bias.steep", error, STEEP)?;
+        let sign = b.unary("bias.sign", UnaryFn::Tanh, steep)?;
+        let step = b.scale("bias.step", sign, rate)?;
+        b.graph_mut().gradients.insert(bias, step);
+        Ok(())
+    }
+
     /// (expert, gate), both `[batch, seq, choice]`, and the scores behind them.
     fn route(
         &self,
@@ -204,6 +261,7 @@ impl Model<'_> {
                 normalize, scale, ..
             } => (*normalize, *scale),
         };
+        let mut router_bias = None;
         let (expert, mut gate, probs) = match &moe.router {
             Router::Softmax { groups, .. } => {
                 let probs = b.softmax("probs", scores, "expert")?;
@@ -222,6 +280,7 @@ impl Model<'_> {
                 let probs = b.unary("probs", UnaryFn::Sigmoid, scores)?;
                 let shape = [("expert", moe.n_experts)];
                 let bias = b.param("router_bias", config.dtype, shape, Init::Zeros)?;
+                router_bias = Some(bias);
                 let mut biased = b.add("probs.biased", probs, bias)?;
                 if let Some(groups) = groups {
                     let mask = self.group_mask(b, moe, *groups, 2, biased)?;
@@ -250,6 +309,7 @@ impl Model<'_> {
             logits: scores,
             probs,
             expert,
+            bias: router_bias,
         };
         Ok((expert, gate, scores))
     }
@@ -288,7 +348,7 @@ impl Model<'_> {
     }
 }
 
-/// Slots of an expert for one sequence; more than `seq` are never used.
+/// Slots of an expert for `seq` tokens, a sequence or a part of one; more are never used.
 fn capacity(moe: &MoeConfig, seq: usize) -> usize {
     if moe.capacity_factor == 0.0 {
         return seq;

@@ -92,6 +92,7 @@ impl DecoderConfig {
                 top_k: 2,
                 ffn: size.ffn / 2,
                 capacity_factor,
+                subsequences: 1,
                 router: Router::Softmax {
                     normalize: true,
                     scale: 1.0,

@@ -182,8 +182,18 @@ fn golden(
     let mut s = settings(
         definition,
         &[
-            "size", "layers", "embed", "heads", "kv_heads", "ffn", "vocab", "experts", "topk",
-            "capacity", "tied",
+            "size",
+            "layers",
+            "embed",
+            "heads",
+            "kv_heads",
+            "ffn",
+            "vocab",
+            "experts",
+            "topk",
+            "capacity",
+            "subsequences",
+            "tied",
         ],
     );
     let built = golden_config(definition, &mut s);
@@ -211,6 +221,7 @@ fn golden_config(
     let ffn = count("ffn", named.as_ref().map(|size| size.ffn));
     let vocab = count("vocab", named.as_ref().map(|size| size.vocab));
     let capacity = s.number("capacity", "from 0 (which never drops) on", |c| c >= 0.0);
+    let subsequences = s.count("subsequences", 1);
     let tied = s.flag("tied");
     // What the golden model fixes may be repeated, but not changed.
     let fixed = [
@@ -263,6 +274,9 @@ fn golden_config(
     let mut config = DecoderConfig::golden(&size, capacity);
     config.name = definition.name.node.as_str().to_owned();
     config.tied = tied.unwrap_or(false);
+    if let (Some(moe), Some(parts)) = (&mut config.moe, subsequences) {
+        moe.subsequences = parts;
+    }
     Some((config, named.map(|size| (size.batch, size.seq))))
 }
 
@@ -354,9 +368,12 @@ fn llama(definition: &Definition, diagnostics: &mut Vec<Diagnostic>) -> Option<D
             "experts",
             "topk",
             "capacity",
+            "subsequences",
             "shared_ffn",
             "balance",
             "z",
+            "router",
+            "bias_rate",
         ],
     );
     let config = llama_config(definition, &mut s);
@@ -436,12 +453,24 @@ fn experts(
 ) -> Option<MoeConfig> {
     let top_k = s.count("topk", 1);
     let capacity = s.number("capacity", "from 0 (which never drops) on", |c| c >= 0.0);
+    let subsequences = s.count("subsequences", 1);
     let shared = s.count("shared_ffn", 1);
     let weight = "from 0 (which adds nothing) on";
     let balance = s.number("balance", weight, |w| w >= 0.0);
     let z = s.number("z", weight, |w| w >= 0.0);
+    let router = s.word("router", &["softmax", "sigmoid"]);
+    let bias_rate = s.number("bias_rate", "from 0 (which moves nothing) on", |r| r >= 0.0);
     if !s.has("experts") {
-        for key in ["topk", "capacity", "shared_ffn", "balance", "z"] {
+        for key in [
+            "topk",
+            "capacity",
+            "subsequences",
+            "shared_ffn",
+            "balance",
+            "z",
+            "router",
+            "bias_rate",
+        ] {
             if s.has(key) {
                 s.diagnostics.push(
                     Diagnostic::invalid(format!(
@@ -461,14 +490,23 @@ fn experts(
         top_k: top_k.unwrap_or(2),
         ffn: width?,
         capacity_factor: capacity.unwrap_or(0.0),
-        router: Router::Softmax {
-            normalize: true,
-            scale: 1.0,
-            groups: None,
+        subsequences: subsequences.unwrap_or(1),
+        router: match router {
+            Some("sigmoid") => Router::Sigmoid {
+                normalize: true,
+                scale: 1.0,
+                groups: None,
+            },
+            _ => Router::Softmax {
+                normalize: true,
+                scale: 1.0,
+                groups: None,
+            },
         },
         losses: RouterLosses {
             balance: balance.unwrap_or(0.0),
             z: z.unwrap_or(0.0),
+            bias_rate: bias_rate.unwrap_or(0.0),
         },
         shared: shared.map(|ffn| SharedExperts { ffn, gated: false }),
         dense_layers: BTreeSet::new(),

@@ -91,7 +91,8 @@ pub(super) fn category(kind: &OpKind) -> Category {
         | OpKind::MoeSlots { .. }
         | OpKind::MoeDispatch(_)
         | OpKind::MoeCombine(_)
-        | OpKind::MoeGateGrad(_) => Category::Routine,
+        | OpKind::MoeGateGrad(_)
+        | OpKind::MoeCounts(_) => Category::Routine,
         OpKind::Unary(_)
         | OpKind::Binary(_)
         | OpKind::Reduce { .. }

@@ -110,6 +110,7 @@ mod tests {
                 wait_s,
                 n_flops: 1e6,
                 n_bytes: 4096.0,
+                received_bytes: None,
             };
         let timeline = |basis| Timeline {
             basis,

@@ -483,6 +483,7 @@ fn program(global: &Graph, local: &Graph, plan: &Plan) -> Program {
                     n_bytes,
                     predicted_s,
                     live_bytes: live,
+                    rows: None,
                 });
                 for id in local.tensor_ids() {
                     let tensor = local.tensor(id);
@@ -580,6 +581,7 @@ fn timeline(local: &Graph, basis: Basis) -> Timeline {
                 wait_s,
                 n_flops,
                 n_bytes,
+                received_bytes: None,
             });
             clock[rank] += duration_s;
         }

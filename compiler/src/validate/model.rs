@@ -86,6 +86,7 @@ pub(super) fn model(row: Row<'_>) -> Result<RowModel, String> {
             top_k: top_k.unwrap_or(2).min(n_experts),
             ffn: width,
             capacity_factor: 0.0,
+            subsequences: 1,
             router: Router::Softmax {
                 normalize: true,
                 scale: 1.0,

@@ -573,9 +573,10 @@ fn offset(kind: &OpKind) -> usize {
         | OpKind::Pick { offset, .. }
         | OpKind::CrossEntropyGrad { offset, .. } => *offset,
         OpKind::Attention(dims) | OpKind::AttentionGrad(dims) => dims.offset,
-        OpKind::MoeDispatch(dims) | OpKind::MoeCombine(dims) | OpKind::MoeGateGrad(dims) => {
-            dims.offset
-        }
+        OpKind::MoeDispatch(dims)
+        | OpKind::MoeCombine(dims)
+        | OpKind::MoeGateGrad(dims)
+        | OpKind::MoeCounts(dims) => dims.offset,
         _ => 0,
     }
 }

@@ -71,6 +71,7 @@ impl OpKind {
             | Self::Concat { .. }
             | Self::TopKGrad { .. }
             | Self::MoeSlots { .. }
+            | Self::MoeCounts(_)
             | Self::AllGather { .. }
             | Self::AllReduce { .. }
             | Self::ReduceScatter { .. }

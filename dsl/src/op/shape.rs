@@ -405,6 +405,16 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
                 shape: expert.shape.clone(),
             })
         }
+        OpKind::MoeCounts(dims) => {
+            let [expert, slot] = take(inputs)?;
+            assignment(dims, &[expert, slot])?;
+            let mut shape = vec![(dims.expert.clone(), dims.n_experts)];
+            shape.extend(moe_batch(dims, expert));
+            one(TensorType {
+                dtype: expert.dtype,
+                shape,
+            })
+        }
         OpKind::Adamw { .. } => {
             let [p, g, m, v, step] = take(inputs)?;
             for (what, ty) in [("the gradient", g), ("m", m), ("v", v)] {

@@ -131,6 +131,7 @@ impl OpKind {
                 let MoeDims { choice, slot, .. } = dims;
                 rule.dims_except(&[choice, slot])
             }
+            Self::MoeCounts(dims) => rule.dims_except(&[&dims.seq, &dims.choice]),
             Self::AllGather { .. }
             | Self::AllReduce { .. }
             | Self::ReduceScatter { .. }

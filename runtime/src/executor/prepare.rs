@@ -10,10 +10,11 @@ use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::OpKind;
-use meshweave_dsl::program::{Action, Buffer, BufferId, KernelId, Program};
+use meshweave_dsl::program::{Action, Buffer, BufferId, CountedRows, KernelId, Program};
 use meshweave_dsl::timeline::Category;
 
 use super::KernelTable;
+use super::rows::{CallRows, ContractRows, Counts, KernelRows};
 use crate::attention::{AttentionPlan, AttentionTypes, BackwardArgs, ForwardArgs, KernelFn};
 use crate::collective::{Communicator, Crossing, CrossingOrder, Division, GroupIdx};
 use crate::contract::{ContractOptions, ContractPlan};
@@ -29,6 +30,13 @@ pub(super) enum Prepared {
         n_rows: usize,
         /// Worth dividing over the device's threads.
         divisible: bool,
+        rows: Option<KernelRows>,
+    },
+    ContractRows {
+        rows: ContractRows,
+        a: *const f32,
+        b: *const f32,
+        c: *mut f32,
     },
     Contract {
         plan: ContractPlan,
@@ -61,6 +69,12 @@ pub(super) enum Prepared {
         dst: *mut u32,
         n_dst: usize,
     },
+    CollectiveRows {
+        rows: CallRows,
+        group: GroupIdx,
+        src: *const u32,
+        dst: *mut u32,
+    },
     Send {
         to: usize,
         src: *const u32,
@@ -87,12 +101,17 @@ impl Prepared {
     pub(super) fn category(&self) -> Category {
         match self {
             Prepared::Kernel { .. } => Category::Kernel,
-            Prepared::Contract { .. } => Category::Contract,
+            Prepared::Contract { .. } | Prepared::ContractRows { .. } => Category::Contract,
             Prepared::Attention { .. } | Prepared::AttentionGrad { .. } => Category::Attention,
             Prepared::Routine { .. } => Category::Routine,
-            Prepared::Collective { .. } => Category::Collective,
+            Prepared::Collective { .. } | Prepared::CollectiveRows { .. } => Category::Collective,
             Prepared::Send { .. } | Prepared::Recv { .. } => Category::Message,
         }
+    }
+
+    /// Whether it communicates.
+    pub(super) fn is_exchange(&self) -> bool {
+        matches!(self.category(), Category::Collective | Category::Message)
     }
 
     /// Elements of attention scratch that each further thread needs.
@@ -127,6 +146,10 @@ pub(super) fn prepare(
     instructions
         .map(|(instruction_idx, instruction)| {
             let prepared = site.action(&instruction.action, instruction.n_bytes, communicator);
+            let prepared = prepared.and_then(|prepared| match &instruction.rows {
+                Some(rows) => site.keep_to(rows, &instruction.action, prepared),
+                None => Ok(prepared),
+            });
             prepared.map_err(|error| within(error, rank, instruction_idx, &instruction.name))
         })
         .collect()
@@ -307,6 +330,104 @@ impl<'a> Site<'a> {
         }
     }
 
+    /// The same instruction, keeping to the rows in use.
+    fn keep_to(
+        &mut self,
+        rows: &CountedRows,
+        action: &Action,
+        prepared: Prepared,
+    ) -> Result<Prepared> {
+        match (action, prepared) {
+            (
+                Action::Kernel { args, .. },
+                Prepared::Kernel {
+                    function,
+                    args: addresses,
+                    n_rows,
+                    divisible,
+                    ..
+                },
+            ) => {
+                let mut types = args.iter().map(|id| self.ty(*id));
+                let counted = types.find(|ty| ty.as_ref().is_ok_and(|ty| ty.has(&rows.slot)));
+                let counted = counted.transpose()?.ok_or_else(no_rows)?;
+                let counts = self.counts(rows.counts, counted, &rows.slot)?;
+                Ok(Prepared::Kernel {
+                    function,
+                    args: addresses,
+                    n_rows,
+                    divisible,
+                    rows: KernelRows::new(counts, n_rows),
+                })
+            }
+            (
+                Action::Contract {
+                    indices,
+                    accumulate,
+                    ..
+                },
+                Prepared::Contract { a, b, c, .. },
+            ) => {
+                let options = ContractOptions {
+                    accumulate: *accumulate,
+                    ..ContractOptions::default()
+                };
+                let n_counts = self.ty(rows.counts)?.n_elements();
+                let counts = self.words(rows.counts)?.cast_const().cast();
+                let rows = ContractRows::new(indices, &rows.indices, options, counts, n_counts)?;
+                Ok(Prepared::ContractRows { rows, a, b, c })
+            }
+            (
+                Action::Collective { op, src, dst },
+                Prepared::Collective {
+                    group,
+                    src: from,
+                    dst: to,
+                    ..
+                },
+            ) => {
+                let result_counts = rows.result_counts.ok_or_else(no_rows)?;
+                let (src, dst) = (self.ty(*src)?, self.ty(*dst)?);
+                let before = (
+                    self.counts(rows.counts, src, &rows.slot)?,
+                    self.ty(rows.counts)?,
+                );
+                let after = (
+                    self.counts(result_counts, dst, &rows.slot)?,
+                    self.ty(result_counts)?,
+                );
+                Ok(Prepared::CollectiveRows {
+                    rows: CallRows::new(op, before, after)?,
+                    group,
+                    src: from,
+                    dst: to,
+                })
+            }
+            (
+                Action::Routine { .. },
+                Prepared::Routine {
+                    routine,
+                    inputs,
+                    results,
+                },
+            ) => Ok(Prepared::Routine {
+                routine: routine.leaving_rest(),
+                inputs,
+                results,
+            }),
+            _ => Err(no_rows()),
+        }
+    }
+
+    fn counts(&mut self, counts: BufferId, rows: &TensorType, slot: &Dim) -> Result<Counts> {
+        let groups = self.ty(counts)?;
+        if groups.dtype != DType::I32 {
+            return Err(no_rows());
+        }
+        let address = self.words(counts)?.cast_const().cast();
+        Counts::new(address, groups, rows, slot)
+    }
+
     /// The words of a message, which its channel has room for.
     fn message(&self, from: usize, to: usize, id: BufferId) -> Result<usize> {
         let buffer = self.buffer(id)?;
@@ -339,6 +460,7 @@ impl<'a> Site<'a> {
             function: self.function(kernel)?,
             n_rows: symbol.n_rows,
             divisible: symbol.splittable && n_bytes >= MIN_BYTES && symbol.n_rows > 1,
+            rows: None,
         })
     }
 
@@ -496,6 +618,12 @@ impl<'a> Site<'a> {
         }
         Ok(())
     }
+}
+
+fn no_rows() -> Error {
+    Error::Invalid(
+        "damaged program: counted rows that do not fit their instruction; compile again".into(),
+    )
 }
 
 fn no_kernel(kernel: KernelId) -> Error {

@@ -8,8 +8,8 @@ use meshweave_dsl::graph::{ConstInit, Init};
 use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
 use meshweave_dsl::op::{Group, OpKind};
 use meshweave_dsl::program::{
-    Action, Buffer, BufferId, ContractIndex, Instruction, KernelSymbol, PROGRAM_VERSION,
-    RankProgram, TensorPart,
+    Action, Buffer, BufferId, ContractIndex, Instruction, KernelId, KernelSymbol,
+    PROGRAM_VERSION, RankProgram, TensorPart,
 };
 use meshweave_dsl::timeline::Category;
 
@@ -191,6 +191,7 @@ fn program(n_ranks: usize) -> Program {
             n_bytes: 1.0,
             predicted_s: 0.0,
             live_bytes: offset,
+            rows: None,
         });
         RankProgram {
             arena_bytes: offset,

@@ -110,6 +110,7 @@ pub fn evaluate_op(kind: &OpKind, inputs: &[&Value]) -> Result<Vec<Value>> {
         (OpKind::MoeGateGrad(dims), [y, dout, expert, slot]) => {
             one(moe::gate_grad(dims, y, dout, expert, slot, ty))
         }
+        (OpKind::MoeCounts(dims), [expert, slot]) => one(moe::counts(dims, expert, slot, ty)),
         (
             OpKind::Adamw {
                 lr,
@@ -160,6 +161,7 @@ pub fn evaluate_op(kind: &OpKind, inputs: &[&Value]) -> Result<Vec<Value>> {
             | OpKind::MoeDispatch(_)
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)
+            | OpKind::MoeCounts(_)
             | OpKind::Adamw { .. }
             | OpKind::Sgd { .. }
             | OpKind::AllGather { .. }

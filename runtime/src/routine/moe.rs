@@ -18,6 +18,7 @@ pub(super) enum Moe {
     Dispatch(Routes),
     Combine(Routes),
     GateGrad(Routes),
+    Counts(Routes),
 }
 
 /// `(expert) -> slot`.
@@ -44,6 +45,14 @@ pub(super) struct Routes {
     capacity: usize,
     slot_stride: usize,
     n_results: usize,
+    rest: Rest,
+}
+
+/// What becomes of slots that no token takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    Zero,
+    Left,
 }
 
 #[derive(Debug, Clone)]
@@ -88,12 +97,26 @@ impl Moe {
             (OpKind::MoeGateGrad(dims), [y, dout, expert, slot], [dgate]) => {
                 Routes::new(dims, expert, slot, Some(dgate), dout, y, dgate).map(Moe::GateGrad)
             }
+            (OpKind::MoeCounts(dims), [expert, slot], [counts]) => {
+                Routes::counting(dims, expert, slot, counts).map(Moe::Counts)
+            }
             _ => Err(Error::Invalid(format!(
                 "damaged program: {} of {} inputs and {} results; compile again",
                 op.name(),
                 inputs.len(),
                 results.len()
             ))),
+        }
+    }
+
+    /// The same, leaving slots that no token takes as they are.
+    pub(super) fn leaving_rest(self) -> Moe {
+        match self {
+            Moe::Dispatch(routes) => Moe::Dispatch(Routes {
+                rest: Rest::Left,
+                ..routes
+            }),
+            other => other,
         }
     }
 
@@ -126,6 +149,7 @@ impl Moe {
                     let (y, dout) = (inputs[0].cast(), inputs[1].cast());
                     routes.gate_grad(y, dout, [inputs[2], inputs[3]], results[0].cast());
                 }
+                Moe::Counts(routes) => routes.count([inputs[0], inputs[1]], results[0].cast()),
             }
         }
     }
@@ -192,6 +216,28 @@ impl Routes {
             capacity: size(slots, &dims.slot)?,
             slot_stride: stride(slots, &dims.slot)?,
             n_results: result.n_elements(),
+            rest: Rest::Zero,
+        })
+    }
+
+    /// Routes into counts `[expert, b..]`, where a slot is no place of its own.
+    fn counting(
+        dims: &MoeDims,
+        expert: &TensorType,
+        slot: &TensorType,
+        counts: &TensorType,
+    ) -> Result<Routes> {
+        let walk = without(expert, &[]);
+        Ok(Routes {
+            assignments: offsets(&walk, [expert, slot, expert, expert, counts]),
+            features: Features::Dense(1),
+            first_expert: dims.offset,
+            n_experts: size(counts, &dims.expert)?,
+            expert_stride: stride(counts, &dims.expert)?,
+            capacity: dims.capacity,
+            slot_stride: 0,
+            n_results: counts.n_elements(),
+            rest: Rest::Zero,
         })
     }
 
@@ -227,9 +273,14 @@ impl Routes {
     ) {
         // SAFETY: indices were checked by `landed`; features lie inside of both tensors.
         unsafe {
-            std::slice::from_raw_parts_mut(y, self.n_results).fill(0.0);
+            if self.rest == Rest::Zero {
+                std::slice::from_raw_parts_mut(y, self.n_results).fill(0.0);
+            }
             for [gate_at, token, slot] in self.landed(routing) {
                 let factor = gate.map_or(1.0, |gate| *gate.add(gate_at));
+                if self.rest == Rest::Left {
+                    self.clear(y.add(slot));
+                }
                 self.add_scaled(factor, x.add(token), y.add(slot), |[token, slot]| {
                     (token, slot)
                 });
@@ -286,6 +337,36 @@ impl Routes {
                     }
                 }
                 *dgate.add(gate_at) = lanes.iter().sum();
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`super::Routine::run`].
+    unsafe fn count(&self, routing: [*const u32; 2], counts: *mut i32) {
+        // SAFETY: as in `dispatch`.
+        unsafe {
+            std::slice::from_raw_parts_mut(counts, self.n_results).fill(0);
+            for [_, _, group] in self.landed(routing) {
+                *counts.add(group) += 1;
+            }
+        }
+    }
+
+    /// Zeros in a slot.
+    ///
+    /// # Safety
+    /// The features lie inside of the slots' tensor.
+    unsafe fn clear(&self, slot: *mut f32) {
+        // SAFETY: as for this function.
+        unsafe {
+            match &self.features {
+                Features::Dense(n) => std::slice::from_raw_parts_mut(slot, *n).fill(0.0),
+                Features::Strided(features) => {
+                    for [_, at] in features {
+                        *slot.add(*at) = 0.0;
+                    }
+                }
             }
         }
     }

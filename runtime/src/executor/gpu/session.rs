@@ -119,6 +119,7 @@ impl Session {
                 wait_s: 0.0,
                 n_flops: instruction.n_flops,
                 n_bytes: instruction.n_bytes,
+                received_bytes: None,
             })
         });
         Timeline {

@@ -170,3 +170,21 @@ pub(super) fn gate_grad(
     }
     dgate
 }
+
+pub(super) fn counts(dims: &MoeDims, expert: &Value, slot: &Value, ty: TensorType) -> Value {
+    let (n_experts, expert_stride) = along(&ty, &dims.expert);
+    let group_strides = strides_over(&ty, expert.ty().dims());
+    let mut counts = Value::full(ty, 0.0);
+    for_each_offset(
+        &sizes(expert.ty()),
+        [&expert.ty().strides(), &group_strides],
+        |[at, group]| {
+            let expert_idx = local_index(expert.data()[at], dims.offset, n_experts);
+            let slot_idx = local_index(slot.data()[at], 0, dims.capacity);
+            if let (Some(expert_idx), Some(_)) = (expert_idx, slot_idx) {
+                counts.data_mut()[group + expert_idx * expert_stride] += 1.0;
+            }
+        },
+    );
+    counts
+}

@@ -84,6 +84,7 @@ fn mixtral() -> DecoderConfig {
             top_k: 2,
             ffn: 14_336,
             capacity_factor: 0.0,
+            subsequences: 1,
             router: Router::Softmax {
                 normalize: true,
                 scale: 1.0,
