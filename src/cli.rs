@@ -90,7 +90,7 @@ pub enum Command {
     /// Plan and compile into an artifact folder that `run` executes without LLVM.
     Compile(compile::CompileArgs),
     /// Train or evaluate: a document (planned and compiled first) or an artifact.
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// Run one rank of an artifact as a process of an MPI job (`mpirun -n 8 meshweave worker ARTIFACT`).
     Worker(worker::WorkerArgs),
     /// Compile programs for a machine with a GPU, with what they must give (see `make test-gpu`).
