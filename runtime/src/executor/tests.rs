@@ -8,8 +8,8 @@ use meshweave_dsl::graph::{ConstInit, Init};
 use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
 use meshweave_dsl::op::{Group, OpKind};
 use meshweave_dsl::program::{
-    Action, Buffer, BufferId, ContractIndex, Instruction, KernelId, KernelSymbol,
-    PROGRAM_VERSION, RankProgram, TensorPart,
+    Action, Buffer, BufferId, ContractIndex, Instruction, KernelId, KernelSymbol, PROGRAM_VERSION,
+    RankProgram, TensorPart,
 };
 use meshweave_dsl::timeline::Category;
 
