@@ -8,7 +8,7 @@
 
 use meshweave_dsl::device_code::KernelSource;
 use meshweave_dsl::dtype::DType;
-use meshweave_dsl::program::{BufferId, ContractIndex};
+use meshweave_dsl::program::{Buffer, BufferId, ContractIndex};
 
 use super::define::{Defines, Launch, Loop, merge, type_name};
 use super::{Buffers, CudaError, Precision, unsupported};
@@ -61,6 +61,17 @@ pub struct Operand {
     pub alignment: usize,
 }
 
+impl Operand {
+    /// A buffer as an operand; arenas begin at multiples of every copy's size.
+    pub(super) fn new(id: BufferId, buffer: &Buffer) -> Self {
+        Self {
+            id,
+            dtype: buffer.ty.dtype,
+            alignment: alignment(buffer.offset),
+        }
+    }
+}
+
 /// The loops by their roles, in the order of the flattened indices.
 struct Roles {
     batch: Vec<ContractIndex>,
@@ -76,14 +87,7 @@ pub(super) fn of_buffers(
     accumulate: bool,
     precision: Precision,
 ) -> Result<Vec<KernelSource>, CudaError> {
-    let operand = |id: BufferId| -> Result<Operand, CudaError> {
-        let buffer = buffers.get(id)?;
-        Ok(Operand {
-            id,
-            dtype: buffer.ty.dtype,
-            alignment: alignment(buffer.offset),
-        })
-    };
+    let operand = |id: BufferId| Ok::<_, CudaError>(Operand::new(id, buffers.get(id)?));
     let [a, b, c] = ids;
     let operands = [operand(a)?, operand(b)?, operand(c)?];
     Ok(contract(operands, indices, accumulate, precision)?
@@ -166,7 +170,7 @@ pub fn contract(
     let (a_inner, a_bytes) = copies(&a, &a_sides);
     let (b_inner, b_bytes) = copies(&b, &b_sides);
     // Two columns at once: neighbors in memory that begin at even places.
-    let pairs = width(&c, [&c_sides[1], &c_sides[0], &c_sides[2]], 2) == 2;
+    let pairs = neighbors(&c, &c_sides[1], &[&c_sides[0], &c_sides[2]], 2) == 2;
 
     let mut defines = Defines::default();
     defines
@@ -260,16 +264,22 @@ fn size(loops: &[ContractIndex]) -> usize {
 fn copies(operand: &Operand, [side, depth, batch]: &[Vec<Loop>; 3]) -> (bool, usize) {
     let n_bytes = operand.dtype.n_bytes();
     let widest = MAX_COPY_BYTES / n_bytes;
-    let along_depth = width(operand, [depth, side, batch], widest);
-    let along_side = width(operand, [side, depth, batch], widest);
+    let along_depth = neighbors(operand, depth, &[side, batch], widest);
+    let along_side = neighbors(operand, side, &[depth, batch], widest);
     let near = |loops: &[Loop]| merge(loops).last().is_some_and(|(_, stride)| *stride == 1);
     let inner = along_depth > along_side || (along_depth == along_side && !near(side));
     let bytes = along_depth.max(along_side) * n_bytes;
     (inner, if bytes < 4 { 0 } else { bytes })
 }
 
-/// Elements, up to `widest`, that neighbors along the first loops may be moved by at once.
-fn width(operand: &Operand, [inner, others @ ..]: [&[Loop]; 3], widest: usize) -> usize {
+/// Elements, up to `widest`, that neighbors along the loops `inner` may be moved by at once, whatever
+/// the indices of the `others`.
+pub(super) fn neighbors(
+    operand: &Operand,
+    inner: &[Loop],
+    others: &[&[Loop]],
+    widest: usize,
+) -> usize {
     let inner = merge(inner);
     let Some(((size, 1), outer)) = inner.split_last() else {
         return 1;

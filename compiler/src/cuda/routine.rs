@@ -10,7 +10,7 @@ use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{MoeDims, OpKind};
 use meshweave_dsl::program::{Buffer, BufferId};
 
-use super::contract::alignment;
+use super::contract::{Operand, alignment, neighbors};
 use super::define::{Defines, Launch, Loop, count, type_name};
 use super::{Buffers, CudaError, unsupported};
 
@@ -139,29 +139,44 @@ pub(super) fn kernels(
                 &all,
             )?])
         }
-        (OpKind::MoeDispatch(dims), [x, expert, slot, gate @ ..], [y]) => {
+        (OpKind::MoeDispatch(dims), [_, expert, slot, gate @ ..], [y]) => {
             let mut zero = Defines::default();
             zero.set("OP", 3)
                 .set("Y", type_name("moe_dispatch", y.dtype)?)
                 .size("N", y.n_elements());
             let zero = zero.kernel("zero", &[ROUTING], threads(y.n_elements()), &results.ids)?;
             let gate = gate.first().copied();
-            let (mut defines, n, width) = routes(dims, [expert, slot], gate, x, y)?;
+            let (mut defines, n, width) = routes(
+                dims,
+                [expert, slot],
+                gate,
+                [inputs.buffers[0], results.buffers[0]],
+            )?;
             defines.set("OP", 4);
             let launch = threads(n * width);
             let scatter = defines.kernel("moe_dispatch", &[ROUTING], launch, &all)?;
             Ok(vec![zero, scatter])
         }
-        (OpKind::MoeCombine(dims), [y, expert, slot, gate @ ..], [x]) => {
+        (OpKind::MoeCombine(dims), [_, expert, slot, gate @ ..], [_]) => {
             let gate = gate.first().copied();
-            let (mut defines, n, width) = routes(dims, [expert, slot], gate, x, y)?;
+            let (mut defines, n, width) = routes(
+                dims,
+                [expert, slot],
+                gate,
+                [results.buffers[0], inputs.buffers[0]],
+            )?;
             defines.set("OP", 5);
             let launch = threads(n / size(expert, &dims.choice)?.max(1) * width);
             let combine = defines.kernel("moe_combine", &[ROUTING], launch, &all)?;
             Ok(vec![combine])
         }
-        (OpKind::MoeGateGrad(dims), [y, d_out, expert, slot], [d_gate]) => {
-            let (mut defines, n, _) = routes(dims, [expert, slot], Some(d_gate), d_out, y)?;
+        (OpKind::MoeGateGrad(dims), [_, _, expert, slot], [d_gate]) => {
+            let (mut defines, n, _) = routes(
+                dims,
+                [expert, slot],
+                Some(d_gate),
+                [inputs.buffers[1], inputs.buffers[0]],
+            )?;
             defines.set("OP", 6);
             Ok(vec![defines.kernel(
                 "moe_gate_grad",
@@ -353,9 +368,10 @@ fn routes(
     dims: &MoeDims,
     [expert, slot]: [&TensorType; 2],
     gate: Option<&TensorType>,
-    tokens: &TensorType,
-    slots: &TensorType,
+    [tokens, slots]: [&Buffer; 2],
 ) -> Result<(Defines, usize, usize), CudaError> {
+    let pieces = [tokens, slots].map(|buffer| Operand::new(BufferId(0), buffer));
+    let (tokens, slots) = (&tokens.ty, &slots.ty);
     // Tokens in the order of the assignments, choices fastest.
     let mut walk = without(expert, &[&dims.seq, &dims.choice]);
     for dim in [&dims.seq, &dims.choice] {
@@ -367,7 +383,34 @@ fn routes(
         .filter(|(dim, _)| !expert.has(dim))
         .cloned()
         .collect();
-    let (n, n_features) = (count(&loops(expert, &walk)), count(&loops(tokens, &width)));
+    let n = count(&loops(expert, &walk));
+    let mut features = [tokens, slots].map(|ty| loops(ty, &width));
+    // Elements that are moved at once: neighbors on both sides that begin at multiples of their size.
+    let steps = [
+        loops(tokens, &walk),
+        [
+            loops(slots, &walk),
+            vec![
+                (2, stride(slots, &dims.expert)?),
+                (2, stride(slots, &dims.slot)?),
+            ],
+        ]
+        .concat(),
+    ];
+    let mut pack = 16 / tokens.dtype.n_bytes().max(slots.dtype.n_bytes());
+    for ((piece, features), steps) in pieces.iter().zip(&features).zip(&steps) {
+        // Each step by itself, so that none hides in another.
+        let steps: Vec<&[Loop]> = steps.chunks(1).collect();
+        pack = neighbors(piece, features, &steps, pack);
+    }
+    while pack > 1 && !width.last().is_some_and(|(_, n)| n.is_multiple_of(pack)) {
+        pack /= 2;
+    }
+    for (size, stride) in features.iter_mut().filter_map(|loops| loops.last_mut()) {
+        *size /= pack;
+        *stride *= pack;
+    }
+    let n_features = count(&features[0]);
     let mut defines = Defines::default();
     let gate_ty = gate.unwrap_or(expert);
     let place = if slots.n_elements() < i32::MAX as usize {
@@ -394,8 +437,9 @@ fn routes(
         .place("G_AT", &loops(gate_ty, &walk))
         .place("X_AT", &loops(tokens, &walk))
         .place("Y_AT", &loops(slots, &walk))
-        .place("X_WIDTH", &loops(tokens, &width))
-        .place("Y_WIDTH", &loops(slots, &width));
+        .set("PACK", pack)
+        .place("X_WIDTH", &features[0])
+        .place("Y_WIDTH", &features[1]);
     Ok((defines, n, n_features))
 }
 

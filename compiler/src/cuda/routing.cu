@@ -9,7 +9,8 @@
 //   OP 4 dispatch    (x, expert, slot[, gate], y)         N (assignments) WIDTH FIRST_EXPERT N_EXPERTS EXPERT_STRIDE CAPACITY
 //   OP 5 combine     (y, expert, slot[, gate], x)         SLOT_STRIDE, E_AT S_AT G_AT X_AT Y_AT (of an assignment), X_WIDTH
 //   OP 6 gate_grad   (y, dout, expert, slot, dgate)       Y_WIDTH (of a feature), GATED, N_CHOICES
-// and the element types X, Y and G of tokens, slots and gates.
+// and the element types X, Y and G of tokens, slots and gates; PACK, elements of a token's features that lie next to each
+// other in both and are moved at once (WIDTH counts packs).
 
 #define NONE 0xffffffffu
 #define WARP_MAX_ROWS 8
@@ -140,6 +141,18 @@ static __device__ __forceinline__ bool landed(const int *expert, const int *slot
     return own < N_EXPERTS && place < CAPACITY;
 }
 
+/// Elements that are loaded and stored at once.
+template <class T> struct __align__(PACK * sizeof(T)) Pack {
+    T x[PACK];
+};
+template <class T> static __device__ __forceinline__ Pack<T> load_pack(const T *from) { return *(const Pack<T> *)from; }
+template <class T> static __device__ __forceinline__ void store_pack(T *to, const float (&x)[PACK]) {
+    Pack<T> pack;
+#pragma unroll
+    for (int l = 0; l < PACK; l++) store(&pack.x[l], x[l]);
+    *(Pack<T> *)to = pack;
+}
+
 #if OP == 4
 
 /// Each slot has one assignment at most, so that every element of y is written once.
@@ -153,11 +166,14 @@ extern "C" __global__ void __launch_bounds__(256) ENTRY(const X *__restrict__ x,
     u32 assignment = i / WIDTH, feature = i % WIDTH;
     PLACE at;
     if (!landed(expert, slot, assignment, at)) return;
-    float value = to_float(x[X_AT(assignment) + X_WIDTH(feature)]);
+    Pack<X> token = load_pack(x + (X_AT(assignment) + X_WIDTH(feature)));
+    float value[PACK], factor = 1.f;
 #if GATED
-    value *= to_float(gate[G_AT(assignment)]);
+    factor = to_float(gate[G_AT(assignment)]);
 #endif
-    store(y + (at + Y_WIDTH(feature)), value);
+#pragma unroll
+    for (int l = 0; l < PACK; l++) value[l] = to_float(token.x[l]) * factor;
+    store_pack(y + (at + Y_WIDTH(feature)), value);
 }
 
 #elif OP == 5
@@ -171,18 +187,20 @@ extern "C" __global__ void __launch_bounds__(256) ENTRY(const Y *__restrict__ y,
     u32 i = blockIdx.x * 256 + threadIdx.x;
     if (i >= N / N_CHOICES * WIDTH) return;
     u32 first = i / WIDTH * N_CHOICES, feature = i % WIDTH;
-    float sum = 0.f;
+    float sum[PACK] = {};
     for (u32 choice = 0; choice < N_CHOICES; choice++) {
         u32 assignment = first + choice;
         PLACE at;
         if (!landed(expert, slot, assignment, at)) continue;
-        float value = to_float(y[at + Y_WIDTH(feature)]);
+        Pack<Y> value = load_pack(y + (at + Y_WIDTH(feature)));
+        float factor = 1.f;
 #if GATED
-        value *= to_float(gate[G_AT(assignment)]);
+        factor = to_float(gate[G_AT(assignment)]);
 #endif
-        sum += value;
+#pragma unroll
+        for (int l = 0; l < PACK; l++) sum[l] = fmaf(to_float(value.x[l]), factor, sum[l]);
     }
-    store(x + (X_AT(first) + X_WIDTH(feature)), sum);
+    store_pack(x + (X_AT(first) + X_WIDTH(feature)), sum);
 }
 
 #else
@@ -194,8 +212,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARP_MAX_ROWS) ENTRY(const Y *
     PLACE at;
     float sum = 0.f;
     if (landed(expert, slot, assignment, at)) {
-        for (u32 i = threadIdx.x % 32; i < WIDTH; i += 32)
-            sum = fmaf(to_float(y[at + Y_WIDTH(i)]), to_float(d_out[X_AT(assignment) + X_WIDTH(i)]), sum);
+        for (u32 i = threadIdx.x % 32; i < WIDTH; i += 32) {
+            Pack<Y> out = load_pack(y + (at + Y_WIDTH(i)));
+            Pack<X> slope = load_pack(d_out + (X_AT(assignment) + X_WIDTH(i)));
+#pragma unroll
+            for (int l = 0; l < PACK; l++) sum = fmaf(to_float(out.x[l]), to_float(slope.x[l]), sum);
+        }
     }
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
