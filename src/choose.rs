@@ -5,10 +5,13 @@
 //! Invariant: the choice is the fastest of the candidates that were planned and lowered like any
 //! document; simulations and closed forms only decide which those are.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
-use meshweave_compiler::pipeline::{Candidate, PipelineError, PricedCandidate, Setting, choose};
+use meshweave_compiler::pipeline::{
+    Candidate, Empty, PipelineError, PricedCandidate, Setting, choose,
+};
 use meshweave_compiler::resolve::{Job, OpenPipeline};
 use meshweave_dsl::diagnostics::{Class, Diagnostic};
 use serde::Serialize;
@@ -19,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::report::predicted_timeline;
 use crate::session::Session;
 
-/// Candidates that are planned and lowered.
+/// Candidates that are planned and lowered, besides the best of every degree.
 const N_PLANNED: usize = 3;
 /// Candidates that the explanation lists.
 const N_LISTED: usize = 6;
@@ -48,7 +51,12 @@ impl Choice {
             count(&|one| one.simulated_s.is_some()),
             self.planned_s.iter().flatten().count()
         );
-        for (idx, one) in self.candidates.iter().take(N_LISTED).enumerate() {
+        let is_listed = |idx: usize| {
+            let planned_s = self.planned_s.get(idx).copied().flatten();
+            idx < N_LISTED || planned_s.is_some()
+        };
+        let candidates = self.candidates.iter().enumerate();
+        for (idx, one) in candidates.filter(|(idx, _)| is_listed(*idx)) {
             let price = |what: &str, value: Option<f64>| {
                 value.map_or_else(String::new, |value| format!("  {what} {}", seconds(value)))
             };
@@ -69,13 +77,20 @@ impl Choice {
 
 fn named(candidate: &Candidate) -> String {
     let shape = &candidate.shape;
+    let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     let chunks = match shape.n_chunks {
         1 => String::new(),
-        n_chunks => format!(", {n_chunks} chunks"),
+        n_chunks => format!(", {}", count(n_chunks, "chunk")),
     };
     format!(
-        "{} over {} ranks{chunks}, {} microbatches",
-        candidate.name, shape.n_ranks, shape.n_microbatches
+        "{} over {}{chunks}, {}",
+        candidate.name,
+        count(shape.n_ranks, "rank"),
+        if shape.n_microbatches == 1 {
+            "1 microbatch".into()
+        } else {
+            format!("{} microbatches", shape.n_microbatches)
+        }
     )
 }
 
@@ -106,6 +121,7 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
         optimizer,
         batch,
         cuts: &open.cuts,
+        empty: Empty::when(open.allow_empty),
         cluster: &session.request.cluster,
     };
     let candidates = open.candidates.iter().map(|candidate| Candidate {
@@ -126,10 +142,12 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
         .iter()
         .enumerate()
         .filter(|(_, one)| one.simulated_s.is_some() && one.refused.is_none());
+    let mut degrees = BTreeSet::new();
     for (idx, one) in simulated {
-        // The best few, and as many more as it takes to find one with a plan.
-        if idx >= N_PLANNED && best.is_some() {
-            break;
+        // What a degree costs within stages is known with their plan only; and it takes one plan.
+        let is_first = degrees.insert(one.candidate.shape.n_ranks);
+        if idx >= N_PLANNED && !is_first && best.is_some() {
+            continue;
         }
         let document = open.witnessed(&session.document, &open.candidates[one.nth]);
         let planned = session.with_document(document, base).and_then(|session| {

@@ -95,8 +95,14 @@ pub fn report_input(
             pipeline.as_ref().map_or_else(String::new, |pipeline| {
                 let schedule = &pipeline.schedule;
                 format!(
-                    " in {} microbatches, {}",
-                    schedule.n_microbatches, schedule.name
+                    " in {} microbatch{}, {}",
+                    schedule.n_microbatches,
+                    if schedule.n_microbatches == 1 {
+                        ""
+                    } else {
+                        "es"
+                    },
+                    schedule.name
                 )
             })
         ),

@@ -11,7 +11,8 @@ use meshweave_compiler::import::{ImportError, Imported, read_config};
 use meshweave_compiler::model::{DecoderConfig, ModelError, build_decoder};
 use meshweave_compiler::partition::Keep;
 use meshweave_compiler::pipeline::{
-    PipelineError, assign, cut_before, cut_evenly, lower_pipeline, scale_loss,
+    Empty, PipelineError, assign, cut_before, cut_evenly, lower_pipeline, scale_loss,
+    slice_sequences,
 };
 use meshweave_compiler::plan::directives::Directives;
 use meshweave_compiler::plan::{SearchError, SearchOptions, Solution, search};
@@ -235,14 +236,17 @@ impl Session {
         let stages = if pipeline.cuts.is_empty() {
             cut_evenly(&forward, schedule.n_stages, &self.request.stage_cluster())
         } else {
-            cut_before(&forward, &pipeline.cuts)
+            cut_before(&forward, &pipeline.cuts, Empty::when(pipeline.allow_empty))
         };
         let stages = stages.map_err(located)?;
-        let (graph, origins) = differentiate_traced(&forward, optimizer).map_err(unsupported)?;
+        let sliced = slice_sequences(&forward, schedule.n_slices).map_err(located)?;
+        let stages = sliced.stages(&stages);
+        let (graph, origins) =
+            differentiate_traced(&sliced.graph, optimizer).map_err(unsupported)?;
         verify_global(&graph).map_err(|error| Error::plain(Class::Internal, error))?;
         let stages = Stages {
             whole: differentiate(whole, optimizer).map_err(unsupported)?,
-            parts: assign(&graph, &origins, &stages).map_err(located)?,
+            parts: assign(&graph, &origins, &stages, &sliced.slice_of).map_err(located)?,
         };
         Ok((graph, stages))
     }

@@ -76,6 +76,108 @@ fn documents_define_schedules() {
     assert!(drawn.contains("step 18.000 s  bubble 6.000 s"), "{drawn}");
 }
 
+/// Communication and memory actions, as CSV and in time; what is written is accepted, and refused
+/// where it was changed.
+#[test]
+fn lowered_schedules_are_simulated_and_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let csv = folder.path().join("comms.csv");
+    let csv = csv.to_str().unwrap();
+    let shape = ["--ranks", "2", "--microbatches", "4", "--width", "60"];
+    let mut args = vec!["lower", "1f1b"];
+    args.extend(shape);
+    args.extend(["--unshard", "1", "--unshard-time", "0.5", "--weights", "3"]);
+    args.extend([
+        "--offload",
+        "0",
+        "--offload-time",
+        "0.25",
+        "--reduce",
+        "0.5",
+    ]);
+    args.extend(["--update", "0.25", "--barrier", "--csv", csv]);
+    let drawn = text(&args);
+    // Alone 15; half a second for the first weights, half for the last reduction, a quarter to update.
+    assert!(
+        drawn.contains("step 16.250 s  actions and messages alone 15.000 s"),
+        "{drawn}"
+    );
+    assert!(drawn.contains("0UNSHARD,0F0,0OFFLOAD0,0SEND_F0"), "{drawn}");
+    args.push("--streams");
+    assert!(text(&args).contains("rank 1 from 0"));
+    assert!(text(&["check", csv]).contains("ok: 2 ranks, 2 stages, 4 microbatches"));
+    let written = std::fs::read_to_string(csv).unwrap();
+    std::fs::write(csv, written.replacen("0PREFETCH1,", "", 1)).unwrap();
+    let refused = schedule(&["check", csv]);
+    assert_eq!(refused.status.code(), Some(1));
+    let message = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        message.contains("`0OFFLOAD1` on rank 0") && message.contains(">0OFFLOAD1<"),
+        "{message}"
+    );
+}
+
+/// Stages of layers, stages on chosen ranks, links that are shared, proofs.
+#[test]
+fn costs_are_those_of_layers_and_links() {
+    let shape = ["--ranks", "4", "--microbatches", "8", "--width", "60"];
+    let shown = |name: &str, more: &[&str]| {
+        let mut args = vec!["show", name];
+        args.extend(shape);
+        args.extend(more);
+        text(&args)
+    };
+    let cut = shown("1f1b", &["--layers", "1,4*8,12", "--tied", "0,9"]);
+    assert!(
+        cut.contains("0: 0-2 (rank 0)  1: 3-5 (rank 1)  2: 6-8 (rank 2)  3: 9 (rank 3)"),
+        "{cut}"
+    );
+    assert!(cut.contains("tied layers are on ranks [0, 3]"), "{cut}");
+    let folded = shown("zb-v", &["--layers", "1,4*14,3", "--tied", "0,15"]);
+    assert!(folded.contains("tied layers are on one rank"), "{folded}");
+    let mut args = vec!["show", "1f1b", "--layers", "1,1,1"];
+    args.extend(shape);
+    let refused = schedule(&args);
+    let message = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        message.contains("3 layers cannot fill 4 stages"),
+        "{message}"
+    );
+    let empty = shown("1f1b", &["--layers", "1,1,1", "--empty"]);
+    assert!(empty.contains("none"), "{empty}");
+    let placed = shown("1f1b", &["--place", "3,2,1,0"]);
+    let first = placed.lines().find(|line| line.starts_with("rank 0 "));
+    assert!(first.unwrap().starts_with("rank 0 ···"), "{placed}");
+    let free = shown(
+        "interleaved",
+        &["--p2p", "1.2", "--links", "none", "--latency", "0.1"],
+    );
+    let shared = shown(
+        "interleaved",
+        &["--p2p", "1.2", "--links", "sender", "--latency", "0.1"],
+    );
+    let step = |drawn: &str| {
+        let (_, rest) = drawn.split_once("predicted  step ").unwrap();
+        rest.split_once(' ').unwrap().0.parse::<f64>().unwrap()
+    };
+    assert!(step(&free) < step(&shared), "{free} {shared}");
+    assert!(free.contains("critical path (predicted)  0F0"), "{free}");
+    let args = [
+        "--ranks",
+        "2",
+        "--microbatches",
+        "3",
+        "--costs",
+        "1:1.4:0.8",
+        "--exact",
+    ];
+    let proven = text(&[&["search"], &args[..]].concat());
+    assert!(
+        proven.contains("exact: V with 2 chunks a rank: no order is faster than 10.300 s"),
+        "{proven}"
+    );
+}
+
 #[test]
 fn results_are_one_json_value() {
     for args in [

@@ -9,6 +9,7 @@
 //! uses what its forward saw in each stage, P − 1 − s updates old in stage s of P (Harlap et al. 2018,
 //! §3.3), and each update is scaled by 1/M, as its part of the batch.
 //!
+//! 0. [`slices`]: for schedules that divide sequences, ops of their own for every slice.
 //! 1. [`stages`]: which stage and phase every op belongs to.
 //! 2. [`pieces`]: for every stage the graphs of F, I, W, B and of the update, with the tensors that
 //!    pass between them explicit; each is partitioned over the stage's ranks and simplified.
@@ -26,6 +27,7 @@ mod choose;
 mod costs;
 mod link;
 mod pieces;
+mod slices;
 mod stages;
 mod stream;
 
@@ -45,7 +47,8 @@ use crate::simplify::SimplifyError;
 
 pub use choose::{Candidate, PricedCandidate, Setting, choose};
 pub use costs::{Rate, lower_bound_s, stage_costs};
-pub use stages::{assign, cut_before, cut_evenly};
+pub use slices::{Sliced, slice_sequences};
+pub use stages::{Empty, assign, cut_before, cut_evenly};
 
 /// A pipeline that cannot be compiled.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -114,8 +117,7 @@ pub fn scale_loss(forward: &Graph, n_microbatches: usize) -> Result<Graph> {
 ///
 /// # Errors
 /// `Invalid` when plan, pipeline and graph do not fit each other or the schedule reads what nothing
-/// gives; `Unsupported` for schedules that divide sequences, and for updates between microbatches with
-/// adamw, split backwards, copies, or weights in several stages.
+/// gives; `Unsupported` for updates between microbatches with adamw, split backwards, copies, or weights in several stages.
 pub fn lower_pipeline(
     graph: &Graph,
     plan: &Plan,
@@ -167,9 +169,10 @@ fn check(graph: &Graph, plan: &Plan, pipeline: &PipelinePlan) -> Result<()> {
         )));
     }
     schedule::check(schedule).map_err(|error| PipelineError::Invalid(error.to_string()))?;
-    if schedule.n_slices > 1 {
-        return Err(PipelineError::Unsupported(format!(
-            "schedule `{}` divides sequences into {} slices, which are simulated but not executed: choose a schedule of whole microbatches",
+    let n_slices = parts.iter().map(|part| part.slice + 1).max().unwrap_or(1);
+    if n_slices != schedule.n_slices {
+        return Err(PipelineError::Invalid(format!(
+            "the graph divides sequences into {n_slices} slices, schedule `{}` into {}",
             schedule.name, schedule.n_slices
         )));
     }

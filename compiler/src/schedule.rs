@@ -5,18 +5,20 @@
 //! Invariant: what this module builds is checked before it is returned.
 //!
 //! The modules in reading order: [`index`] says who waits for whom; [`keys`], [`patterns`],
-//! [`dual`] and [`builtin`] build; [`check`], [`lower`], [`deadlock`] and [`memory`] verify;
+//! [`dual`] and [`builtin`] build; [`check`], [`lower`], [`commands`], [`deadlock`] and [`memory`] verify;
 //! [`simulate`] and [`closed_form`] price; [`backfill`] and [`search`] improve; [`stages`] divides
-//! layers; [`streams`] assigns queues; [`table`] and [`draw`] show.
+//! layers; [`streams`] assigns queues and [`device`] runs them; [`table`] and [`draw`] show.
 
 mod index;
 mod keys;
 mod patterns;
 mod dual;
 mod builtin;
+mod place;
 mod definition;
 mod check;
 mod lower;
+mod commands;
 mod deadlock;
 mod memory;
 mod simulate;
@@ -27,6 +29,7 @@ mod search;
 mod exact;
 mod stages;
 mod streams;
+mod device;
 pub mod table;
 mod draw;
 #[cfg(test)]
@@ -38,12 +41,14 @@ pub use builtin::{Builtin, Placement, Shape, build};
 pub use check::check;
 pub use closed_form::{ClosedForm, Exactness, RankCosts, closed_form, pair_s};
 pub use deadlock::check_lowered;
-pub use definition::{definitions, from_definition, named};
+pub use definition::{definitions, from_definition};
+pub use device::{CommandCosts, DeviceRun, WaitFor, run_devices};
 pub use draw::{Terminal, legend, memory_curves, terminal};
 pub use exact::{Optimum, optimum};
 pub use keys::from_keys;
 pub use lower::{Lowering, lower, lower_naively};
 pub use memory::{RankMemory, Versions, check_memory, check_versions, replay};
+pub use place::place;
 pub use search::{Candidate, Found, SearchOptions, Stages, search};
 pub use simulate::{
     Bubble, Cause, Contention, Costs, Idle, Simulation, StageCosts, TimeSpan, repeat, simulate,

@@ -5,8 +5,8 @@
 //! Invariant: every rule matches every kind in full, so that a new op cannot be forgotten anywhere.
 //!
 //! The same kinds stand in global graphs (the model) and in local ones (one rank's part of it).
-//! Collectives occur only in local graphs; the `offset` fields are 0 in global graphs and the start
-//! of the rank's shard in local ones.
+//! Collectives occur only in local graphs; the `offset` fields are 0 in global graphs (save where
+//! attention is of a slice of a sequence) and the start of the rank's shard in local ones.
 
 mod cost;
 mod shape;
@@ -232,7 +232,8 @@ pub struct AttentionDims {
     pub value: Dim,
     pub scale: Scalar,
     pub causal: bool,
-    /// Position of the first query of this rank.
+    /// Position of the first query among the keys: of this rank's part, and of the slice of a
+    /// sequence that the op works on.
     #[serde(default)]
     pub offset: usize,
 }
@@ -408,7 +409,7 @@ impl OpKind {
                 }
             }
             Self::Attention(dims) | Self::AttentionGrad(dims) => {
-                dims.offset = interval(&dims.seq, 0).start;
+                dims.offset += interval(&dims.seq, 0).start;
             }
             Self::MoeDispatch(dims)
             | Self::MoeCombine(dims)

@@ -30,6 +30,9 @@ pub enum Phase {
 pub struct OpPart {
     pub stage: usize,
     pub phase: Phase,
+    /// Of the sequence; 0 where sequences are whole, and in updates.
+    #[serde(default)]
+    pub slice: usize,
 }
 
 /// How a microbatch's graph is run as a pipeline. The placements of its ops are those of a plan over

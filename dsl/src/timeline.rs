@@ -126,7 +126,7 @@ impl Timeline {
             .sum();
         let all_s = self.step_s() * self.n_ranks as f64;
         if all_s > 0.0 {
-            1.0 - busy_s / all_s
+            (1.0 - busy_s / all_s).max(0.0)
         } else {
             0.0
         }

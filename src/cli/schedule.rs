@@ -1,4 +1,7 @@
-//! `meshweave schedule`: pipeline schedules, listed, drawn, checked, searched.
+//! `meshweave schedule`: pipeline schedules, listed, drawn, lowered, checked, searched.
+
+mod costs;
+mod lower;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -7,15 +10,17 @@ use clap::{Args, Subcommand};
 use meshweave_compiler::schedule::{
     self as schedules, Builtin, Costs, Lowering, PipelineError, Placement, SearchOptions, Shape,
     Simulation, Stages, Terminal, Verdict, build, check, check_lowered, check_memory,
-    check_versions, lower, lower_naively, search, simulate, table,
+    check_versions, lower, lower_naively, optimum, place, search, simulate, table,
 };
 use meshweave_compiler::show::{
     ActionGrid, Figure, FigureSource, FigureValue, ReportInput, report,
 };
 use meshweave_dsl::diagnostics::{Class, SourceId};
-use meshweave_dsl::schedule::{Channels, Schedule};
+use meshweave_dsl::schedule::{Channels, Lowered, Schedule};
 use serde_json::json;
 
+use self::costs::{CostArgs, three};
+use self::lower::{LowerArgs, show_lowered};
 use super::{Format, write_atomically};
 use crate::error::{Error, Result};
 
@@ -31,7 +36,10 @@ enum ScheduleCommand {
     List,
     /// Simulate a schedule and draw it: ranks down, time across, idle time by cause, memory below.
     Show(ShowArgs),
-    /// Check a schedule in CSV (one line a rank, `2F0` a cell, as PyTorch writes it).
+    /// Add communication and memory actions, and run the queues of every device.
+    Lower(LowerArgs),
+    /// Check a schedule in CSV (one line a rank, `2F0` a cell, as PyTorch writes it); with
+    /// communication (`2SEND_F0`) it is checked as it stands.
     Check(CheckArgs),
     /// Compare simulated bubble and peak of every built-in schedule with the formulas.
     Table(TableArgs),
@@ -39,25 +47,9 @@ enum ScheduleCommand {
     Search(SearchArgs),
 }
 
-/// What stages cost.
+/// A schedule and what its stages cost.
 #[derive(Debug, Args)]
-struct CostArgs {
-    /// Seconds of forward, input gradient and weight gradient of one rank's microbatch, as F:I:W.
-    #[arg(long, default_value = "1:1:1", value_name = "F:I:W")]
-    costs: String,
-    /// Relative costs of the stages, separated by commas, such as `0.8,1,1,1.4`; even where absent.
-    #[arg(long, value_name = "A,B,…")]
-    stages: Option<String>,
-    /// Seconds that the activations of a rank's microbatch take between two ranks.
-    #[arg(long, default_value_t = 0.0)]
-    p2p: f64,
-    /// Wait for all ranks at the end, as clipping by the global gradient norm does.
-    #[arg(long)]
-    barrier: bool,
-}
-
-#[derive(Debug, Args)]
-struct ShowArgs {
+struct PipelineArgs {
     /// A built-in schedule (`schedule list`), a CSV file, or a .weave document that defines one.
     name: String,
     /// Ranks of the pipeline; of a file, those of its rows.
@@ -71,11 +63,20 @@ struct ShowArgs {
     /// Slices a sequence, for schedules that divide sequences.
     #[arg(long)]
     slices: Option<usize>,
+    /// The rank of every stage, such as `1,0,3,2`.
+    #[arg(long, value_delimiter = ',', value_name = "RANK,…")]
+    place: Vec<usize>,
     #[command(flatten)]
     costs: CostArgs,
     /// Activations that a rank may hold, in microbatches of all its chunks.
     #[arg(long)]
     memory: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+struct ShowArgs {
+    #[command(flatten)]
+    pipeline: PipelineArgs,
     /// Also write the picture as a report: one HTML page that needs nothing else.
     #[arg(long, alias = "html")]
     report: Option<PathBuf>,
@@ -123,6 +124,10 @@ struct SearchArgs {
     /// absent.
     #[arg(long)]
     memory: Option<f64>,
+    /// Also prove the optimum of every placement, for pipelines of up to 3 ranks and 4 microbatches or
+    /// so: a search over all orders.
+    #[arg(long)]
+    exact: bool,
     /// Also write the order as CSV.
     #[arg(long)]
     csv: Option<PathBuf>,
@@ -130,6 +135,9 @@ struct SearchArgs {
     #[arg(long)]
     width: Option<usize>,
 }
+
+/// States that a proof looks at before it gives up.
+const MAX_STATES: usize = 5_000_000;
 
 /// Runs a subcommand.
 pub fn schedule(args: &ScheduleArgs, format: Format) -> Result<()> {
@@ -139,6 +147,7 @@ pub fn schedule(args: &ScheduleArgs, format: Format) -> Result<()> {
             Ok(())
         }
         ScheduleCommand::Show(args) => show(args, format),
+        ScheduleCommand::Lower(args) => show_lowered(args, format),
         ScheduleCommand::Check(args) => check_file(args, format),
         ScheduleCommand::Table(args) => print_table(args, format),
         ScheduleCommand::Search(args) => find(args, format),
@@ -181,55 +190,6 @@ fn list(format: Format) {
     }
 }
 
-impl CostArgs {
-    /// Costs of so many stages, evenly divided or as listed.
-    fn of(&self, n_ranks: usize, n_stages: usize) -> Result<Costs> {
-        let [f, i, w] = three(&self.costs)?;
-        let mut costs = Costs::even(n_ranks, n_stages, f, i, w);
-        if let Some(shares) = &self.stages {
-            let shares: Vec<f64> = shares.split(',').map(seconds).collect::<Result<_>>()?;
-            if !n_stages.is_multiple_of(shares.len()) {
-                return Err(invalid(format!(
-                    "{} relative costs are listed and there are {n_stages} stages; list one for each, or \
-                     a number that divides them",
-                    shares.len()
-                )));
-            }
-            // A coarse list is refined: each entry stands for neighboring stages.
-            let repeat = n_stages / shares.len();
-            for (stage_idx, stage) in costs.stages.iter_mut().enumerate() {
-                let share = shares[stage_idx / repeat];
-                stage.forward_s *= share;
-                stage.backward_input_s *= share;
-                stage.backward_weight_s *= share;
-            }
-        }
-        for stage in &mut costs.stages {
-            stage.p2p_s = self.p2p;
-        }
-        costs.barrier = self.barrier;
-        Ok(costs)
-    }
-}
-
-/// F:I:W.
-fn three(text: &str) -> Result<[f64; 3]> {
-    let parts: Vec<&str> = text.split(':').collect();
-    match parts.as_slice() {
-        [f, i, w] => Ok([seconds(f)?, seconds(i)?, seconds(w)?]),
-        _ => Err(invalid(format!(
-            "`--costs {text}` is not F:I:W; write three numbers such as 1:1.4:0.8"
-        ))),
-    }
-}
-
-fn seconds(text: &str) -> Result<f64> {
-    let value: Option<f64> = text.trim().parse().ok();
-    value
-        .filter(|value| value.is_finite() && *value >= 0.0)
-        .ok_or_else(|| invalid(format!("`{text}` is no time; write a number such as 1.4")))
-}
-
 fn named(name: &str) -> Result<Builtin> {
     Builtin::find(name).ok_or_else(|| {
         let names = Builtin::ALL.map(Builtin::name);
@@ -246,16 +206,17 @@ fn read(path: &std::path::Path) -> Result<String> {
 }
 
 /// The schedule that a name, a CSV file or a document stands for, with its costs.
-fn load(args: &ShowArgs) -> Result<(Schedule, Costs)> {
+fn load(args: &PipelineArgs) -> Result<(Schedule, Costs)> {
     let path = std::path::Path::new(&args.name);
     let extension = path.extension().and_then(|extension| extension.to_str());
     let shape = Shape::new(args.ranks, args.microbatches)
         .chunks(args.chunks.unwrap_or(1))
         .slices(args.slices.unwrap_or(1));
+    let is_document = extension == Some("weave");
     let schedule = match extension {
         Some("csv") => Schedule::from_csv(stem(path), &read(path)?)
             .map_err(|error| pipeline_error(error.into()))?,
-        Some("weave") => from_document(path, &shape)?,
+        Some("weave") => from_document(path, &shape, &args.place)?,
         _ => {
             let builtin = named(&args.name)?;
             let n_chunks = args.chunks.or(builtin.fixed_chunks()).unwrap_or(2);
@@ -264,15 +225,29 @@ fn load(args: &ShowArgs) -> Result<(Schedule, Costs)> {
                 .unwrap_or(if builtin.is_sliced() { 2 } else { 1 });
             let shape = shape.chunks(n_chunks).slices(n_slices);
             // Patterns are fitted to the costs, so these come first.
-            let n_stages = args.ranks * n_chunks;
-            let mut costs = args.costs.of(args.ranks, n_stages)?;
+            let placement = one_copy(builtin.placement());
+            let mut costs = args.costs.of(&placement.stage_rank(&shape), args.ranks)?;
             costs.memory_limit_bytes = args.memory;
             build(builtin, &shape, Some(&costs)).map_err(pipeline_error)?
         }
     };
+    let schedule = if args.place.is_empty() || is_document {
+        schedule
+    } else {
+        place(&schedule, &args.place).map_err(pipeline_error)?
+    };
     check(&schedule).map_err(pipeline_error)?;
-    let costs = args.costs.of(schedule.n_ranks, schedule.n_stages)?;
+    let stage_rank = &schedule.stage_rank[..schedule.n_stages];
+    let costs = args.costs.of(stage_rank, schedule.n_ranks)?;
     Ok((schedule, costs))
+}
+
+/// Of two copies, where the stages of the first lie.
+fn one_copy(placement: Placement) -> Placement {
+    match placement {
+        Placement::TwoWay => Placement::Loop,
+        placement => placement,
+    }
 }
 
 fn stem(path: &std::path::Path) -> String {
@@ -282,8 +257,8 @@ fn stem(path: &std::path::Path) -> String {
     stem.unwrap_or_else(|| "schedule".into())
 }
 
-/// The first schedule that a document defines.
-fn from_document(path: &std::path::Path, shape: &Shape) -> Result<Schedule> {
+/// The first schedule that a document defines, with stages where they are placed.
+fn from_document(path: &std::path::Path, shape: &Shape, ranks: &[usize]) -> Result<Schedule> {
     let text = read(path)?;
     let parsed = meshweave_dsl::weave::parse(&text, SourceId(0));
     if !parsed.diagnostics.is_empty() {
@@ -298,17 +273,18 @@ fn from_document(path: &std::path::Path, shape: &Shape) -> Result<Schedule> {
         )));
     };
     let folder = path.parent().unwrap_or(std::path::Path::new("."));
-    schedules::from_definition(definition, shape, folder).map_err(pipeline_error)
+    schedules::from_definition(definition, shape, ranks, folder).map_err(pipeline_error)
 }
 
 fn show(args: &ShowArgs, format: Format) -> Result<()> {
-    let (schedule, mut costs) = load(args)?;
-    if let Some(limit) = args.memory {
+    let (schedule, mut costs) = load(&args.pipeline)?;
+    let memory = args.pipeline.memory;
+    if let Some(limit) = memory {
         check_memory(&schedule, &costs, limit).map_err(pipeline_error)?;
     }
     // Idle time counts as a wait for memory where the schedule's own peak leaves no room.
     let first = simulate(&schedule, &costs).map_err(pipeline_error)?;
-    costs.memory_limit_bytes = Some(args.memory.unwrap_or(first.peak()));
+    costs.memory_limit_bytes = Some(memory.unwrap_or(first.peak()));
     let simulation = simulate(&schedule, &costs).map_err(pipeline_error)?;
     if let Some(path) = &args.report {
         let page = report(&report_of(&schedule, &simulation, &costs));
@@ -318,7 +294,14 @@ fn show(args: &ShowArgs, format: Format) -> Result<()> {
         write_atomically(path, schedule.to_csv().as_bytes())?;
     }
     match format {
-        Format::Text => print!("{}", picture(&schedule, &simulation, &costs, args.width)?),
+        Format::Text => {
+            print!("{}", picture(&schedule, &simulation, &costs, args.width)?);
+            let stage_rank = &schedule.stage_rank[..schedule.n_stages];
+            let division = args.pipeline.costs.division(stage_rank, schedule.n_ranks)?;
+            if let Some(division) = division {
+                print!("{}", costs::division_text(&division));
+            }
+        }
         Format::Json => println!("{}", json!({"schedule": schedule, "predicted": simulation})),
     }
     Ok(())
@@ -393,6 +376,7 @@ fn picture(
          barrier {:.3} s\n",
         bubble.dependency_s, bubble.communication_s, bubble.memory_s, bubble.barrier_s
     );
+    text += &critical_text(schedule, simulation);
     let versions = check_versions(schedule, None).map_err(pipeline_error)?;
     if let Some(staleness) = versions
         .staleness
@@ -408,6 +392,33 @@ fn picture(
     Ok(text)
 }
 
+/// The ends of the critical path, and how much of the step is work on it.
+fn critical_text(schedule: &Schedule, simulation: &Simulation) -> String {
+    const N_SHOWN: usize = 5;
+    let path = &simulation.critical_path;
+    let name = |(rank, position): &(usize, usize)| schedule.rows[*rank][*position].to_string();
+    let names = |part: &[(usize, usize)]| part.iter().map(name).collect::<Vec<_>>().join(" ");
+    let shown = if path.len() > 2 * N_SHOWN {
+        let (first, last) = (&path[..N_SHOWN], &path[path.len() - N_SHOWN..]);
+        format!("{} … {}", names(first), names(last))
+    } else {
+        names(path)
+    };
+    // The actions of a pair have one span.
+    let mut work_s = 0.0;
+    let mut last = None;
+    for (rank, position) in path {
+        let span = simulation.spans[*rank][*position];
+        if last.replace((*rank, span)) != Some((*rank, span)) {
+            work_s += span.seconds();
+        }
+    }
+    format!(
+        "critical path (predicted)  {shown}: {} actions, {work_s:.3} s of work\n",
+        path.len()
+    )
+}
+
 /// Columns of the terminal, less the labels.
 fn columns() -> usize {
     let columns = std::env::var("COLUMNS")
@@ -416,8 +427,9 @@ fn columns() -> usize {
     columns.unwrap_or(120usize).saturating_sub(16).max(40)
 }
 
-fn check_file(args: &CheckArgs, format: Format) -> Result<()> {
-    let channels = match args.channels.as_str() {
+/// The channel model of that name.
+fn channels(text: &str) -> Result<Channels> {
+    Ok(match text {
         "blocking" => Channels::Blocking,
         "pair" => Channels::PerPair,
         "direction" => Channels::PerDirection,
@@ -426,11 +438,26 @@ fn check_file(args: &CheckArgs, format: Format) -> Result<()> {
                 "`--channels {depth}` is no channel model; write blocking, pair, direction, or a number"
             ))
         })?),
+    })
+}
+
+fn check_file(args: &CheckArgs, format: Format) -> Result<()> {
+    let channels = channels(&args.channels)?;
+    let (name, text) = (stem(&args.file), read(&args.file)?);
+    let imported = if Lowered::is_csv(&text) {
+        let lowered = Lowered::from_csv(name.clone(), &text, channels);
+        Some(lowered.map_err(|error| pipeline_error(error.into()))?)
+    } else {
+        None
     };
-    let schedule = Schedule::from_csv(stem(&args.file), &read(&args.file)?)
-        .map_err(|error| pipeline_error(error.into()))?;
+    let schedule = match &imported {
+        Some(lowered) => lowered.schedule.clone(),
+        None => Schedule::from_csv(name, &text).map_err(|error| pipeline_error(error.into()))?,
+    };
     check(&schedule).map_err(pipeline_error)?;
-    let lowered = if args.naive {
+    let lowered = if let Some(lowered) = imported {
+        lowered
+    } else if args.naive {
         lower_naively(&schedule, channels)
     } else {
         let lowering = Lowering {
@@ -495,11 +522,14 @@ fn print_table(args: &TableArgs, format: Format) -> Result<()> {
 }
 
 fn find(args: &SearchArgs, format: Format) -> Result<()> {
-    let stages = |placement, n_chunks| -> Result<Stages> {
+    let stages = |placement: Placement, n_chunks| -> Result<Stages> {
         Ok(Stages {
-            placement,
             n_chunks,
-            costs: args.costs.of(args.ranks, args.ranks * n_chunks)?,
+            costs: args.costs.of(
+                &placement.stage_rank(&Shape::new(args.ranks, 1).chunks(n_chunks)),
+                args.ranks,
+            )?,
+            placement,
         })
     };
     let stages = [
@@ -517,8 +547,7 @@ fn find(args: &SearchArgs, format: Format) -> Result<()> {
     }
     match format {
         Format::Text => {
-            let n_stages = found.schedule.n_stages;
-            let mut costs = args.costs.of(args.ranks, n_stages)?;
+            let mut costs = args.costs.of(&found.schedule.stage_rank, args.ranks)?;
             costs.memory_limit_bytes = options.memory_limit_bytes;
             print!(
                 "{}",
@@ -539,8 +568,38 @@ fn find(args: &SearchArgs, format: Format) -> Result<()> {
                 );
             }
             println!("{} schedules were simulated", found.n_simulated);
+            if args.exact {
+                for stages in &stages {
+                    let until_s = found.simulation.step_s * (1.0 + 1e-9);
+                    let proven = optimum(stages, &options, until_s, MAX_STATES);
+                    println!("{}", proof_text(stages, until_s, proven)?);
+                }
+            }
         }
         Format::Json => println!("{}", json!({"found": found})),
     }
     Ok(())
+}
+
+/// What a proof says: no order of these stages is faster than the one found, or than this.
+fn proof_text(
+    stages: &Stages,
+    until_s: f64,
+    proven: std::result::Result<schedules::Optimum, PipelineError>,
+) -> Result<String> {
+    let shape = format!(
+        "{:?} with {} chunks a rank",
+        stages.placement, stages.n_chunks
+    );
+    Ok(match proven {
+        Ok(proven) => format!(
+            "exact: {shape}: no order is faster than {:.3} s ({} states)",
+            proven.step_s, proven.n_states
+        ),
+        Err(PipelineError::Exhausted(why)) => format!("exact: {shape}: given up: {why}"),
+        Err(PipelineError::Infeasible(_)) => {
+            format!("exact: {shape}: no order takes at most {until_s:.3} s within the limit")
+        }
+        Err(error) => return Err(pipeline_error(error)),
+    })
 }

@@ -6,6 +6,7 @@
 //! simulations of the checked schedules with the costs of their own stages.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::Graph;
@@ -13,9 +14,10 @@ use meshweave_dsl::schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
 use super::costs::{Rate, stage_costs};
-use super::stages::{assign, cut_before, cut_evenly};
+use super::slices::{Sliced, slice_sequences};
+use super::stages::{Empty, assign, cut_before, cut_evenly};
 use super::{PipelineError, Result, scale_loss};
-use crate::differentiate::{Optimizer, differentiate_traced};
+use crate::differentiate::{Optimizer, Origin, differentiate_traced};
 use crate::plan::HEADROOM;
 use crate::plan::cost::{GroupShape, Traffic, traffic_seconds};
 use crate::schedule::{Costs, RankCosts, Shape, StageCosts, closed_form, simulate};
@@ -58,6 +60,7 @@ pub struct Setting<'a> {
     pub batch: usize,
     /// Where stages begin; even stages where there are none.
     pub cuts: &'a [String],
+    pub empty: Empty,
     pub cluster: &'a Cluster,
 }
 
@@ -71,14 +74,13 @@ pub fn choose(
     schedule: &dyn Fn(usize) -> Result<Schedule>,
     setting: &Setting,
 ) -> Result<Vec<PricedCandidate>> {
-    let mut models: BTreeMap<usize, Microbatch> = BTreeMap::new();
+    let mut models: BTreeMap<(usize, usize), Microbatch> = BTreeMap::new();
     let mut priced = Vec::with_capacity(candidates.len());
     for (nth, candidate) in candidates.into_iter().enumerate() {
-        let n_microbatches = candidate.shape.n_microbatches;
-        if let std::collections::btree_map::Entry::Vacant(entry) = models.entry(n_microbatches) {
-            entry.insert(Microbatch::new(n_microbatches, setting)?);
-        }
-        let model = &models[&n_microbatches];
+        let model = match models.entry(parts_of(&candidate.shape)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Microbatch::new(&candidate.shape, setting)?),
+        };
         priced.push(PricedCandidate {
             nth,
             closed_form_s: model.closed_form_s(&candidate, setting),
@@ -97,7 +99,7 @@ pub fn choose(
         if n_simulated >= N_SIMULATED && one.closed_form_s.is_some() {
             break;
         }
-        let model = &models[&one.candidate.shape.n_microbatches];
+        let model = &models[&parts_of(&one.candidate.shape)];
         let simulated = schedule(one.nth).and_then(|schedule| model.simulate(&schedule, setting));
         match simulated {
             Ok((step_s, peak_bytes)) => {
@@ -149,27 +151,35 @@ pub fn choose(
     }
 }
 
+/// What the graph of a microbatch depends on.
+fn parts_of(shape: &Shape) -> (usize, usize) {
+    (shape.n_microbatches, shape.n_slices)
+}
+
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// The graph of a microbatch, forward and whole.
 struct Microbatch {
     forward: Graph,
+    sliced: Sliced,
     graph: Graph,
-    origins: Vec<crate::differentiate::Origin>,
+    origins: Vec<Origin>,
     /// Bytes of all parameters.
     weight_bytes: f64,
 }
 
 impl Microbatch {
-    fn new(n_microbatches: usize, setting: &Setting) -> Result<Self> {
-        let forward = (setting.forward)(setting.batch / n_microbatches)?;
-        let forward = scale_loss(&forward, n_microbatches)?;
-        let (graph, origins) = differentiate_traced(&forward, setting.optimizer)
+    fn new(shape: &Shape, setting: &Setting) -> Result<Self> {
+        let forward = (setting.forward)(setting.batch / shape.n_microbatches)?;
+        let forward = scale_loss(&forward, shape.n_microbatches)?;
+        let sliced = slice_sequences(&forward, shape.n_slices)?;
+        let (graph, origins) = differentiate_traced(&sliced.graph, setting.optimizer)
             .map_err(|error| PipelineError::Unsupported(error.to_string()))?;
         let weight_bytes = graph.params().map(|id| graph.ty(id).n_bytes() as f64);
         Ok(Self {
             weight_bytes: weight_bytes.sum(),
             forward,
+            sliced,
             graph,
             origins,
         })
@@ -189,7 +199,8 @@ impl Microbatch {
             whole.backward_weight_s * share,
         );
         let form = closed_form(&candidate.name, &candidate.shape, &costs)?;
-        Some(form.step_s(&candidate.shape, &costs) + self.reduction_s(n_ranks, setting))
+        let reduction_s = self.reduction_s(n_ranks, form.n_weight_copies, setting);
+        Some(form.step_s(&candidate.shape, &costs) + reduction_s)
     }
 
     fn costs(
@@ -199,7 +210,9 @@ impl Microbatch {
         n_ranks: usize,
         setting: &Setting,
     ) -> Result<Vec<StageCosts>> {
-        let parts = assign(&self.graph, &self.origins, stages)?;
+        let stages = self.sliced.stages(stages);
+        let slices = &self.sliced.slice_of;
+        let parts = assign(&self.graph, &self.origins, &stages, slices)?;
         Ok(stage_costs(
             &self.graph,
             &parts,
@@ -210,14 +223,15 @@ impl Microbatch {
         ))
     }
 
-    /// The reduction of a rank's gradients over the devices of its stages, as data parallelism does.
-    fn reduction_s(&self, n_ranks: usize, setting: &Setting) -> f64 {
-        let n_devices = setting.cluster.n_devices() / n_ranks.max(1);
+    /// The reduction of a rank's gradients over the devices of its stages, as data parallelism does,
+    /// and over the copies of the model.
+    fn reduction_s(&self, n_ranks: usize, n_copies: usize, setting: &Setting) -> f64 {
+        let n_devices = setting.cluster.n_devices() / n_ranks.max(1) * n_copies;
         if n_devices < 2 {
             return 0.0;
         }
         let group = GroupShape::of(&(0..n_devices).collect::<Vec<_>>(), setting.cluster);
-        let n_bytes = self.weight_bytes / n_ranks as f64;
+        let n_bytes = self.weight_bytes * n_copies as f64 / n_ranks as f64;
         traffic_seconds(Traffic::AllReduce, n_bytes, group, setting.cluster)
     }
 
@@ -226,7 +240,7 @@ impl Microbatch {
         let stages = if setting.cuts.is_empty() {
             cut_evenly(&self.forward, schedule.n_stages, setting.cluster)?
         } else {
-            cut_before(&self.forward, setting.cuts)?
+            cut_before(&self.forward, setting.cuts, setting.empty)?
         };
         let stages = self.costs(&stages, schedule.n_stages, schedule.n_ranks, setting)?;
         let n_devices = (setting.cluster.n_devices() / schedule.n_ranks.max(1)).max(1);
@@ -242,7 +256,7 @@ impl Microbatch {
         let held = simulation.peak_bytes.iter().zip(weights);
         let peak_bytes = held.map(|(held, weights)| held + weights);
         Ok((
-            simulation.step_s + self.reduction_s(schedule.n_ranks, setting),
+            simulation.step_s + self.reduction_s(schedule.n_ranks, schedule.n_copies, setting),
             peak_bytes.fold(0.0, f64::max),
         ))
     }

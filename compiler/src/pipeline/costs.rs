@@ -107,10 +107,8 @@ fn add_bytes(
         // Stages hold what they read, made there or received.
         for (stage_idx, stage) in stages.iter_mut().enumerate() {
             let reads = |phase| {
-                readers.contains(&OpPart {
-                    stage: stage_idx,
-                    phase,
-                })
+                let mut readers = readers.iter();
+                readers.any(|part| part.stage == stage_idx && part.phase == phase)
             };
             if reads(Phase::WeightGradient) || reads(Phase::InputGradient) {
                 stage.activation_bytes += n_bytes;
@@ -132,25 +130,31 @@ fn add_bytes(
 }
 
 /// No plan of these stages under this schedule steps faster, in seconds: the schedule simulated with
-/// every contraction at the device's peak, and all else free.
+/// every contraction at the device's peak, and all else free; of schedules that divide sequences, whose
+/// slices differ, the work of the busiest rank.
 ///
 /// # Errors
 /// `Invalid` when the schedule cannot be simulated.
 pub fn lower_bound_s(graph: &Graph, pipeline: &PipelinePlan, cluster: &Cluster) -> Result<f64> {
     let n_devices = pipeline.stage_mesh().n_ranks();
     let schedule = &pipeline.schedule;
+    let stages = stage_costs(
+        graph,
+        &pipeline.parts,
+        schedule.n_stages,
+        n_devices,
+        cluster,
+        Rate::Peak,
+    );
     let costs = Costs {
         contention: Contention::None,
-        ..Costs::of(stage_costs(
-            graph,
-            &pipeline.parts,
-            schedule.n_stages,
-            n_devices,
-            cluster,
-            Rate::Peak,
-        ))
+        ..Costs::of(stages)
     };
     let simulation = simulate(schedule, &costs);
     let simulation = simulation.map_err(|error| PipelineError::Invalid(error.to_string()))?;
-    Ok(simulation.step_s)
+    Ok(if schedule.n_slices > 1 {
+        simulation.busy_s.into_iter().fold(0.0, f64::max)
+    } else {
+        simulation.step_s
+    })
 }

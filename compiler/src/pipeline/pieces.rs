@@ -39,6 +39,8 @@ pub(super) struct Key {
     /// Of the model, whatever the copy.
     pub(super) stage: usize,
     pub(super) work: Work,
+    /// Of the sequence; 0 for updates.
+    pub(super) slice: usize,
     /// Sums that begin with this piece; it adds to the others.
     pub(super) first: BTreeSet<TensorId>,
 }
@@ -121,9 +123,8 @@ impl<'a> Pieces<'a> {
             }
         }
         for id in graph.tensor_ids() {
-            if pieces.passes(id)
-                && let Some(layout) = pieces.passing_layout(id)
-            {
+            if pieces.passes(id) {
+                let layout = pieces.passing_layout(id);
                 pieces.layouts.insert(id, layout);
             }
         }
@@ -174,8 +175,8 @@ impl<'a> Pieces<'a> {
         })
     }
 
-    /// Which sums the actions of a stage of the model add to.
-    pub(super) fn sums(&self, stage: usize, kind: ActionKind) -> BTreeSet<TensorId> {
+    /// Which sums the actions of a stage of the model add to, for a slice.
+    pub(super) fn sums(&self, stage: usize, kind: ActionKind, slice: usize) -> BTreeSet<TensorId> {
         let work = Work::Action(kind);
         if kind == ActionKind::R {
             return BTreeSet::new();
@@ -184,7 +185,7 @@ impl<'a> Pieces<'a> {
             .tensor_ids()
             .filter(|id| {
                 self.maker(*id)
-                    .is_some_and(|part| part.stage == stage && does(work, part.phase))
+                    .is_some_and(|part| is_part_of(&part, stage, work, slice))
                     && self.is_summed(*id)
             })
             .collect()
@@ -216,36 +217,42 @@ impl<'a> Pieces<'a> {
     }
 
     /// The layout of a value between pieces: of those that its maker leaves and its readers ask for,
-    /// without partial values that no reader asks for, the one with the least bytes on a rank, then the cheapest to make.
-    fn passing_layout(&self, id: TensorId) -> Option<Layout> {
+    /// without partial values that no reader asks for, and from which every reader's can be made, the
+    /// one with the least bytes on a rank, then the cheapest to make; else as its maker leaves it.
+    fn passing_layout(&self, id: TensorId) -> Layout {
         let made = self.made_layout(id);
         let ty = self.graph.ty(id);
-        let mut layouts = vec![made.clone()];
+        let mut asked: Vec<Layout> = Vec::new();
         for op_id in &self.consumers[id.index()] {
             let inputs = self.graph.op(*op_id).inputs.iter();
-            let asked = self.plan.op_layouts(self.graph, *op_id).inputs;
-            let asked = inputs.zip(asked).filter(|(input, _)| **input == id);
-            layouts.extend(asked.map(|(_, layout)| layout));
+            let layouts = self.plan.op_layouts(self.graph, *op_id).inputs;
+            let of_this = inputs.zip(layouts).filter(|(input, _)| **input == id);
+            for (_, layout) in of_this {
+                if !asked.contains(&layout) {
+                    asked.push(layout);
+                }
+            }
         }
         let mesh = &self.plan.mesh;
-        // A reader that carries partial sums through cannot take them reduced.
-        let asked = layouts
+        let seconds = |from: &Layout, to: &Layout| {
+            let path = reshard_path(from, to, ty, mesh, self.cluster);
+            path.map(|(seconds, _)| seconds)
+        };
+        let carried: BTreeSet<&Axis> = asked
             .iter()
-            .skip(1)
-            .flat_map(|layout| layout.partial.keys());
-        let carried: BTreeSet<Axis> = asked.cloned().collect();
-        let choices = layouts.into_iter().filter_map(|mut layout| {
+            .flat_map(|layout| layout.partial.keys())
+            .collect();
+        let candidates = asked.iter().chain([&made]).filter_map(|layout| {
+            let mut layout = layout.clone();
             layout.partial.retain(|axis, _| carried.contains(axis));
-            if layout.partial.len() < carried.len() {
-                return None;
-            }
-            let (seconds, _) = reshard_path(&made, &layout, ty, mesh, self.cluster)?;
+            // What is reduced cannot be given to a reader that carries partial values through.
+            let serves = |reader: &Layout| seconds(&layout, reader).is_some();
+            let made_s = seconds(&made, &layout).filter(|_| asked.iter().all(serves))?;
             let n_bytes = largest_local_type(ty, &layout, mesh).n_bytes();
-            Some((n_bytes, seconds, layout))
+            Some((n_bytes, made_s, layout))
         });
-        choices
-            .min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)))
-            .map(|(.., layout)| layout)
+        let best = candidates.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        best.map_or(made.clone(), |(.., layout)| layout)
     }
 
     /// The layout that the local tensors of an output of the step have.
@@ -326,6 +333,11 @@ impl<'a> Pieces<'a> {
     }
 }
 
+/// Whether an op is part of the work of a stage on a slice.
+fn is_part_of(part: &OpPart, stage: usize, work: Work, slice: usize) -> bool {
+    part.stage == stage && part.slice == slice && does(work, part.phase)
+}
+
 /// Whether ops of a phase are part of some work.
 fn does(work: Work, phase: Phase) -> bool {
     match phase {
@@ -364,10 +376,7 @@ impl<'a> Draft<'a> {
         let parts = &pieces.pipeline.parts;
         let ops: Vec<(OpId, &Op)> = whole
             .ops()
-            .filter(|(op_id, _)| {
-                let part = parts[op_id.index()];
-                part.stage == key.stage && does(key.work, part.phase)
-            })
+            .filter(|(op_id, _)| is_part_of(&parts[op_id.index()], key.stage, key.work, key.slice))
             .collect();
         let is_update = key.work == Work::Update;
         let results = pieces
@@ -547,8 +556,10 @@ impl<'a> Draft<'a> {
 
     fn finish(mut self, ops: &[(OpId, &Op)], results: &[TensorId]) -> Result<Self> {
         let pieces = self.pieces;
-        let phases =
-            |part: &OpPart| part.stage == self.key.stage && does(self.key.work, part.phase);
+        let Key {
+            stage, work, slice, ..
+        } = *self.key;
+        let phases = |part: &OpPart| is_part_of(part, stage, work, slice);
         let made = ops.iter().flat_map(|(_, op)| &op.results);
         let passing: Vec<TensorId> = made
             .copied()
@@ -587,6 +598,9 @@ impl<'a> Draft<'a> {
 /// Such as `stage1.F`.
 pub(super) fn label(key: &Key) -> String {
     match key.work {
+        Work::Action(kind) if key.slice > 0 => {
+            format!("stage{}.{kind}.slice{}", key.stage, key.slice)
+        }
         Work::Action(kind) => format!("stage{}.{kind}", key.stage),
         Work::Update => format!("stage{}.update", key.stage),
     }

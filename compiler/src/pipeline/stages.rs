@@ -15,12 +15,31 @@ use super::{PipelineError, Result, name};
 use crate::differentiate::Origin;
 use crate::plan::cost::{GroupShape, Traffic, op_seconds, traffic_seconds};
 
+/// Whether stages may be without ops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Empty {
+    Refused,
+    Allowed,
+}
+
+impl Empty {
+    /// Whether they were asked for.
+    pub fn when(allowed: bool) -> Self {
+        if allowed {
+            Self::Allowed
+        } else {
+            Self::Refused
+        }
+    }
+}
+
 /// The stage of every forward op when a stage begins before each of `paths`, such as `layers[2]` or
 /// `layers[2].mlp`: at the first op at or below it. Linear in ops × cuts.
 ///
 /// # Errors
-/// `Invalid` when a path names no op, or when two cuts leave nothing between them.
-pub fn cut_before(forward: &Graph, paths: &[String]) -> Result<Vec<usize>> {
+/// `Invalid` when a path names no op, or when two cuts leave nothing between them that `empty` does not
+/// allow.
+pub fn cut_before(forward: &Graph, paths: &[String], empty: Empty) -> Result<Vec<usize>> {
     let mut stages = vec![0; forward.ops.len()];
     let mut last = 0;
     for path in paths {
@@ -37,9 +56,9 @@ pub fn cut_before(forward: &Graph, paths: &[String]) -> Result<Vec<usize>> {
                 forward.name
             )));
         };
-        if first <= last {
+        if first < last || (first == last && empty == Empty::Refused) {
             return Err(PipelineError::Invalid(format!(
-                "a cut before `{path}` leaves a stage without ops: list cuts in the model's order, each once, none before its first op"
+                "a cut before `{path}` leaves a stage without ops: list cuts in the model's order, each once, none before its first op; where a stage shall be empty, add `empty stages`"
             )));
         }
         last = first;
@@ -129,13 +148,20 @@ fn borders(forward: &Graph, cluster: &Cluster) -> Vec<f64> {
 /// The part of every op of a training graph, from the stages of the forward ops and the origins that
 /// [`crate::differentiate::differentiate_traced`] gives. Linear, save for names.
 ///
-/// A parameter is at home in the first stage that reads it; that stage updates it.
+/// A parameter is at home in the first stage that reads it; that stage updates it. `slices` are those
+/// of the forward ops where sequences are sliced, else empty.
 ///
 /// # Errors
 /// `Internal` when origins and graphs do not fit, or a piece would read from a later one.
-pub fn assign(graph: &Graph, origins: &[Origin], stages: &[usize]) -> Result<Vec<OpPart>> {
+pub fn assign(
+    graph: &Graph,
+    origins: &[Origin],
+    stages: &[usize],
+    slices: &[usize],
+) -> Result<Vec<OpPart>> {
     let misfit = || PipelineError::Internal("origins of another graph".into());
     let stage_of = |op: OpId| stages.get(op.index()).copied().ok_or_else(misfit);
+    let slice_of = |op: OpId| slices.get(op.index()).copied().unwrap_or(0);
     if origins.len() != graph.ops.len() {
         return Err(misfit());
     }
@@ -153,16 +179,31 @@ pub fn assign(graph: &Graph, origins: &[Origin], stages: &[usize]) -> Result<Vec
     }
     let mut parts = Vec::with_capacity(origins.len());
     for origin in origins {
-        let (stage, phase) = match origin {
-            Origin::Forward(op) => (stage_of(*op)?, Phase::Forward),
-            Origin::InputGradient(op) => (stage_of(*op)?, Phase::InputGradient),
-            Origin::WeightGradient(op) => (stage_of(*op)?, Phase::WeightGradient),
-            Origin::Update(param) => (homes.get(param).copied().unwrap_or(0), Phase::Update),
+        let (stage, phase, slice) = match origin {
+            Origin::Forward(op) => (stage_of(*op)?, Phase::Forward, slice_of(*op)),
+            Origin::InputGradient(op) => (stage_of(*op)?, Phase::InputGradient, slice_of(*op)),
+            Origin::WeightGradient(op) => (stage_of(*op)?, Phase::WeightGradient, slice_of(*op)),
+            Origin::Update(param) => (homes.get(param).copied().unwrap_or(0), Phase::Update, 0),
         };
-        parts.push(OpPart { stage, phase });
+        parts.push(OpPart {
+            stage,
+            phase,
+            slice,
+        });
     }
     let producers = graph.producers();
     let made_by = |id: &TensorId| producers[id.index()].map(OpId::index);
+    // Backwards run from the last slice to the first: a gradient that is added up over slices, such as
+    // that of keys, is whole with the first of them.
+    for op_idx in 0..parts.len() {
+        if parts[op_idx].phase == Phase::InputGradient {
+            for maker in graph.ops[op_idx].inputs.iter().filter_map(made_by) {
+                if parts[maker].phase == Phase::InputGradient {
+                    parts[op_idx].slice = parts[op_idx].slice.min(parts[maker].slice);
+                }
+            }
+        }
+    }
     // What an input gradient needs is taken with it.
     for op_idx in (0..parts.len()).rev() {
         if parts[op_idx].phase == Phase::InputGradient {
@@ -173,7 +214,8 @@ pub fn assign(graph: &Graph, origins: &[Origin], stages: &[usize]) -> Result<Vec
             }
         }
     }
-    // Parts of a gradient from several stages (tied weights) are added once, when they are summed.
+    // Parts of a gradient from several stages (tied weights) or slices are added once, when they are
+    // summed.
     let is_sum = |op_idx: usize| {
         use meshweave_dsl::op::{BinaryFn, OpKind};
         matches!(graph.ops[op_idx].kind, OpKind::Binary(BinaryFn::Add))
@@ -188,11 +230,13 @@ pub fn assign(graph: &Graph, origins: &[Origin], stages: &[usize]) -> Result<Vec
             .iter()
             .filter_map(made_by)
             .collect();
-        let crosses = makers
-            .iter()
-            .any(|maker| parts[*maker].phase == Phase::Update || parts[*maker].stage != part.stage);
+        let crosses = makers.iter().any(|maker| {
+            let maker = parts[*maker];
+            maker.phase == Phase::Update || (maker.stage, maker.slice) != (part.stage, part.slice)
+        });
         if crosses && is_sum(op_idx) {
             parts[op_idx].phase = Phase::Update;
+            parts[op_idx].slice = 0;
         }
     }
     check_order(graph, &parts)?;
@@ -208,11 +252,15 @@ fn check_order(graph: &Graph, parts: &[OpPart]) -> Result<()> {
                 continue;
             };
             let fits = match (maker.phase, reader.phase) {
-                (Phase::Forward, Phase::Forward) => maker.stage <= reader.stage,
-                (Phase::InputGradient, Phase::InputGradient | Phase::WeightGradient) => {
-                    maker.stage >= reader.stage
+                (Phase::Forward, Phase::Forward) => {
+                    maker.stage <= reader.stage && maker.slice <= reader.slice
                 }
-                (Phase::WeightGradient, Phase::WeightGradient) => maker.stage == reader.stage,
+                (Phase::InputGradient, Phase::InputGradient | Phase::WeightGradient) => {
+                    maker.stage >= reader.stage && maker.slice >= reader.slice
+                }
+                (Phase::WeightGradient, Phase::WeightGradient) => {
+                    (maker.stage, maker.slice) == (reader.stage, reader.slice)
+                }
                 (Phase::Forward, Phase::InputGradient | Phase::WeightGradient) => {
                     maker.stage <= reader.stage
                 }

@@ -155,7 +155,8 @@ impl<'a, 'b> Sender<'a, 'b> {
         let schedule = self.schedule;
         let stage = schedule.model_stage(action.stage);
         let copy = schedule.copy_of(action.microbatch);
-        let mut first = self.pieces.sums(stage, action.kind);
+        let slice = action.slice as usize;
+        let mut first = self.pieces.sums(stage, action.kind, slice);
         // Gradients begin anew where every microbatch is followed by an update.
         let begins_anew =
             |sum: &TensorId| self.is_asynchronous() && !self.pieces.graph.outputs.contains(sum);
@@ -164,6 +165,7 @@ impl<'a, 'b> Sender<'a, 'b> {
         let key = Key {
             stage,
             work: Work::Action(action.kind),
+            slice,
             first,
         };
         self.pieces.compile(&key)?;
@@ -251,6 +253,7 @@ impl<'a, 'b> Sender<'a, 'b> {
         let key = Key {
             stage,
             work: Work::Update,
+            slice: 0,
             first: BTreeSet::new(),
         };
         self.pieces.compile(&key)?;

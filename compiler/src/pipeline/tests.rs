@@ -29,7 +29,7 @@ fn cuts_stand_before_blocks() {
             .map(|path| (*path).to_string())
             .collect::<Vec<_>>()
     };
-    let stages = cut_before(&forward, &paths(&["layers[1]", "final"])).unwrap();
+    let stages = cut_before(&forward, &paths(&["layers[1]", "final"]), Empty::Refused).unwrap();
     for (op, stage) in forward.ops.iter().zip(&stages) {
         let name = forward.op_name(op);
         let expected = match name {
@@ -39,7 +39,11 @@ fn cuts_stand_before_blocks() {
         };
         assert_eq!(*stage, expected, "{name}");
     }
-    let refusal = |list: &[&str]| cut_before(&forward, &paths(list)).unwrap_err().to_string();
+    let refusal = |list: &[&str]| {
+        cut_before(&forward, &paths(list), Empty::Refused)
+            .unwrap_err()
+            .to_string()
+    };
     let unknown = refusal(&["layers[2]"]);
     assert!(
         unknown.starts_with("cannot cut before `layers[2]`: no op"),
@@ -56,7 +60,7 @@ fn parts_of_tied_weights_are_added_in_the_update_of_their_home() {
     let forward = forward(true, 2);
     let stages = cut_evenly(&forward, 2, &cluster(2)).unwrap();
     let (graph, origins) = differentiate_traced(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
-    let parts = assign(&graph, &origins, &stages).unwrap();
+    let parts = assign(&graph, &origins, &stages, &[]).unwrap();
     let part_of = |name: &str| {
         let op = graph.ops.iter().position(|op| graph.op_name(op) == name);
         parts[op.unwrap()]
@@ -64,6 +68,7 @@ fn parts_of_tied_weights_are_added_in_the_update_of_their_home() {
     let home = meshweave_dsl::pipeline::OpPart {
         stage: 0,
         phase: Phase::Update,
+        slice: 0,
     };
     assert_eq!(part_of("grad.embed.wte"), home);
     assert_eq!(part_of("embed.wte.next"), home);
@@ -86,7 +91,7 @@ fn program(schedule: &Schedule, tied: bool, mesh: Mesh) -> Result<Program> {
         mesh,
         axis: "pp".into(),
         batch: "batch".into(),
-        parts: assign(&graph, &origins, &stages)?,
+        parts: assign(&graph, &origins, &stages, &[])?,
         schedule: schedule.clone(),
     };
     let plan = Plan::replicated("stage", &graph, pipeline.stage_mesh());

@@ -29,8 +29,12 @@ pub struct OpenPipeline {
     /// Each begins a stage; where there are none, stages are even.
     pub cuts: Vec<String>,
     pub candidates: Vec<PipelineCandidate>,
+    /// Whether a block that begins several stages leaves all but the last of them empty.
+    pub allow_empty: bool,
     /// Whether the block has a line for the number of chunks.
     has_chunks: bool,
+    /// The rank of every stage; none where nothing is said.
+    ranks: Vec<usize>,
     /// The block.
     pub span: Span,
 }
@@ -66,6 +70,9 @@ pub(super) fn open_pipeline(
         cuts,
         names,
         microbatches,
+        n_slices,
+        ranks,
+        allow_empty,
         is_open,
     } = Items::read(block, batch)?;
     if degrees.len() < 2 && !is_open {
@@ -74,9 +81,16 @@ pub(super) fn open_pipeline(
     let mut candidates = Vec::new();
     for n_ranks in &degrees {
         for n_microbatches in &microbatches {
-            for name in &names {
+            // On one rank all schedules of one chunk are the same.
+            let plain = Builtin::OneFOneB.name();
+            let one = names.iter().position(|name| name.as_str() == plain);
+            let names = match one.filter(|_| *n_ranks == 1) {
+                Some(one) => &names[one..=one],
+                None => &names,
+            };
+            for name in names {
                 let builtin = Builtin::find(name.as_str());
-                let shape = Shape::new(*n_ranks, *n_microbatches);
+                let shape = Shape::new(*n_ranks, *n_microbatches).slices(n_slices);
                 let n_chunks = match builtin.and_then(Builtin::fixed_chunks) {
                     Some(fixed) => vec![fixed],
                     None => chunks.clone().unwrap_or_else(|| {
@@ -87,9 +101,9 @@ pub(super) fn open_pipeline(
                 };
                 let admitted = n_chunks.into_iter().filter(|n_chunks| {
                     let fits = |chunks: &Vec<usize>| chunks.contains(n_chunks);
-                    let n_copies_stages = n_ranks * n_chunks;
                     chunks.as_ref().is_none_or(fits)
-                        && (cuts.is_empty() || cuts.len() + 1 == n_copies_stages)
+                        && (cuts.is_empty() || cuts.len() + 1 == n_ranks * n_chunks)
+                        && (ranks.is_empty() || ranks.len() == n_ranks * n_chunks)
                 });
                 candidates.extend(admitted.map(|n_chunks| PipelineCandidate {
                     schedule: name.clone(),
@@ -102,7 +116,9 @@ pub(super) fn open_pipeline(
         axis,
         cuts,
         candidates,
+        allow_empty,
         has_chunks: chunks.is_some(),
+        ranks,
         span,
     })
 }
@@ -113,6 +129,9 @@ struct Items {
     cuts: Vec<String>,
     names: Vec<Name>,
     microbatches: Vec<usize>,
+    n_slices: usize,
+    ranks: Vec<usize>,
+    allow_empty: bool,
     is_open: bool,
 }
 
@@ -124,6 +143,9 @@ impl Items {
             cuts: Vec::new(),
             names: vec![Name::new(Builtin::OneFOneB.name()).ok()?],
             microbatches: Vec::new(),
+            n_slices: 1,
+            ranks: Vec::new(),
+            allow_empty: false,
             is_open: false,
         };
         for item in block.body.items() {
@@ -142,6 +164,12 @@ impl Items {
                     items.is_open |= choice.known().is_none();
                     items.names = among(choice, executable, Name::clone);
                 }
+                // Reading refuses them where they are open.
+                PipelineItem::Slices(choice) => items.n_slices = *choice.known()? as usize,
+                PipelineItem::Ranks(ranks) => {
+                    items.ranks = ranks.iter().map(|rank| *rank as usize).collect();
+                }
+                PipelineItem::EmptyStages => items.allow_empty = true,
                 PipelineItem::Microbatches(choice) => {
                     items.is_open |= choice.known().is_none();
                     items.microbatches = among(choice, || divisors().collect(), |n| *n as usize);
@@ -193,7 +221,14 @@ impl OpenPipeline {
             node: candidate.schedule.clone(),
             span: self.span,
         };
-        let made = schedule(document, &name, &candidate.shape, true, base_dir)?;
+        let made = schedule(
+            document,
+            &name,
+            &candidate.shape,
+            true,
+            &self.ranks,
+            base_dir,
+        )?;
         let found = (made.n_ranks, made.n_microbatches);
         let wanted = (candidate.shape.n_ranks, candidate.shape.n_microbatches);
         if found != wanted {
@@ -239,7 +274,10 @@ impl OpenPipeline {
                             PipelineItem::Microbatches(choice) => {
                                 *choice = choice.clone().witnessed(shape.n_microbatches as u64);
                             }
-                            PipelineItem::CutBefore(_) => {}
+                            PipelineItem::CutBefore(_)
+                            | PipelineItem::Slices(_)
+                            | PipelineItem::Ranks(_)
+                            | PipelineItem::EmptyStages => {}
                         }
                     }
                 }

@@ -18,7 +18,7 @@ use meshweave_dsl::weave::ast::{
 };
 
 use super::mesh::Meshes;
-use crate::schedule::{Builtin, Placement, Shape, build, from_keys};
+use crate::schedule::{Builtin, Shape, build, definitions, from_definition, place};
 
 /// How the model is run as a pipeline, or its gradients accumulated.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +28,8 @@ pub struct Pipeline {
     pub axes: Vec<Axis>,
     /// Each begins a stage, as a path such as `layers[2]`; where there are none, stages are even.
     pub cuts: Vec<String>,
+    /// Whether a block that begins several stages leaves all but the last of them empty.
+    pub allow_empty: bool,
     pub schedule: Schedule,
     /// The block.
     pub span: Span,
@@ -159,6 +161,7 @@ fn read(
         ));
     };
     let (mut n_chunks, mut cuts, mut n_microbatches) = (None, Vec::new(), None);
+    let (mut n_slices, mut ranks, mut allow_empty) = (1, Vec::new(), false);
     let mut name: Option<Spanned<Name>> = None;
     for item in block.body.items() {
         let at = item.span;
@@ -179,6 +182,13 @@ fn read(
                 let what = "the number of microbatches";
                 n_microbatches = Some((known(choice, at, what, "microbatches 4")? as usize, at));
             }
+            PipelineItem::Slices(choice) => {
+                n_slices = known(choice, at, "the number of slices", "slices 2")? as usize;
+            }
+            PipelineItem::Ranks(listed) => {
+                ranks = listed.iter().map(|rank| *rank as usize).collect();
+            }
+            PipelineItem::EmptyStages => allow_empty = true,
         }
     }
     let (n_microbatches, at) = n_microbatches
@@ -200,13 +210,15 @@ fn read(
         .then(|| (cuts.len() + 1) / n_ranks);
     let shape = Shape {
         n_chunks: n_chunks.or(from_cuts).unwrap_or(1),
-        ..Shape::new(n_ranks, n_microbatches)
+        ..Shape::new(n_ranks, n_microbatches).slices(n_slices)
     };
-    let schedule = match &name {
-        Some(name) => schedule(document, name, &shape, n_chunks.is_some(), base_dir)?,
-        None => build(Builtin::OneFOneB, &Builtin::OneFOneB.fit(shape), None)
-            .map_err(|error| refused(&error, span))?,
+    let own = Spanned {
+        node: Name::literal("1f1b"),
+        span,
     };
+    let has_chunks = n_chunks.is_some() && name.is_some();
+    let named = name.as_ref().unwrap_or(&own);
+    let schedule = schedule(document, named, &shape, has_chunks, &ranks, base_dir)?;
     let place = name.as_ref().map_or(span, |name| name.span);
     if (schedule.n_ranks, schedule.n_microbatches) != (n_ranks, n_microbatches) {
         return Err(Box::new(
@@ -240,66 +252,55 @@ fn read(
         }),
         axis,
         cuts,
+        allow_empty,
         schedule,
         span,
     })
 }
 
-/// A built-in schedule, or one that the document defines.
+/// A built-in schedule, or one that the document defines, with stages on `ranks` where any are given.
 pub(super) fn schedule(
     document: &Document,
     name: &Spanned<Name>,
     shape: &Shape,
     has_chunks: bool,
+    ranks: &[usize],
     base_dir: &Path,
 ) -> Read<Schedule> {
     let text = name.node.as_str();
-    let own = document
-        .statements()
-        .find_map(|statement| match &statement.node {
-            Statement::Schedule(definition) if definition.name.node == name.node => {
-                Some(definition)
-            }
-            _ => None,
-        });
-    let Some(definition) = own else {
-        let Some(builtin) = Builtin::find(text) else {
-            let known = Builtin::ALL.iter().map(|builtin| builtin.name());
-            let all = known.clone().collect::<Vec<_>>().join(", ");
-            return Err(Box::new(
-                Diagnostic::invalid(format!("there is no schedule `{text}`"))
-                    .code("W119")
-                    .at(name.span, "")
-                    .help(
-                        did_you_mean(text, known)
-                            .unwrap_or(format!("built in are {all}; or define it with `schedule`")),
-                    ),
-            ));
+    let own = definitions(document).find(|definition| definition.name.node == name.node);
+    if let Some(definition) = own {
+        let at = match &definition.body {
+            ScheduleBody::Key(_) => name.span,
+            ScheduleBody::Rows(_) => definition.name.span,
+            ScheduleBody::Csv(file) => file.span,
         };
-        let shape = if has_chunks {
-            *shape
-        } else {
-            builtin.fit(*shape)
-        };
-        return build(builtin, &shape, None).map_err(|error| refused(&error, name.span));
-    };
-    match &definition.body {
-        ScheduleBody::Key(keys) => from_keys(text, keys, shape, &Placement::Loop)
-            .map_err(|error| refused(&error, name.span)),
-        ScheduleBody::Rows(rows) => Schedule::from_block(&name.node, rows)
-            .map_err(|error| refused(&error, definition.name.span)),
-        ScheduleBody::Csv(file) => {
-            let path = base_dir.join(&file.node);
-            let text = std::fs::read_to_string(&path).map_err(|error| {
-                refused(
-                    &format!("cannot read {}: {error}", path.display()),
-                    file.span,
-                )
-            })?;
-            Schedule::from_csv(name.node.as_str(), &text)
-                .map_err(|error| refused(&error, file.span))
-        }
+        return from_definition(definition, shape, ranks, base_dir)
+            .map_err(|error| refused(&error, at));
     }
+    let Some(builtin) = Builtin::find(text) else {
+        let known = Builtin::ALL.iter().map(|builtin| builtin.name());
+        let all = known.clone().collect::<Vec<_>>().join(", ");
+        return Err(Box::new(
+            Diagnostic::invalid(format!("there is no schedule `{text}`"))
+                .code("W119")
+                .at(name.span, "")
+                .help(
+                    did_you_mean(text, known)
+                        .unwrap_or(format!("built in are {all}; or define it with `schedule`")),
+                ),
+        ));
+    };
+    let shape = if has_chunks {
+        *shape
+    } else {
+        builtin.fit(*shape).slices(shape.n_slices)
+    };
+    let built = build(builtin, &shape, None).and_then(|schedule| match ranks {
+        [] => Ok(schedule),
+        ranks => place(&schedule, ranks),
+    });
+    built.map_err(|error| refused(&error, name.span))
 }
 
 fn refused(error: &dyn std::fmt::Display, span: Span) -> Box<Diagnostic> {

@@ -13,6 +13,14 @@ use meshweave_dsl::weave::ast::{Segment, Selector, TensorClass};
 /// First segments of the names that differentiation makes.
 const DERIVED: [&str; 3] = ["grad", "m", "v"];
 
+/// The name of the tensor that a name such as `layers[0].attn.input.slice1` is a slice of.
+fn unsliced(name: &str) -> &str {
+    match name.rsplit_once(".slice") {
+        Some((whole, nth)) if !nth.is_empty() && nth.bytes().all(|b| b.is_ascii_digit()) => whole,
+        _ => name,
+    }
+}
+
 /// What selectors are resolved against.
 pub(super) struct Scene<'a> {
     pub graph: &'a Graph,
@@ -45,14 +53,14 @@ impl<'a> Scene<'a> {
         &self.graph.tensor(id).name
     }
 
-    /// The tensors that a selector names.
+    /// The tensors that a selector names; the slices of a tensor go by its name.
     pub fn select(&self, selector: &Selector) -> Vec<TensorId> {
         let reach = Reach::of(selector);
         self.graph
             .tensor_ids()
             .filter(|id| {
                 let name = self.name(*id);
-                reach.admits(name) && selector.matches(name)
+                reach.admits(name) && (selector.matches(name) || selector.matches(unsliced(name)))
             })
             .collect()
     }

@@ -1,7 +1,7 @@
 //! Whether a schedule is complete and can run at all.
 //!
 //! Rules, in the order of the checks:
-//! 1. The shape fits: a rank for every stage of every copy, a row for every rank.
+//! 1. The shape fits: a rank for every stage of every copy, a row and a stage for every rank.
 //! 2. Every action is of an existing stage, microbatch and slice, and stands on its stage's rank;
 //!    a microbatch runs through its own copy of the model.
 //! 3. Completeness is a multiset: every (stage, microbatch, slice) has exactly one `F`, and exactly
@@ -61,13 +61,21 @@ fn shape(schedule: &Schedule) -> Result<(), PipelineError> {
             schedule.n_ranks
         ))
     } else {
-        let beyond = schedule.stage_rank.iter().enumerate();
-        beyond
-            .filter(|(_, rank)| **rank >= schedule.n_ranks)
-            .map(|(stage, rank)| {
-                format!("puts stage {stage} on rank {rank} of {}", schedule.n_ranks)
-            })
-            .next()
+        let mut places = schedule.stage_rank.iter().enumerate();
+        let beyond = places.find(|(_, rank)| **rank >= schedule.n_ranks);
+        let idle = || (0..schedule.n_ranks).find(|rank| !schedule.stage_rank.contains(rank));
+        match beyond {
+            Some((stage, rank)) => Some(format!(
+                "puts stage {stage} on rank {rank} of {}",
+                schedule.n_ranks
+            )),
+            None => idle().map(|rank| {
+                format!(
+                    "leaves rank {rank} of {} without a stage; place one there, or take fewer ranks",
+                    schedule.n_ranks
+                )
+            }),
+        }
     };
     match problem {
         Some(problem) => Err(PipelineError::Invalid(format!(

@@ -18,14 +18,16 @@ use std::collections::{BTreeMap, HashMap};
 use meshweave_dsl::schedule::{Action, ActionKind, Channels, Command, Lowered, Verb, Wire};
 
 use super::PipelineError;
+use super::commands::check_commands;
 use super::index::Index;
 
-/// Checks that messages match, that nobody waits in a cycle, and that the order of collectives of
-/// stages with copies agrees. `O(n)` for `n` commands.
+/// Checks that memory actions make sense, that messages match, that nobody waits in a cycle, and that
+/// the order of collectives of stages with copies agrees. `O(n log n)` for `n` commands.
 ///
 /// # Errors
 /// [`PipelineError::Invalid`] with the grid.
 pub fn check_lowered(lowered: &Lowered) -> Result<(), PipelineError> {
+    check_commands(lowered)?;
     let graph = Graph::new(lowered)?;
     graph.acyclic()?;
     collectives(lowered)

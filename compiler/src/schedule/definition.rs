@@ -1,7 +1,7 @@
-//! Schedules that documents define or name.
+//! Schedules that documents define.
 //!
-//! Enters: `schedule NAME = …` statements, a name, a shape. Leaves: a checked schedule.
-//! Invariant: a document's own definition goes before a built-in schedule of the same name.
+//! Enters: `schedule NAME = …` statements, a shape, ranks of stages. Leaves: a checked schedule.
+//! Invariant: the three forms give equal schedules where they say the same.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use meshweave_dsl::weave::Document;
 use meshweave_dsl::weave::ast::{ScheduleBody, ScheduleDef, Statement};
 
 use super::PipelineError;
-use super::builtin::{Builtin, Placement, Shape, build};
+use super::builtin::{Placement, Shape};
 use super::check::check;
 use super::keys::from_keys;
-use super::simulate::Costs;
+use super::place::place;
 
 /// The schedules that a document defines, in order.
 pub fn definitions(document: &Document) -> impl Iterator<Item = &ScheduleDef> {
@@ -25,20 +25,28 @@ pub fn definitions(document: &Document) -> impl Iterator<Item = &ScheduleDef> {
         })
 }
 
-/// The schedule of one definition; CSV files are looked up from `folder`.
+/// The schedule of one definition, with stage `s` on rank `ranks[s]` where any are given; CSV files
+/// are looked up from `folder`.
 ///
 /// # Errors
-/// [`PipelineError::Invalid`] when a file cannot be read, when rows are not those of `shape`, or when
-/// the order does not pass the checks.
+/// [`PipelineError::Invalid`] when a file cannot be read, when the order does not pass the checks, and
+/// as [`place`].
 pub fn from_definition(
     definition: &ScheduleDef,
     shape: &Shape,
+    ranks: &[usize],
     folder: &Path,
 ) -> Result<Schedule, PipelineError> {
     let name = definition.name.node.as_str();
     let schedule = match &definition.body {
-        // Keys take the shape; several chunks a rank lie in a loop.
-        ScheduleBody::Key(keys) => return from_keys(name, keys, shape, &Placement::Loop),
+        // Keys take the shape; where nothing is said, several chunks a rank lie in a loop.
+        ScheduleBody::Key(keys) => {
+            let placement = match ranks {
+                [] => Placement::Loop,
+                ranks => Placement::Explicit(ranks.to_vec()),
+            };
+            return from_keys(name, keys, shape, &placement);
+        }
         ScheduleBody::Rows(rows) => Schedule::from_block(&definition.name.node, rows)?,
         ScheduleBody::Csv(file) => {
             let path = folder.join(&file.node);
@@ -49,46 +57,9 @@ pub fn from_definition(
         }
     };
     check(&schedule)?;
-    Ok(schedule)
-}
-
-/// The schedule that `pipeline { schedule NAME }` means: one that the document defines, else the
-/// built-in one, fitted to `costs`.
-///
-/// # Errors
-/// [`PipelineError::Invalid`] when there is none of that name, when rows have other ranks or
-/// microbatches than `shape`, and as [`from_definition`] and [`build`].
-pub fn named(
-    name: &str,
-    document: &Document,
-    shape: &Shape,
-    costs: Option<&Costs>,
-    folder: &Path,
-) -> Result<Schedule, PipelineError> {
-    let defined = definitions(document).find(|definition| definition.name.node.as_str() == name);
-    let Some(definition) = defined else {
-        let builtin = Builtin::find(name).ok_or_else(|| {
-            let names = Builtin::ALL.map(Builtin::name).join(", ");
-            PipelineError::Invalid(format!(
-                "there is no schedule `{name}`; define it by `schedule {name} = …` or take one of {names}"
-            ))
-        })?;
-        return build(builtin, &builtin.fit(*shape), costs);
-    };
-    let schedule = from_definition(definition, shape, folder)?;
-    let counts = [
-        ("ranks", schedule.n_ranks, shape.n_ranks),
-        (
-            "microbatches",
-            schedule.n_microbatches,
-            shape.n_microbatches,
-        ),
-    ];
-    match counts.iter().find(|(_, has, wanted)| has != wanted) {
-        Some((what, has, wanted)) => Err(PipelineError::Invalid(format!(
-            "schedule `{name}` has {has} {what} and the pipeline has {wanted}; change one of them"
-        ))),
-        None => Ok(schedule),
+    match ranks {
+        [] => Ok(schedule),
+        ranks => place(&schedule, ranks),
     }
 }
 
@@ -96,29 +67,37 @@ pub fn named(
 mod tests {
     use meshweave_dsl::diagnostics::SourceId;
 
+    use super::super::builtin::{Builtin, build};
     use super::*;
 
     #[test]
-    fn names_are_defined_or_built_in() {
+    fn keys_rows_and_files_are_schedules() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("order.csv"), "0F0,0B0\n1F0,1B0\n").unwrap();
         let text = "schedule mine = key F:(mb,0) B:(mb+P-r,-1)\n\
+                    schedule wave = key F:(0,mb,s) B:(1,mb,-s)\n\
                     schedule fixed = rows {\n  row 0F0 0F1 . 0B0 0B1\n  row . 1F0 1B0 1F1 1B1\n}\n\
                     schedule file = csv \"order.csv\"\n\
                     schedule none = csv \"nowhere.csv\"\n";
         let document = meshweave_dsl::weave::parse(text, SourceId(0)).document;
-        let find = |name: &str, shape: Shape| named(name, &document, &shape, None, folder.path());
-        let built = find("1f1b", Shape::new(2, 2)).unwrap();
-        assert_eq!(find("mine", Shape::new(2, 2)).unwrap().rows, built.rows);
-        assert_eq!(find("fixed", Shape::new(2, 2)).unwrap().rows, built.rows);
-        assert_eq!(find("file", Shape::new(2, 1)).unwrap().n_microbatches, 1);
-        assert_eq!(find("zb-v", Shape::new(2, 2)).unwrap().n_stages, 4);
-        let refuse = |name: &str| find(name, Shape::new(2, 4)).unwrap_err().to_string();
-        assert!(
-            refuse("fixed")
-                .starts_with("schedule `fixed` has 2 microbatches and the pipeline has 4")
+        let find = |name: &str, ranks: &[usize]| {
+            let mut all = definitions(&document);
+            let definition = all.find(|one| one.name.node.as_str() == name).unwrap();
+            from_definition(definition, &Shape::new(2, 2), ranks, folder.path())
+        };
+        let built = build(Builtin::OneFOneB, &Shape::new(2, 2), None).unwrap();
+        assert_eq!(find("mine", &[]).unwrap().rows, built.rows);
+        assert_eq!(find("fixed", &[]).unwrap().rows, built.rows);
+        assert_eq!(find("file", &[]).unwrap().n_microbatches, 1);
+        let placed = find("fixed", &[1, 0]).unwrap();
+        assert_eq!(placed.rows[1], built.rows[0]);
+        // Keys take any ranks: three stages on two.
+        assert_eq!(find("wave", &[0, 1, 0]).unwrap().n_stages, 3);
+        let refuse = |name: &str, ranks: &[usize]| find(name, ranks).unwrap_err().to_string();
+        assert!(refuse("none", &[]).starts_with("cannot read "));
+        assert_eq!(
+            refuse("mine", &[0, 0]),
+            "schedule `mine` leaves rank 1 of 2 without a stage; place one there, or take fewer ranks"
         );
-        assert!(refuse("2f2b").starts_with("there is no schedule `2f2b`"));
-        assert!(refuse("none").starts_with("cannot read "));
     }
 }

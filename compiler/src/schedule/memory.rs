@@ -52,8 +52,9 @@ pub fn replay(schedule: &Schedule, costs: &Costs) -> Vec<RankMemory> {
         .collect()
 }
 
-/// What an action leaves behind, in bytes: the sum over a microbatch is zero.
-fn held_bytes(index: &Index, costs: &Costs, action: Action) -> (f64, f64) {
+/// What an action adds before it runs and frees after it ran, in bytes: the sum over a microbatch is
+/// zero.
+pub(super) fn held_bytes(index: &Index, costs: &Costs, action: Action) -> (f64, f64) {
     let schedule = index.schedule;
     let stage = &costs.stages[schedule.model_stage(action.stage)];
     let n_slices = schedule.n_slices as f64;
@@ -61,7 +62,6 @@ fn held_bytes(index: &Index, costs: &Costs, action: Action) -> (f64, f64) {
     let all = stage.activation_bytes / n_slices;
     let kept = forward_bytes(schedule, costs, action, has_recompute);
     let freed = stage.freed_by_input_bytes.min(stage.activation_bytes) / n_slices;
-    // (added before it runs, freed after it ran)
     match action.kind {
         // A recomputed forward holds everything while it runs.
         ActionKind::F => (all, all - kept),

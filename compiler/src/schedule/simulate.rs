@@ -138,8 +138,16 @@ impl Costs {
         whole / schedule.n_slices as f64
     }
 
+    /// Seconds of an overlapped pair.
+    pub(super) fn pair_seconds(&self, schedule: &Schedule, pair: [Action; 2]) -> f64 {
+        let sum = |of: &dyn Fn(Action) -> f64| of(pair[0]) + of(pair[1]);
+        let work_s = sum(&|action| self.seconds(schedule, action));
+        let exchange_s = sum(&|action| self.exchange_s(schedule, action));
+        pair_s(work_s, exchange_s, self.pair_slowdown) * self.overlap
+    }
+
     /// Seconds on the link of an action's result.
-    fn transfer_s(&self, schedule: &Schedule, action: Action) -> f64 {
+    pub(super) fn transfer_s(&self, schedule: &Schedule, action: Action) -> f64 {
         // The boundary belongs to the stage before it, in both directions.
         let stage = match action.kind {
             ActionKind::F => Some(action.stage),
@@ -486,12 +494,8 @@ impl<'a> Run<'a> {
             return;
         }
         if last > first {
-            let pair = &row[position..=position + 1];
-            let exchanges = pair.iter();
-            let exchange_s = exchanges
-                .map(|action| self.costs.exchange_s(schedule, *action))
-                .sum();
-            work_s = pair_s(work_s, exchange_s, self.costs.pair_slowdown) * self.costs.overlap;
+            let pair = [row[position], row[position + 1]];
+            work_s = self.costs.pair_seconds(schedule, pair);
         }
         let span = TimeSpan {
             start_s,

@@ -68,7 +68,8 @@ fn stream_kind(lowered: &Lowered, command: Command) -> StreamKind {
         (Verb::Unshard | Verb::Reshard | Verb::ReduceGrad | Verb::Barrier, _) => {
             StreamKind::Collective
         }
-        (Verb::Offload | Verb::Prefetch, _) => StreamKind::Copy,
+        (Verb::Offload, _) => StreamKind::ToHost,
+        (Verb::Prefetch, _) => StreamKind::FromHost,
         (Verb::Compute(_) | Verb::Update, _) => StreamKind::Compute,
     }
 }

@@ -1,6 +1,7 @@
 //! Formulas, known bad cases, corruptions, random schedules, searches against proven optima.
 
 mod bad;
+mod devices;
 mod machine;
 mod random;
 

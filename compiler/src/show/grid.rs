@@ -172,7 +172,8 @@ impl ActionGrid {
     pub fn idle_s(&self, cause: Cause) -> f64 {
         let spans = self.rows.iter().flat_map(|row| &row.idle);
         let of_cause = spans.filter(|idle| idle.cause == cause);
-        of_cause.map(|idle| idle.span.seconds()).sum::<f64>() / self.rows.len().max(1) as f64
+        let idle_s = of_cause.fold(0.0, |sum, idle| sum + idle.span.seconds());
+        idle_s / self.rows.len().max(1) as f64
     }
 
     /// The most that a rank holds.

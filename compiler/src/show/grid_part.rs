@@ -133,6 +133,9 @@ fn cells(body: &mut String, row: &GridRow, rank: usize, scale: &Scale, most: usi
     for idle in row.idle.iter().filter(|idle| idle.span.start_s < until_s) {
         wait(body, idle, scale, y + 2.0, ROW - 4.0);
     }
+    // Chunks beyond the first are drawn darker.
+    let stages = row.actions.iter().filter_map(|action| action.action());
+    let first_stage = stages.map(|action| action.stage).min();
     for action in &row.actions[..shown] {
         let (from, until) = (scale.x(action.span.start_s), scale.x(action.span.end_s));
         let (top, tall) = match action.lane {
@@ -143,9 +146,11 @@ fn cells(body: &mut String, row: &GridRow, rank: usize, scale: &Scale, most: usi
         let of = action.action();
         let class = of.map_or("act-U", |of| class_of(of.kind));
         let critical = if action.is_critical { " critical" } else { "" };
+        let is_later = of.is_some_and(|of| first_stage.is_some_and(|first| of.stage > first));
+        let later = if is_later { " later" } else { "" };
         let _ = writeln!(
             body,
-            "<rect x=\"{from:.2}\" y=\"{top:.1}\" width=\"{:.2}\" height=\"{tall:.1}\" class=\"act {class}{critical}\"><title>{}: {} from {}{}</title></rect>",
+            "<rect x=\"{from:.2}\" y=\"{top:.1}\" width=\"{:.2}\" height=\"{tall:.1}\" class=\"act {class}{later}{critical}\"><title>{}: {} from {}{}</title></rect>",
             (until - from).max(0.2),
             escape(&action.label),
             seconds(action.span.seconds()),
@@ -271,6 +276,13 @@ fn causes(body: &mut String, grids: &[ActionGrid]) {
     body.push_str("</tbody></table>\n");
 }
 
+/// Whether a rank has several stages.
+fn has_chunks(row: &GridRow) -> bool {
+    let mut stages = row.actions.iter().filter_map(|action| action.action());
+    let first = stages.next().map(|action| action.stage);
+    stages.any(|action| Some(action.stage) != first)
+}
+
 fn legend(grids: &[ActionGrid]) -> String {
     let actions = || {
         let rows = grids.iter().flat_map(|grid| &grid.rows);
@@ -294,6 +306,9 @@ fn legend(grids: &[ActionGrid]) -> String {
             };
             key(class_of(kind), text);
         }
+    }
+    if grids.iter().flat_map(|grid| &grid.rows).any(has_chunks) {
+        key("act-F later", "darker: further chunks of a rank");
     }
     if actions().any(|action| action.action().is_none()) {
         key("act-U", "update");
@@ -340,7 +355,10 @@ fn basis(grid: &ActionGrid) -> &'static str {
 }
 
 fn idle_part(grid: &ActionGrid) -> f64 {
-    let idle_s: f64 = Cause::ALL.iter().map(|cause| grid.idle_s(*cause)).sum();
+    let idle_s = Cause::ALL
+        .map(|cause| grid.idle_s(cause))
+        .iter()
+        .sum::<f64>();
     idle_s / grid.step_s.max(f64::MIN_POSITIVE)
 }
 

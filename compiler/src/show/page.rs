@@ -248,6 +248,7 @@ mod tests {
         assert_well_formed(&html);
         assert_offline(&html);
         for part in [
+            "pipeline",
             "timeline",
             "breakdown",
             "plan",
@@ -257,6 +258,14 @@ mod tests {
             "why",
         ] {
             assert!(html.contains(&format!("<section id=\"{part}\">")), "{part}");
+        }
+        for drawn in [
+            "rank 1",
+            "<title>1F0: ",
+            "waits: barrier",
+            "class=\"mb half\"",
+        ] {
+            assert!(html.contains(drawn), "{drawn}");
         }
         assert_eq!(html, report(&input));
     }

@@ -18,7 +18,8 @@ use meshweave_dsl::program::{
 use meshweave_dsl::timeline::{Basis, Event, Timeline};
 
 use super::fold::category;
-use super::{Figure, FigureSource, FigureValue, ReportInput};
+use super::{ActionGrid, Figure, FigureSource, FigureValue, ReportInput};
+use crate::schedule::{self, Builtin, Costs, Shape, simulate};
 
 /// Degrees of data and tensor parallelism in the sample.
 const DP: usize = 2;
@@ -593,6 +594,17 @@ fn timeline(local: &Graph, basis: Basis) -> Timeline {
     }
 }
 
+/// A schedule with overlapped pairs and every cause to wait.
+fn grid() -> ActionGrid {
+    let schedule = schedule::build(Builtin::DualPipeV, &Shape::new(2, 4).chunks(2), None).unwrap();
+    let mut costs = Costs::even(2, 4, 1.0, 1.0, 1.0);
+    costs.barrier = true;
+    costs.stages[0].p2p_s = 0.5;
+    costs.memory_limit_bytes = Some(2.5);
+    let simulation = simulate(&schedule, &costs).unwrap();
+    ActionGrid::of_simulation(&schedule, &simulation, &costs)
+}
+
 /// A report of everything.
 pub(super) fn report_input(n_layers: usize) -> ReportInput {
     let global = decoder(n_layers);
@@ -616,7 +628,7 @@ pub(super) fn report_input(n_layers: usize) -> ReportInput {
             note: "graph to kernels".into(),
         }],
         lower_bound_s: Some(predicted.step_s() * 0.87),
-        grids: Vec::new(),
+        grids: vec![grid()],
         plan_text: Some(
             "plan \"demo\" model \"small.weave\" cluster \"host:8\"\n\
              # chosen by the search\n\

@@ -1,12 +1,13 @@
 //! Schedules as CSV, in the form that PyTorch's pipelines read and write.
 //!
 //! Enters: CSV text, one line a rank, one cell a step: `2F0`, an empty cell to wait,
-//! `(2F3;5B1)OVERLAP_F_B` for an overlapped pair. Leaves: a [`Schedule`].
+//! `(2F3;5B1)OVERLAP_F_B` for an overlapped pair; with communication also `2SEND_F0`, `2UNSHARD` and
+//! the like. Leaves: a [`Schedule`], or a [`Lowered`].
 //! Invariant: reading is strict, every character has a meaning or is an error with its place
 //! (PyTorch's reader accepts `2F0xyz` as `2F0`, and duplicates).
 //! Source: `torch/distributed/pipelining/schedules.py`, `_load_csv`, `_dump_csv`, `_Action.from_str`.
 
-use super::{Action, Cell, Schedule, ScheduleError};
+use super::{Action, Cell, Channels, Command, Lowered, Schedule, ScheduleError};
 
 const OVERLAP: &str = "OVERLAP_F_B";
 
@@ -16,30 +17,11 @@ impl Schedule {
     /// # Errors
     /// [`ScheduleError::Invalid`] that names line and cell, and as [`Schedule::from_cells`].
     pub fn from_csv(name: impl Into<String>, text: &str) -> Result<Self, ScheduleError> {
-        let mut rows = Vec::new();
-        let lines: Vec<&str> = text.trim_start_matches('\u{feff}').lines().collect();
-        for (rank, line) in lines.iter().enumerate() {
-            let is_last = lines[rank..].iter().all(|line| line.trim().is_empty());
-            if is_last {
-                break;
-            }
-            let cells = line.split(',').enumerate().map(|(step, cell)| {
-                read_cell(cell).ok_or_else(|| {
-                    ScheduleError::Invalid(format!(
-                        "line {} (rank {rank}), cell {}: `{}` is no action; a cell is empty, or \
-                         such as `2F0`, or `(2F3;5B1){OVERLAP}`",
-                        rank + 1,
-                        step + 1,
-                        cell.trim()
-                    ))
-                })
-            });
-            rows.push(cells.collect::<Result<Vec<Cell>, ScheduleError>>()?);
-        }
+        let rows = read_rows(text, |cell| {
+            read_cell(cell).ok_or("no action; a cell is empty, or such as `2F0`, or")
+        })?;
         if rows.iter().flatten().all(|cell| *cell == Cell::Wait) {
-            return Err(ScheduleError::Invalid(
-                "the file has no action; write one line a rank, such as `0F0,0F1,,0B0`".into(),
-            ));
+            return Err(nothing());
         }
         Self::from_cells(name, &rows)
     }
@@ -56,12 +38,106 @@ impl Schedule {
     }
 }
 
-fn read_cell(text: &str) -> Option<Cell> {
-    let text = text.trim();
-    let text = match text.strip_prefix('"') {
-        Some(quoted) => quoted.strip_suffix('"')?.trim(),
-        None => text,
+impl Lowered {
+    /// Reads the CSV form with communication (PyTorch's `compute_comms`): the compute actions are the
+    /// schedule, and every command stays where it stands. Linear.
+    ///
+    /// # Errors
+    /// As [`Schedule::from_csv`].
+    pub fn from_csv(
+        name: impl Into<String>,
+        text: &str,
+        channels: Channels,
+    ) -> Result<Self, ScheduleError> {
+        let rows = read_rows(text, |cell| {
+            read_commands(cell)
+                .ok_or("no command; a cell is empty, or such as `2F0`, `2SEND_F0`, or")
+        })?;
+        let cells: Vec<Vec<Cell>> = rows
+            .iter()
+            .map(|row| row.iter().filter_map(|(cell, _)| *cell).collect())
+            .collect();
+        if cells.iter().all(Vec::is_empty) {
+            return Err(nothing());
+        }
+        let commands = rows.into_iter().map(|row| {
+            let cells = row.into_iter();
+            cells.flat_map(|(_, commands)| commands).collect()
+        });
+        Ok(Self {
+            rows: commands.collect(),
+            schedule: Schedule::from_cells(name, &cells)?,
+            channels,
+        })
+    }
+
+    /// Whether some cell of a text is a command other than a compute action.
+    pub fn is_csv(text: &str) -> bool {
+        let mut cells = text.lines().flat_map(|line| line.split(','));
+        cells.any(|cell| {
+            let command = unquoted(cell).and_then(Command::parse);
+            command.is_some_and(|command| command.action().is_none())
+        })
+    }
+}
+
+fn nothing() -> ScheduleError {
+    ScheduleError::Invalid(
+        "the file has no action; write one line a rank, such as `0F0,0F1,,0B0`".into(),
+    )
+}
+
+/// The cells of every line; `read` says what is wrong with one.
+fn read_rows<T>(
+    text: &str,
+    read: impl Fn(&str) -> Result<T, &'static str>,
+) -> Result<Vec<Vec<T>>, ScheduleError> {
+    let text = text.trim_start_matches('\u{feff}').trim_end();
+    let lines = text.lines().enumerate();
+    let row = |(rank, line): (usize, &str)| {
+        let cells = line.split(',').enumerate();
+        let cells = cells.map(|(step, cell)| {
+            read(cell).map_err(|why| {
+                ScheduleError::Invalid(format!(
+                    "line {} (rank {rank}), cell {}: `{}` is {why} `(2F3;5B1){OVERLAP}`",
+                    rank + 1,
+                    step + 1,
+                    cell.trim()
+                ))
+            })
+        });
+        cells.collect()
     };
+    lines.map(row).collect()
+}
+
+/// The compute actions of a cell, and all its commands.
+fn read_commands(text: &str) -> Option<(Option<Cell>, Vec<Command>)> {
+    let one = unquoted(text).and_then(Command::parse);
+    if let Some(command) = one {
+        return Some((command.action().map(Cell::One), vec![command]));
+    }
+    Some(match read_cell(text)? {
+        Cell::Wait => (None, Vec::new()),
+        Cell::One(action) => (Some(Cell::One(action)), vec![action.into()]),
+        Cell::Pair(first, second) => (
+            Some(Cell::Pair(first, second)),
+            vec![first.into(), second.into()],
+        ),
+    })
+}
+
+/// A cell without blanks and quotes around it.
+fn unquoted(text: &str) -> Option<&str> {
+    let text = text.trim();
+    match text.strip_prefix('"') {
+        Some(quoted) => Some(quoted.strip_suffix('"')?.trim()),
+        None => Some(text),
+    }
+}
+
+fn read_cell(text: &str) -> Option<Cell> {
+    let text = unquoted(text)?;
     if text.is_empty() {
         return Some(Cell::Wait);
     }
@@ -104,6 +180,22 @@ mod tests {
         assert_eq!(again, schedule);
         let json = serde_json::to_string(&schedule).unwrap();
         assert_eq!(serde_json::from_str::<Schedule>(&json).unwrap(), schedule);
+    }
+
+    #[test]
+    fn communication_reads_and_prints() {
+        let text = "0UNSHARD,0F0,0SEND_F0,0RECV_B0,0B0,0RESHARD,0REDUCE_GRAD\n\
+                    1RECV_F0,1F0,1B0,1SEND_B0\n";
+        assert!(Lowered::is_csv(text) && !Lowered::is_csv(TWO_RANKS));
+        let lowered = Lowered::from_csv("x", text, Channels::default()).unwrap();
+        assert_eq!(lowered.to_csv(), text);
+        assert_eq!(lowered.schedule.to_csv(), "0F0,0B0\n1F0,1B0\n");
+        let error = |text: &str| {
+            let read = Lowered::from_csv("x", text, Channels::default());
+            read.unwrap_err().to_string()
+        };
+        insta::assert_snapshot!(error("0F0,0SEND_F0xyz\n"), @"line 1 (rank 0), cell 2: `0SEND_F0xyz` is no command; a cell is empty, or such as `2F0`, `2SEND_F0`, or `(2F3;5B1)OVERLAP_F_B`");
+        insta::assert_snapshot!(error("0SEND_F0\n"), @"the file has no action; write one line a rank, such as `0F0,0F1,,0B0`");
     }
 
     #[test]

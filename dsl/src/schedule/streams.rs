@@ -27,8 +27,9 @@ pub enum StreamKind {
     },
     /// Collectives within the stage's group.
     Collective,
-    /// Copies to and from the host.
-    Copy,
+    /// Copies to the host, and back: devices have an engine for each.
+    ToHost,
+    FromHost,
 }
 
 /// The end of an item: numbered through the device.

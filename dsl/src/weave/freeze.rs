@@ -194,9 +194,12 @@ impl Settle for TacticItem {
 impl Settle for PipelineItem {
     fn settle(&mut self, step: Step) {
         match self {
-            Self::Chunks(choice) | Self::Microbatches(choice) => choice.settle(step),
+            Self::Chunks(choice) | Self::Microbatches(choice) | Self::Slices(choice) => {
+                choice.settle(step);
+            }
             Self::CutBefore(choice) => choice.settle(step),
             Self::Schedule(choice) => choice.settle(step),
+            Self::Ranks(_) | Self::EmptyStages => {}
         }
     }
 }

@@ -449,6 +449,9 @@ fn pipeline() -> impl Strategy<Value = Pipeline> {
         choice(list(selector()).boxed()).prop_map(PipelineItem::CutBefore),
         choice(name().boxed()).prop_map(PipelineItem::Schedule),
         choice(1u64..100).prop_map(PipelineItem::Microbatches),
+        choice(1u64..100).prop_map(PipelineItem::Slices),
+        vec(0u64..100, 1..5).prop_map(PipelineItem::Ranks),
+        Just(PipelineItem::EmptyStages),
     ];
     let items = vec(item, 0..5).prop_map(|items| unique(items, std::mem::discriminant));
     (spanned(axis_ref()), block(items, true)).prop_map(|(over, body)| Pipeline { over, body })

@@ -322,6 +322,17 @@ impl Reader<'_> {
                     };
                     self.schedules(span, format!("schedule {choice}"), names);
                 }
+                PipelineItem::Slices(choice) => {
+                    if choice.known() != Some(&1) {
+                        self.refuse(span, "slices of sequences are not searched");
+                    }
+                }
+                PipelineItem::Ranks(_) => {
+                    self.refuse(span, "ranks of stages are not searched");
+                }
+                PipelineItem::EmptyStages => {
+                    self.refuse(span, "empty stages are not searched");
+                }
                 PipelineItem::CutBefore(Choice::Fixed(cuts)) => self.cuts(span, cuts),
                 PipelineItem::CutBefore(Choice::Auto { among, .. }) if among.is_empty() => {}
                 PipelineItem::CutBefore(Choice::Auto { .. }) => {

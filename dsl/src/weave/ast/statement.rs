@@ -338,6 +338,13 @@ pub enum PipelineItem {
     CutBefore(Choice<Vec<Spanned<Selector>>>),
     Schedule(Choice<Name>),
     Microbatches(Choice<u64>),
+    /// Parts of every sequence, for schedules that divide sequences.
+    Slices(Choice<u64>),
+    /// `ranks (0,1,1,0)`: the rank of every stage; not empty.
+    Ranks(Vec<u64>),
+    /// `empty stages`: a block that is named for several cuts begins the last of those stages, and the
+    /// others are empty.
+    EmptyStages,
 }
 
 /// A line of `memory`.

@@ -210,6 +210,31 @@ impl PipelineBuilder {
         self
     }
 
+    /// `slices N`
+    #[must_use]
+    pub fn slices(mut self, slices: impl Into<Choice<u64>>) -> Self {
+        self.items.push(PipelineItem::Slices(slices.into()));
+        self
+    }
+
+    /// `ranks (0,1,1,0)`: the rank of every stage.
+    #[must_use]
+    pub fn ranks(mut self, ranks: impl IntoIterator<Item = u64>) -> Self {
+        let ranks: Vec<u64> = ranks.into_iter().collect();
+        if ranks.is_empty() {
+            self.problems.add("`ranks` needs a rank for every stage");
+        }
+        self.items.push(PipelineItem::Ranks(ranks));
+        self
+    }
+
+    /// `empty stages`
+    #[must_use]
+    pub fn empty_stages(mut self) -> Self {
+        self.items.push(PipelineItem::EmptyStages);
+        self
+    }
+
     pub(super) fn finish(self, over: &str, problems: &mut Problems) -> Option<Pipeline> {
         problems.0.extend(self.problems.0);
         Some(Pipeline {

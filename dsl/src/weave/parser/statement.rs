@@ -21,7 +21,15 @@ const CLUSTER: BlockKind = BlockKind {
 };
 const PIPELINE: BlockKind = BlockKind {
     name: "pipeline",
-    keywords: &["chunks", "cut", "schedule", "microbatches"],
+    keywords: &[
+        "chunks",
+        "cut",
+        "schedule",
+        "microbatches",
+        "slices",
+        "ranks",
+        "empty",
+    ],
 };
 const MEMORY: BlockKind = BlockKind {
     name: "memory",
@@ -172,6 +180,9 @@ impl<'a> Parser<'a> {
                 PipelineItem::CutBefore(_) => "cut",
                 PipelineItem::Schedule(_) => "schedule",
                 PipelineItem::Microbatches(_) => "microbatches",
+                PipelineItem::Slices(_) => "slices",
+                PipelineItem::Ranks(_) => "ranks",
+                PipelineItem::EmptyStages => "empty",
             })
         });
         Ok(Pipeline { over, body })
@@ -199,6 +210,18 @@ impl<'a> Parser<'a> {
         if self.eat_word("microbatches") {
             let microbatches = self.choice(|p| p.positive("a number of microbatches from 1"))?;
             return Ok(PipelineItem::Microbatches(microbatches));
+        }
+        if self.eat_word("slices") {
+            let slices = self.choice(|p| p.positive("a number of slices from 1"))?;
+            return Ok(PipelineItem::Slices(slices));
+        }
+        if self.eat_word("ranks") {
+            let ranks = self.parenthesized(Empty::Refused, |p| p.count("a rank"))?;
+            return Ok(PipelineItem::Ranks(ranks));
+        }
+        if self.eat_word("empty") {
+            self.expect_word("stages")?;
+            return Ok(PipelineItem::EmptyStages);
         }
         Err(self.unknown_line(PIPELINE))
     }

@@ -257,6 +257,9 @@ impl Show for PipelineItem {
             Self::CutBefore(cuts) => format!("cut before {}", cuts_text(cuts)),
             Self::Schedule(schedule) => format!("schedule {schedule}"),
             Self::Microbatches(microbatches) => format!("microbatches {microbatches}"),
+            Self::Slices(slices) => format!("slices {slices}"),
+            Self::Ranks(ranks) => format!("ranks ({})", join(ranks, ",")),
+            Self::EmptyStages => "empty stages".into(),
         })
     }
 }
