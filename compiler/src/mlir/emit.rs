@@ -198,7 +198,12 @@ impl<'c> Function<'_, 'c> {
             let arg = self.ops.load_ptr(args, idx)?;
             self.args.push(arg);
         }
-        let padded = self.program.lanes().next_multiple_of(self.width);
+        let lanes = self.program.lanes();
+        // Under a limit a masked vector comes behind the whole ones, even where nothing is left for it.
+        let padded = match self.program.limit() {
+            Some(_) => (lanes / self.width + 1) * self.width,
+            None => lanes.next_multiple_of(self.width),
+        };
         for _ in 0..self.plan.n_scratch {
             let scratch = self.ops.alloca(Elem::F32, padded)?;
             self.scratch.push(scratch);

@@ -239,6 +239,19 @@ pub fn assign(
             parts[op_idx].slice = 0;
         }
     }
+    // Where the weights are at home, which is where their update reads the sum.
+    let consumers = graph.consumers();
+    for op_idx in (0..parts.len()).rev() {
+        if parts[op_idx].phase != Phase::Update || !is_sum(op_idx) {
+            continue;
+        }
+        let results = graph.ops[op_idx].results.iter();
+        let mut readers = results.flat_map(|id| &consumers[id.index()]);
+        let update = readers.find(|op| parts[op.index()].phase == Phase::Update);
+        if let Some(update) = update {
+            parts[op_idx].stage = parts[update.index()].stage;
+        }
+    }
     check_order(graph, &parts)?;
     Ok(parts)
 }
