@@ -208,12 +208,16 @@ fn read_program(folder: &Path, manifest: &Manifest) -> Result<Program> {
 pub fn identity(folder: &Path) -> Result<Vec<(String, String)>> {
     let manifest = read_manifest(folder)?;
     let named = |name: &str, value: &str| (name.to_string(), value.to_string());
-    Ok(vec![
+    let mut identity = vec![
         named("program version", &manifest.version.to_string()),
         named("hash of the program", &manifest.program.hash),
         named("hash of the kernels", &manifest.kernels.hash),
         named("CPU features", &manifest.target_features),
-    ])
+    ];
+    if let Some(gpu) = &manifest.gpu {
+        identity.push(named("hash of the code for a GPU", &gpu.hash));
+    }
+    Ok(identity)
 }
 
 /// The kernels of a shared object that was just made in this process, ready to call.
