@@ -7,97 +7,18 @@
 //! Legend of sizes: T tokens of a rank (microbatch · sequence / cp), D width of the residual stream,
 //! F width of a feed-forward block. A *pass* over a tensor reads or writes it once in 16 bits.
 
+mod pass;
+
 use meshweave_dsl::cluster::{Cluster, Device};
 use meshweave_dsl::mapping::{Compute, Context, GridAxis, Mapping, Module, Recompute};
+
+pub use pass::{LayerCost, Pass};
 
 use super::workload::{AttentionKernel, Job, Software, Workload};
 use crate::model::{MoeConfig, NormKind};
 use crate::plan::cost::compute::{MatmulShape, attention_part, matmul_seconds, stream_seconds};
 use crate::plan::cost::efficiency::Efficiency;
 use crate::plan::cost::links::{GroupShape, Traffic, traffic_seconds};
-
-/// Seconds of one pass over a layer or a stage.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Pass {
-    pub compute: f64,
-    /// Exposed communication by axis.
-    pub tp: f64,
-    pub cp: f64,
-    pub ep: f64,
-    /// Kernels that are launched.
-    pub kernels: f64,
-}
-
-impl Pass {
-    /// All of it.
-    pub fn seconds(&self) -> f64 {
-        self.compute + self.tp + self.cp + self.ep
-    }
-
-    /// This and another, one after the other.
-    #[must_use]
-    pub fn then(self, other: Self) -> Self {
-        Self {
-            compute: self.compute + other.compute,
-            tp: self.tp + other.tp,
-            cp: self.cp + other.cp,
-            ep: self.ep + other.ep,
-            kernels: self.kernels + other.kernels,
-        }
-    }
-
-    /// So many times.
-    #[must_use]
-    pub fn times(self, count: f64) -> Self {
-        Self {
-            compute: self.compute * count,
-            tp: self.tp * count,
-            cp: self.cp * count,
-            ep: self.ep * count,
-            kernels: self.kernels * count,
-        }
-    }
-
-    /// Not sooner than the host launches its kernels.
-    fn launched(mut self, launch_s: f64) -> Self {
-        self.compute += (self.kernels * launch_s - self.seconds()).max(0.0);
-        self
-    }
-}
-
-/// The passes of a layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LayerCost {
-    pub forward: Pass,
-    pub backward_input: Pass,
-    pub backward_weight: Pass,
-    /// Before the backward pass.
-    pub recompute: Pass,
-}
-
-impl LayerCost {
-    /// This and another.
-    #[must_use]
-    pub fn then(self, other: Self) -> Self {
-        Self {
-            forward: self.forward.then(other.forward),
-            backward_input: self.backward_input.then(other.backward_input),
-            backward_weight: self.backward_weight.then(other.backward_weight),
-            recompute: self.recompute.then(other.recompute),
-        }
-    }
-
-    /// So many of them.
-    #[must_use]
-    pub fn times(self, count: f64) -> Self {
-        Self {
-            forward: self.forward.times(count),
-            backward_input: self.backward_input.times(count),
-            backward_weight: self.backward_weight.times(count),
-            recompute: self.recompute.times(count),
-        }
-    }
-}
 
 /// Part of a collective that runs under a contraction which is lost all the same: both share the
 /// units and the memory.
