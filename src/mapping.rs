@@ -3,15 +3,20 @@
 //! Enters: a session. Leaves: a mapping with its price and certificate, and the plan's text.
 //! Invariant: a plan that is read is priced again; what its remarks say is never believed.
 
+mod place;
+
 use std::collections::BTreeSet;
 
-use meshweave_compiler::plan::estimate::{Estimate, Job, estimate, memory};
+use meshweave_compiler::plan::estimate::sites::Sites;
+use meshweave_compiler::plan::estimate::stages::Stages;
+use meshweave_compiler::plan::estimate::{Estimate, Job, Memories, estimate};
 use meshweave_compiler::plan::outer::compare::{Change, changed, choices};
 use meshweave_compiler::plan::outer::conflict::conflict;
 use meshweave_compiler::plan::outer::{
     self, Certificate, Digests, FamilyRow, Found, Options, OuterError, Priced,
 };
 use meshweave_compiler::resolve::{self, MappingRequest, print_mapping};
+use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Class, Diagnostic, Span};
 use meshweave_dsl::mapping::{GridAxis, Mapping};
 use meshweave_dsl::weave;
@@ -19,12 +24,15 @@ use meshweave_dsl::weave;
 use crate::cli::render::{bytes, exact_seconds, seconds, seconds_of};
 use crate::error::{Error, Result};
 use crate::session::Session;
+use place::{place_lines, slow_links};
 
 /// A mapping, priced.
 #[derive(Clone, Debug)]
 pub struct Mapped {
     pub request: MappingRequest,
     pub mapping: Mapping,
+    /// The cluster with its nodes in the order in which ranks take them.
+    pub placed: Cluster,
     pub estimate: Estimate,
     /// Of the search; absent for a mapping that was read.
     pub found: Option<Found>,
@@ -54,6 +62,7 @@ impl Session {
         request.workload.batch = found.best.batch;
         Ok(Mapped {
             mapping: found.best.mapping.clone(),
+            placed: found.placed.clone(),
             estimate: found.best.estimate.clone(),
             found: Some(found),
             request,
@@ -71,6 +80,7 @@ impl Session {
         let estimate = estimate(&request.workload, &mapping, &request.cluster)
             .map_err(|error| Error::plain(Class::Unsupported, error))?;
         Ok(Mapped {
+            placed: request.cluster.clone(),
             request,
             mapping,
             estimate,
@@ -134,7 +144,7 @@ impl Session {
         weave::print(&print_mapping(
             &self.document,
             request,
-            &mapped.mapping,
+            (&mapped.mapping, &mapped.placed),
             &remarks,
         ))
     }
@@ -225,18 +235,23 @@ fn more_devices(request: &MappingRequest) -> Option<String> {
 impl Mapped {
     /// Digests of what the mapping is for.
     pub fn digests(&self) -> Digests {
-        Digests::of(&self.request.workload, &self.request.cluster)
+        Digests::of(&self.request.workload, &self.request.cluster.unplaced())
+    }
+
+    /// Bytes that every pipeline rank may use.
+    pub fn budgets(&self) -> Vec<u64> {
+        let space = self.request.space();
+        let sites = Sites::new(&self.placed, &self.mapping);
+        (0..self.mapping.pp)
+            .map(|rank| space.budget_of(sites.of(rank), &self.placed))
+            .collect()
     }
 
     /// Predicted bytes of every pipeline rank.
     pub fn memory_bytes(&self) -> Vec<u64> {
-        let request = &self.request;
+        let memories = Memories::new(&self.request.workload, &self.mapping);
         (0..self.mapping.pp)
-            .map(|rank| {
-                memory(&request.workload, &self.mapping, &request.cluster, rank)
-                    .total()
-                    .0
-            })
+            .map(|rank| memories.of(rank, &self.placed).total().0)
             .collect()
     }
 
@@ -360,6 +375,7 @@ pub fn explain(mapped: &Mapped) -> String {
             text += "  none was priced: every other grid is slower by its bound, or does not fit\n";
         }
     }
+    text += &slow_links(mapped);
     text += &prices_of_statements(mapped);
     for (what, change) in [
         (
@@ -533,12 +549,26 @@ fn lines(mapped: &Mapped, show: fn(f64) -> String) -> Vec<String> {
     if let Some(found) = &mapped.found {
         lines.extend(certificate_lines(mapped, &found.certificate, show));
     }
+    let budgets: Vec<u64> = match mapped.budgets() {
+        budgets if budgets.windows(2).all(|pair| pair[0] == pair[1]) => budgets[..1].to_vec(),
+        budgets => budgets,
+    };
     lines.push(format!(
         "memory: {} a rank of the pipeline (predicted) of {} allowed",
         by_rank(&mapped.memory_bytes()),
-        bytes(mapped.request.space().budget_bytes as f64),
+        by_rank(&budgets),
     ));
-    let risk = estimate.memory.risk(&mapped.request.cluster.device);
+    let sites = Sites::new(&mapped.placed, &mapped.mapping);
+    let stages = Stages::new(&mapped.request.workload, &mapped.mapping);
+    let risk = (0..estimate.stages.len())
+        .map(|stage| {
+            let site = sites.of(stages.rank_of(stage));
+            estimate.stages[stage].memory.risk(&site.device)
+        })
+        .fold(0.0, f64::max);
+    if !mapped.placed.is_flat() {
+        lines.extend(place_lines(mapped));
+    }
     lines.push(format!(
         "risk: {:.0} % that a run needs more than the device has (part of published runs that exceeded such a prediction so far)",
         100.0 * risk
@@ -677,7 +707,7 @@ pub fn report(mapped: &Mapped) -> String {
         if groups.size < 2 {
             continue;
         }
-        let cluster = &mapped.request.cluster;
+        let cluster = &mapped.placed;
         let nodes: BTreeSet<usize> = groups
             .of(0)
             .iter()

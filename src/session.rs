@@ -374,6 +374,12 @@ impl Session {
     /// # Errors
     /// Directives that name nothing, contradict each other, or that no plan meets.
     pub fn plan(&self, model: &Model) -> Result<Solution> {
+        let cluster = &self.request.cluster;
+        if cluster.is_mixed() {
+            let message = format!("the search over ops knows devices of one type, not {cluster}");
+            return Err(Error::plain(Class::Unsupported, message)
+                .help("plan with `--planner mapping`, or for one of the groups"));
+        }
         let directives = self.directives(model)?;
         search(
             &model.graph,

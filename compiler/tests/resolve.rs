@@ -12,7 +12,7 @@ use meshweave_compiler::model::build_decoder;
 use meshweave_compiler::plan::Solution;
 use meshweave_compiler::plan::directives::{Demand, DimPattern, Directives, Pattern, Subject};
 use meshweave_compiler::resolve::{
-    Init, Job, ModelSource, Request, direct, print_cluster, print_plan, resolve,
+    Init, Job, ModelSource, Request, cluster_of_text, direct, print_cluster, print_plan, resolve,
 };
 use meshweave_dsl::cluster::{Cluster, Host};
 use meshweave_dsl::diagnostics::{
@@ -395,4 +395,28 @@ fn examples_resolve_and_are_formatted() {
         n_examples += 1;
     }
     assert!(n_examples >= 6);
+}
+
+#[test]
+fn clusters_with_levels_slow_links_and_groups_print_and_read_back() {
+    let text = "cluster new {\n  nodes 16\n  device \"h100\"\n  level leaf of 4 oversubscription 2\n\
+                level pod of 2 link \"spine\" 12.5 GB/s 20 us\n  slow node 3 uplink 25 %\n\
+                slow node 4 links 50 %\n  slow leaf 1 uplink 10 %\n}\n\
+                cluster both {\n  group new\n  group \"a100-80:128\"\n  link \"hdr\" 20 GB/s 25 us between groups\n}\n";
+    let (cluster, findings) = cluster_of_text("c.weave", text, &mut Sources::new());
+    let cluster = cluster.unwrap_or_else(|| panic!("{findings:?}"));
+    assert_eq!((cluster.n_devices(), cluster.n_all_nodes()), (256, 32));
+    assert_eq!(cluster.levels[1].n_nodes, 8);
+    assert_eq!(cluster.levels[0].link.bytes_per_s, 25e9);
+    assert_eq!(cluster.slow.len(), 3);
+    let printed = print_cluster(&cluster);
+    let (again, findings) = cluster_of_text("c.weave", &printed, &mut Sources::new());
+    let again = again.unwrap_or_else(|| panic!("{printed}\n{findings:?}"));
+    assert_eq!(print_cluster(&again), printed);
+    assert_eq!((again.levels, again.slow), (cluster.levels, cluster.slow));
+    assert_eq!(
+        again.others[0].between_nodes,
+        cluster.others[0].between_nodes
+    );
+    assert_eq!(again.between_groups, cluster.between_groups);
 }

@@ -3,10 +3,11 @@
 //! Enters: a preset such as `h100:16`, or a `cluster` block of the language.
 //! Leaves: sizes and speeds in bytes, seconds and floating-point operations a second.
 //! Invariant: all counts and speeds are positive; rank `r` runs on device `r`, and devices are
-//! numbered node by node.
+//! numbered node by node, in the order of the nodes.
 
 mod host;
 mod presets;
+mod topology;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::dtype::DType;
 
 pub use host::Host;
+pub use topology::{Level, NodeId, Slow, SlowLinks, ranges_of, show_nodes};
 
 /// What a preset or a block says wrongly.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -24,7 +26,7 @@ pub enum ClusterError {
     Invalid(String),
 }
 
-/// Homogeneous nodes of homogeneous devices.
+/// Like nodes of like devices, and possibly further groups of other nodes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cluster {
     pub name: String,
@@ -35,6 +37,21 @@ pub struct Cluster {
     pub within_node: Link,
     /// Between devices of two nodes.
     pub between_nodes: Link,
+    /// Levels of switches above nodes, innermost first; all nodes are on one switch without any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub levels: Vec<Level>,
+    /// Links that are slower than their kind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub slow: Vec<Slow>,
+    /// Groups of other nodes, numbered behind these; they have no others of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<Cluster>,
+    /// Between nodes of two groups; the slower one of their networks where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub between_groups: Option<Link>,
+    /// The nodes that ranks take, in their order, numbered through all groups; all where empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub order: Vec<usize>,
 }
 
 /// What runs the program of a rank.
@@ -182,19 +199,59 @@ impl Cluster {
         std::iter::once("local").chain(presets::names()).collect()
     }
 
-    /// Number of devices.
+    /// Like nodes on one switch.
+    pub fn flat(
+        name: String,
+        [n_nodes, devices_per_node]: [usize; 2],
+        device: Device,
+        [within_node, between_nodes]: [Link; 2],
+    ) -> Self {
+        Self {
+            name,
+            n_nodes,
+            devices_per_node,
+            device,
+            within_node,
+            between_nodes,
+            levels: Vec::new(),
+            slow: Vec::new(),
+            others: Vec::new(),
+            between_groups: None,
+            order: Vec::new(),
+        }
+    }
+
+    /// Number of devices that ranks take.
     pub fn n_devices(&self) -> usize {
-        self.n_nodes * self.devices_per_node
+        if self.order.is_empty() {
+            let of_group = |group: &Self| group.n_nodes * group.devices_per_node;
+            return self.groups().map(of_group).sum();
+        }
+        self.order.iter().map(|node| self.devices_of(*node)).sum()
     }
 
     /// The node of a rank.
     pub fn node_of(&self, rank: usize) -> usize {
-        rank / self.devices_per_node.max(1)
+        if !self.is_mixed() {
+            let place = rank / self.devices_per_node.max(1);
+            return self.order.get(place).copied().unwrap_or(place);
+        }
+        let nodes = self.nodes_of(rank..rank + 1);
+        nodes
+            .first()
+            .copied()
+            .unwrap_or(rank / self.devices_per_node.max(1))
     }
 
     /// The same cluster with another number of devices: the first so many.
     #[must_use]
     pub fn with_devices(mut self, n_devices: usize) -> Self {
+        if !self.is_flat() {
+            let mut nodes = self.nodes_of(0..n_devices);
+            nodes.truncate(nodes.len().max(1));
+            self.order = nodes;
+            return self;
+        }
         self.devices_per_node = self.devices_per_node.min(n_devices).max(1);
         self.n_nodes = n_devices.div_ceil(self.devices_per_node).max(1);
         self
@@ -213,11 +270,16 @@ impl Device {
 impl fmt::Display for Cluster {
     /// One line for people.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: {} × {} {}",
-            self.name, self.n_nodes, self.devices_per_node, self.device.name
-        )
+        write!(f, "{}: ", self.name)?;
+        for (idx, group) in self.groups().enumerate() {
+            let plus = if idx > 0 { " + " } else { "" };
+            let (n_nodes, per_node) = (group.n_nodes, group.devices_per_node);
+            write!(f, "{plus}{n_nodes} × {per_node} {}", group.device.name)?;
+        }
+        if !self.order.is_empty() {
+            write!(f, ", on nodes {}", show_nodes(&self.order))?;
+        }
+        Ok(())
     }
 }
 

@@ -67,30 +67,29 @@ pub fn measure_host(n_devices: usize) -> Result<Cluster> {
         latency_s,
     };
     let host = Host::detect();
-    Ok(Cluster {
-        name: format!("measured-local-{n_devices}"),
-        n_nodes: 1,
-        devices_per_node: n_devices,
-        device: Device {
-            name: "thread".into(),
-            kind: DeviceKind::Host,
-            arch: Arch::Host,
-            memory_bytes: host.memory_bytes / n_devices as u64,
-            memory_bytes_per_s: median(|rates| rates.memory_bytes_per_s),
-            matmul_flops_per_s: BTreeMap::from([(
-                DType::F32,
-                median(|rates| rates.matmul_flops_per_s),
-            )]),
-            vector_flops_per_s: median(|rates| rates.vector_flops_per_s),
-            matmul_efficiency: 1.0,
-            vector_efficiency: 1.0,
-            launch_s: 1.0e-6,
-            host_bytes_per_s: 0.0,
-            host_memory_bytes: 0,
-        },
-        within_node: link.clone(),
-        between_nodes: link,
-    })
+    let device = Device {
+        name: "thread".into(),
+        kind: DeviceKind::Host,
+        arch: Arch::Host,
+        memory_bytes: host.memory_bytes / n_devices as u64,
+        memory_bytes_per_s: median(|rates| rates.memory_bytes_per_s),
+        matmul_flops_per_s: BTreeMap::from([(
+            DType::F32,
+            median(|rates| rates.matmul_flops_per_s),
+        )]),
+        vector_flops_per_s: median(|rates| rates.vector_flops_per_s),
+        matmul_efficiency: 1.0,
+        vector_efficiency: 1.0,
+        launch_s: 1.0e-6,
+        host_bytes_per_s: 0.0,
+        host_memory_bytes: 0,
+    };
+    Ok(Cluster::flat(
+        format!("measured-local-{n_devices}"),
+        [1, n_devices],
+        device,
+        [link.clone(), link],
+    ))
 }
 
 fn measure_device(mut communicator: impl Communicator, n_devices: usize) -> Result<Rates> {

@@ -145,10 +145,11 @@ fn checks_of_mapping(session: &Session) -> Result<Vec<Check>> {
 }
 
 fn memory_check(mapped: &Mapped) -> Check {
-    let budget = mapped.request.space().budget_bytes;
-    let ranks = mapped.memory_bytes();
-    let worst = ranks.iter().enumerate().max_by_key(|(_, bytes)| **bytes);
-    let (rank, most) = worst.map_or((0, 0), |(rank, bytes)| (rank, *bytes));
+    let (ranks, budgets) = (mapped.memory_bytes(), mapped.budgets());
+    // The rank with least room, which may be negative.
+    let both = ranks.iter().copied().zip(budgets).enumerate();
+    let worst = both.min_by_key(|(_, (bytes, budget))| i128::from(*budget) - i128::from(*bytes));
+    let (rank, (most, budget)) = worst.unwrap_or_default();
     Check {
         name: "memory",
         holds: Some(most <= budget),

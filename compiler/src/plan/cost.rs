@@ -9,6 +9,7 @@
 
 pub mod compute;
 pub mod efficiency;
+pub mod far;
 pub mod links;
 
 use std::collections::BTreeMap;
@@ -32,11 +33,11 @@ pub fn op_seconds(
     results: &[&TensorType],
     cluster: &Cluster,
 ) -> f64 {
-    let n_flops = kind.n_flops(inputs, results);
-    let n_bytes = kind.n_bytes_moved(inputs, results);
     if kind.is_matmul() {
         return matmul_op_seconds(kind, inputs, results, cluster);
     }
+    let n_flops = kind.n_flops(inputs, results);
+    let n_bytes = kind.n_bytes_moved(inputs, results);
     if n_flops == 0.0 && n_bytes == 0.0 {
         return 0.0;
     }
@@ -85,7 +86,11 @@ pub fn axis_groups(mesh: &Mesh, cluster: &Cluster) -> BTreeMap<Axis, GroupShape>
             let shapes = (0..mesh.n_ranks())
                 .filter(|rank| mesh.coordinate(*rank, axis) == 0)
                 .map(|rank| GroupShape::of(&mesh.group(rank, std::slice::from_ref(axis)), cluster));
-            let worst = shapes.max_by_key(|shape| (shape.n_nodes, usize::MAX - shape.per_node));
+            let worst = shapes.max_by(|a, b| {
+                let spread = |shape: &GroupShape| (shape.n_nodes, usize::MAX - shape.per_node);
+                let far = |shape: &GroupShape| shape.far.ring + shape.far.within_loss;
+                spread(a).cmp(&spread(b)).then(far(a).total_cmp(&far(b)))
+            });
             (axis.clone(), worst.unwrap_or_default())
         })
         .collect()

@@ -9,23 +9,23 @@ pub mod capacity;
 pub mod layer;
 pub mod memory;
 pub mod pipeline;
+pub mod sites;
 pub mod stages;
 pub mod sync;
 pub mod workload;
 
 use meshweave_dsl::cluster::Cluster;
-use meshweave_dsl::dtype::DType;
 use meshweave_dsl::mapping::{Mapping, Recompute};
 
 pub use capacity::{Bound, Capacity, Target, max_batch};
-pub use memory::{Framework, MemoryEstimate, memory};
+pub use memory::{Framework, Memories, MemoryEstimate, memory};
 pub use workload::{AttentionKernel, Job, Parameters, Software, Workload};
 
 use super::cost::efficiency::Efficiency;
-use super::cost::links::send_seconds;
 use crate::schedule::{Builtin, Shape};
 use layer::{LayerCost, Pricer};
 use pipeline::{PipelineShape, PipelineTime, RankWork, round_wait_s};
+use sites::Sites;
 use stages::Stages;
 use sync::{Cover, Held, data_parallel_s, optimizer_s};
 
@@ -119,7 +119,8 @@ pub fn estimate(
     check(workload, mapping, cluster)?;
     let is_training = workload.job == Job::Train;
     let stages = Stages::new(workload, mapping);
-    let mut costs = stage_costs(workload, mapping, cluster, &stages);
+    let sites = Sites::new(cluster, mapping);
+    let mut costs = stage_costs(workload, mapping, &sites, &stages);
     if !is_training {
         costs = costs
             .into_iter()
@@ -129,15 +130,11 @@ pub fn estimate(
             })
             .collect();
     }
-    let pricer = Pricer::new(workload, mapping, cluster);
+    let pricer = Pricer::new(workload, mapping, sites.of(0));
     let n_microbatches = mapping.n_microbatches(workload.batch).max(1) as f64;
-    let is_spread = mapping.tp * mapping.cp * mapping.dp >= cluster.devices_per_node;
-    let send_s = match mapping.pp {
-        1 => 0.0,
-        _ => send_seconds(pricer.boundary_bytes(), is_spread, cluster),
-    };
+    let sends_s = sites.send_seconds(mapping, pricer.boundary_bytes());
     let work: Vec<RankWork> = costs.iter().map(work_of).collect();
-    let pipeline = pipeline(workload, mapping, cluster, &stages);
+    let pipeline = pipeline(workload, mapping, &sites, &stages);
     let ranks = pipeline.ranks(&work);
     let PipelineTime {
         pace,
@@ -148,8 +145,9 @@ pub fn estimate(
         Job::Train | Job::Prefill => pipeline.time(&work),
         Job::Decode { .. } => round_wait_s(n_microbatches, &ranks),
     };
-    let memories: Vec<MemoryEstimate> = (0..mapping.pp)
-        .map(|rank| memory(workload, mapping, cluster, rank))
+    let memories = Memories::new(workload, mapping);
+    let held_by_rank: Vec<MemoryEstimate> = (0..mapping.pp)
+        .map(|rank| memories.of(rank, sites.of(rank)))
         .collect();
     let sum = stages
         .on(pace)
@@ -168,26 +166,40 @@ pub fn estimate(
         tp: passes.tp,
         cp: passes.cp,
         ep: passes.ep - n_microbatches * hidden_s,
-        p2p: p2p_s(workload, mapping, send_s, n_microbatches),
+        p2p: p2p_s(workload, mapping, &sends_s, n_microbatches),
         bubble: wait_s,
         ..Parts::default()
     };
     if is_training {
-        let held = held(workload, mapping, &stages, pace);
-        let cover = Cover {
-            forward_s: ranks[pace].forward_s,
-            backward_s: ranks[pace].backward_input_s + ranks[pace].backward_weight_s,
-            n_microbatches,
+        let once = |rank: usize| {
+            let held = held(workload, mapping, &stages, rank);
+            let cover = Cover {
+                forward_s: ranks[rank].forward_s,
+                backward_s: ranks[rank].backward_input_s + ranks[rank].backward_weight_s,
+                n_microbatches,
+            };
+            let site = sites.of(rank);
+            let dp_s = data_parallel_s(workload, mapping, site, held, cover);
+            let (optimizer_s, offload_s) = optimizer_s(mapping, site, held);
+            (dp_s, optimizer_s, offload_s)
         };
-        parts.dp = data_parallel_s(workload, mapping, cluster, held, cover);
-        (parts.optimizer, parts.offload) = optimizer_s(mapping, cluster, held);
+        (parts.dp, parts.optimizer, parts.offload) = once(pace);
+        if !sites.are_alike() {
+            // The step ends with the last rank's update.
+            for rank in 0..mapping.pp {
+                let (dp_s, optimizer_s, offload_s) = once(rank);
+                parts.dp = parts.dp.max(dp_s);
+                parts.optimizer = parts.optimizer.max(optimizer_s);
+                parts.offload = parts.offload.max(offload_s);
+            }
+        }
         let moved = (0..mapping.pp)
-            .map(|rank| activations_s(workload, mapping, cluster, rank, &ranks[rank]));
+            .map(|rank| activations_s(&memories, mapping, sites.of(rank), rank, &ranks[rank]));
         parts.offload += n_microbatches * moved.fold(0.0, f64::max);
     }
     let step_s = parts.total();
     let model_flops = workload.model_flops();
-    let peak = cluster.device.matmul_peak(DType::Bf16) * mapping.n_ranks() as f64;
+    let peak = sites.peak(mapping);
     let stage_estimates = costs
         .iter()
         .zip(stages.all())
@@ -200,15 +212,19 @@ pub fn estimate(
             recompute_s: cost.recompute.seconds(),
             forward_exchange_s: cost.forward.ep,
             backward_exchange_s: backward_exchange_s(cost),
-            p2p_s: send_s,
-            memory: memories[stages.rank_of(stage_idx)],
+            // What the last one of a round sends goes to the first one again.
+            p2p_s: match sends_s.as_slice() {
+                [] => 0.0,
+                sends_s => sends_s[stages.rank_of(stage_idx).min(sends_s.len() - 1)],
+            },
+            memory: held_by_rank[stages.rank_of(stage_idx)],
         })
         .collect();
     Ok(Estimate {
         step_s,
         parts,
         stages: stage_estimates,
-        memory: memories
+        memory: held_by_rank
             .into_iter()
             .max_by_key(MemoryEstimate::total)
             .unwrap_or_default(),
@@ -237,14 +253,14 @@ fn backward_exchange_s(cost: &LayerCost) -> f64 {
 fn pipeline<'a>(
     workload: &Workload,
     mapping: &Mapping,
-    cluster: &Cluster,
+    sites: &Sites<'_>,
     stages: &'a Stages,
 ) -> PipelineShape<'a> {
     PipelineShape {
         family: family(mapping),
         stages,
         n_microbatches: mapping.n_microbatches(workload.batch).max(1),
-        slowdown: pair_slowdown(cluster),
+        slowdown: sites.distinct().map(pair_slowdown).fold(1.0, f64::max),
         post_validates: workload.software.post_validates,
     }
 }
@@ -271,15 +287,20 @@ const EXCHANGE_UNITS: f64 = 20.0;
 fn stage_costs(
     workload: &Workload,
     mapping: &Mapping,
-    cluster: &Cluster,
+    sites: &Sites<'_>,
     stages: &Stages,
 ) -> Vec<LayerCost> {
-    let pricer = Pricer::new(workload, mapping, cluster);
-    let mut kinds: Vec<((bool, bool), LayerCost)> = Vec::with_capacity(4);
-    let mut layer = |layer_idx: usize| {
+    let pricers: Vec<Pricer<'_>> = sites
+        .distinct()
+        .map(|site| Pricer::new(workload, mapping, site))
+        .collect();
+    let mut kinds: Vec<((bool, bool, usize), LayerCost)> = Vec::with_capacity(4);
+    let mut layer = |layer_idx: usize, site_idx: usize| {
+        let pricer = &pricers[site_idx];
         let kind = (
             workload.is_moe(layer_idx),
             workload.window_of(layer_idx).is_some(),
+            site_idx,
         );
         match kinds.iter().find(|(known, _)| *known == kind) {
             Some((_, cost)) => *cost,
@@ -292,9 +313,11 @@ fn stage_costs(
     };
     let mut costs = Vec::with_capacity(stages.all().len());
     for (stage_idx, stage) in stages.all().iter().enumerate() {
+        let site_idx = sites.idx_of(stages.rank_of(stage_idx));
+        let pricer = &pricers[site_idx];
         let mut cost = LayerCost::default();
         for layer_idx in stage.layers.clone() {
-            cost = cost.then(layer(layer_idx));
+            cost = cost.then(layer(layer_idx, site_idx));
         }
         if stage.embeds {
             cost = cost.then(pricer.embedding());
@@ -304,7 +327,7 @@ fn stage_costs(
             cost = cost.then(head);
             for prediction in 0..workload.prediction_layers {
                 cost = cost
-                    .then(layer(workload.model.n_layers + prediction))
+                    .then(layer(workload.model.n_layers + prediction, site_idx))
                     .then(head);
             }
         }
@@ -329,7 +352,7 @@ fn stage_costs(
 /// runs under the forward pass, what returns under the backward pass (Mist, EuroSys'25, §4.2). The first
 /// layer that returns has nothing to run under.
 fn activations_s(
-    workload: &Workload,
+    memories: &Memories<'_>,
     mapping: &Mapping,
     cluster: &Cluster,
     rank: usize,
@@ -338,7 +361,7 @@ fn activations_s(
     if mapping.offload.activations == 0.0 {
         return 0.0;
     }
-    let (kept, n_layers) = memory::kept_of_microbatch(workload, mapping, rank);
+    let (kept, n_layers) = memories.kept_of_microbatch(rank);
     let one_way_s = mapping.offload.activations * kept / cluster.device.host_bytes_per_s;
     let backward_s = work.backward_input_s + work.backward_weight_s;
     (one_way_s - work.forward_s).max(0.0)
@@ -348,12 +371,21 @@ fn activations_s(
 
 /// Messages of the pipeline that nothing hides: those that fill and drain it, and in its steady state
 /// those for which the host waits.
-fn p2p_s(workload: &Workload, mapping: &Mapping, send_s: f64, n_microbatches: f64) -> f64 {
+///
+/// Filling and draining takes the messages of all boundaries; the steady state keeps the pace of the
+/// slowest one.
+fn p2p_s(workload: &Workload, mapping: &Mapping, sends_s: &[f64], n_microbatches: f64) -> f64 {
     if mapping.pp < 2 {
         return 0.0;
     }
     let directions = if workload.job == Job::Train { 2.0 } else { 1.0 };
-    let fill = directions * (mapping.pp - 1) as f64 * send_s;
+    let send_s = sends_s.iter().copied().fold(0.0, f64::max);
+    let is_alike = sends_s.iter().all(|one| *one == send_s);
+    let fill = directions
+        * match is_alike {
+            true => (mapping.pp - 1) as f64 * send_s,
+            false => sends_s.iter().sum(),
+        };
     let chunks = mapping.pipeline.chunks as f64;
     let is_split = family(mapping).splits_backward();
     let exposed_s = if workload.software.blocking_p2p && !is_split {
@@ -447,6 +479,12 @@ fn check(workload: &Workload, mapping: &Mapping, cluster: &Cluster) -> Result<()
         .map_err(|error| Unpriced::Invalid(error.to_string()))?;
     if workload.batch == 0 || workload.seq == 0 || workload.model.n_layers == 0 {
         return invalid("a step without sequences, tokens or layers has no price".into());
+    }
+    if cluster.is_mixed() && mapping.pp > 1 && family(mapping).n_copies() > 1 {
+        return Err(Unpriced::Unsupported(format!(
+            "schedule `{}` has every stage on two pipeline ranks, and cluster `{}` has devices of several types",
+            mapping.pipeline.schedule, cluster.name
+        )));
     }
     if mapping.n_ranks() > cluster.n_devices() {
         return invalid(format!(

@@ -18,6 +18,7 @@ mod serving;
 mod only;
 mod digest;
 mod families;
+mod arrange;
 pub mod conflict;
 pub mod compare;
 
@@ -26,14 +27,14 @@ use meshweave_dsl::mapping::{Mapping, Precision};
 use meshweave_dsl::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
-use super::estimate::{Job, Workload, memory};
+use super::estimate::{Job, Memories, Workload};
 use crate::schedule::Builtin;
 
 pub use digest::Digests;
 pub use families::FamilyRow;
 pub use only::the_only;
 pub use search::{Counts, Priced};
-pub use space::{Allowed, Cuts, Preference, ShardGroup, Space, Whole};
+pub use space::{Allowed, Cuts, Preference, ShardGroup, Space, Whole, largest_memory};
 
 /// Why there is no mapping.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -94,6 +95,8 @@ pub struct Found {
     /// The best mappings of other grids that were priced, fastest first.
     pub runners_up: Vec<Priced>,
     pub certificate: Certificate,
+    /// The cluster with its nodes in the order in which ranks take them; those left out are idle.
+    pub placed: Cluster,
     /// Wall-clock seconds of the search.
     pub solve_s: f64,
 }
@@ -149,26 +152,26 @@ pub fn search(
         cluster,
         space,
     };
-    let mut layers = bound::Layers::default();
     let n_devices = cluster.n_devices();
-    let mut sweep = sweep(&problem, options, start, |problem, options| {
-        search::search(problem, options, n_devices, &mut layers)
-    });
-    if sweep.counts().n_nodes == 0 {
-        sweep = self::sweep(&problem, options, start, |problem, options| {
-            let none = search::search(problem, options, n_devices, &mut layers);
-            with_idle_devices(problem, options, none, &mut layers)
-        });
-    }
-    let outcome = sweep
-        .finish()
-        .ok_or_else(|| OuterError::Internal("no batch was searched".into()))?;
+    let (outcome, placed) = match cluster.is_flat() {
+        true => (search_in_order(&problem, options, start)?, cluster.clone()),
+        false => arrange::search(&problem, options, start)?,
+    };
+    let problem = Problem {
+        cluster: &placed,
+        ..problem
+    };
     if outcome.best.is_empty() {
         return Err(why_nothing(&problem, &outcome));
     }
     let not_searched = not_searched(&problem, &outcome);
     let mut best = outcome.best;
-    let choice = families::choose(&problem, &mut layers, &best, &outcome.of_family);
+    let choice = families::choose(
+        &problem,
+        &mut bound::Layers::default(),
+        &best,
+        &outcome.of_family,
+    );
     let (first, simulated_s) = choice
         .first
         .ok_or_else(|| OuterError::Internal("nothing found".into()))?;
@@ -181,8 +184,9 @@ pub fn search(
     let lower_bound_s = outcome
         .lower_bound_s
         .min(simulated_s.unwrap_or(f64::INFINITY));
+    let memories = Memories::new(&workload, &first.mapping);
     let memory_bytes = (0..first.mapping.pp)
-        .map(|rank| memory(&workload, &first.mapping, cluster, rank).total().0)
+        .map(|rank| memories.of(rank, &placed).total().0)
         .collect();
     let first_token_s = match workload.job {
         Job::Decode { .. } => serving::prefill_s(&problem, &first.mapping),
@@ -210,8 +214,32 @@ pub fn search(
         best: first,
         runners_up: best,
         certificate,
+        placed,
         solve_s: start.elapsed().as_secs_f64(),
     })
+}
+
+/// The best outcome for the nodes in their order: on all devices, or where no mapping takes all of them
+/// on as many as give the fastest step.
+fn search_in_order(
+    problem: &Problem<'_>,
+    options: &Options,
+    start: std::time::Instant,
+) -> Result<search::Outcome, OuterError> {
+    let mut layers = bound::Layers::default();
+    let n_devices = problem.cluster.n_devices();
+    let mut sweep = sweep(problem, options, start, |problem, options| {
+        search::search(problem, options, n_devices, &mut layers)
+    });
+    // Where nodes are not alike, other orders leave some of them out.
+    if sweep.counts().n_nodes == 0 && problem.cluster.is_flat() {
+        sweep = self::sweep(problem, options, start, |problem, options| {
+            let none = search::search(problem, options, n_devices, &mut layers);
+            with_idle_devices(problem, options, none, &mut layers)
+        });
+    }
+    let outcome = sweep.finish();
+    outcome.ok_or_else(|| OuterError::Internal("no batch was searched".into()))
 }
 
 /// Searches every batch of the space, with the time that is left.
@@ -377,6 +405,12 @@ fn not_searched(problem: &Problem<'_>, outcome: &search::Outcome) -> Vec<String>
             "cp that leaves a rank fewer than {} tokens",
             grids::LEAST_TOKENS
         ));
+    }
+    if !problem.cluster.is_flat() {
+        list.push(
+            "degrees that differ between stages, and orders of nodes other than by group, with slow ones first, last or idle"
+                .into(),
+        );
     }
     if space.tp == Allowed::Any {
         list.push(format!(

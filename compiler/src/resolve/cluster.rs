@@ -1,20 +1,25 @@
 //! The cluster that a plan names.
 //!
 //! Enters: `cluster "h100:16"`, `cluster "file.weave"`, or `cluster NAME [= PRESET] { … }`.
-//! Leaves: a [`Cluster`]. Invariant: all its counts and speeds are positive.
+//! Leaves: a [`Cluster`]. Invariant: all its counts and speeds are positive; its levels have whole units.
+
+mod print;
+mod topology;
 
 use std::path::Path;
 
 use meshweave_dsl::cluster::{Arch, Cluster, DeviceKind, Link};
 use meshweave_dsl::diagnostics::{Diagnostic, SourceId, Sources, Span, did_you_mean, has_errors};
-use meshweave_dsl::units::{Bytes, Quantity, Unit};
+use meshweave_dsl::units::Quantity;
 use meshweave_dsl::weave::ast::{
-    Definition, Document, Name, Reference, Setting, SettingLine, Spanned, Statement,
+    Definition, Document, Reference, Setting, SettingLine, Spanned, Statement,
 };
 use meshweave_dsl::weave::parse;
 
 use super::existing_file;
 use super::settings::Settings;
+
+pub use print::print_cluster;
 
 pub(super) fn resolve_cluster(
     document: &Document,
@@ -34,7 +39,7 @@ pub(super) fn resolve_cluster(
                 .iter()
                 .find(|definition| definition.name.node == *name);
             if let Some(definition) = found {
-                return define(definition, diagnostics);
+                return define(definition, &definitions, diagnostics);
             }
             let names = definitions.iter().map(|d| d.name.node.as_str());
             let mut diagnostic =
@@ -145,8 +150,18 @@ fn only_block(
     if is_broken {
         return None;
     }
-    match definitions(&parsed.document).as_slice() {
-        [definition] => define(definition, diagnostics),
+    let all = definitions(&parsed.document);
+    // Those that are groups of another one are parts of it.
+    let whole: Vec<&Definition> = all
+        .iter()
+        .copied()
+        .filter(|definition| {
+            !all.iter()
+                .any(|other| topology::has_group(other, definition))
+        })
+        .collect();
+    match whole.as_slice() {
+        [definition] => define(definition, &all, diagnostics),
         found => {
             let diagnostic = Diagnostic::invalid(format!(
                 "the file `{name}` has {} cluster blocks, but must have one",
@@ -163,7 +178,7 @@ fn only_block(
 }
 
 /// Keys that begin a line, with those that may follow on it.
-const LINES: [(&str, &[&str]); 6] = [
+const LINES: [(&str, &[&str]); 9] = [
     ("name", &["name"]),
     ("nodes", &["nodes", "devices"]),
     ("devices", &["devices", "nodes"]),
@@ -186,11 +201,22 @@ const LINES: [(&str, &[&str]); 6] = [
     ),
     ("matmul", &["matmul"]),
     ("link", &["link", "within", "between"]),
+    ("level", &["level", "of", "oversubscription", "link"]),
+    ("slow", &["slow", "links", "uplink"]),
+    ("group", &["group"]),
 ];
 
-fn define(definition: &Definition, diagnostics: &mut Vec<Diagnostic>) -> Option<Cluster> {
+fn define(
+    definition: &Definition,
+    all: &[&Definition],
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<Cluster> {
     let n_before = diagnostics.len();
-    let cluster = Block::read(definition, diagnostics).build(diagnostics);
+    let block = Block::read(definition, diagnostics);
+    let cluster = match block.groups.is_empty() {
+        true => block.build(diagnostics),
+        false => block.join(all, diagnostics),
+    };
     cluster.filter(|_| !has_errors(diagnostics.get(n_before..).unwrap_or_default()))
 }
 
@@ -204,6 +230,9 @@ struct Block<'a> {
     /// Speeds of contractions by type.
     matmul: Vec<Settings<'a>>,
     links: Vec<Settings<'a>>,
+    levels: Vec<Settings<'a>>,
+    slow: Vec<Settings<'a>>,
+    groups: Vec<Settings<'a>>,
 }
 
 impl<'a> Block<'a> {
@@ -216,6 +245,9 @@ impl<'a> Block<'a> {
             device: None,
             matmul: Vec::new(),
             links: Vec::new(),
+            levels: Vec::new(),
+            slow: Vec::new(),
+            groups: Vec::new(),
         };
         let owner = format!("cluster `{}`", definition.name.node);
         let mut seen: Vec<&Spanned<Setting>> = Vec::new();
@@ -256,6 +288,9 @@ impl<'a> Block<'a> {
                 "device" => block.device = Some(s),
                 "matmul" => block.matmul.push(s),
                 "link" => block.links.push(s),
+                "level" => block.levels.push(s),
+                "slow" => block.slow.push(s),
+                "group" => block.groups.push(s),
                 "name" => {
                     block.name = s.text("name").map(|(text, _)| text.to_owned());
                     diagnostics.append(&mut s.diagnostics);
@@ -351,6 +386,14 @@ impl<'a> Block<'a> {
             change_link(&mut cluster, &mut s);
             diagnostics.append(&mut s.diagnostics);
         }
+        for mut s in self.levels {
+            topology::add_level(&mut cluster, &mut s);
+            diagnostics.append(&mut s.diagnostics);
+        }
+        for mut s in self.slow {
+            topology::add_slow(&mut cluster, &mut s);
+            diagnostics.append(&mut s.diagnostics);
+        }
         Some(cluster)
     }
 }
@@ -396,95 +439,6 @@ fn change_device(cluster: &mut Cluster, s: &mut Settings<'_>) {
     }
     if let Some(bytes) = s.quantity("host_memory", "128 GB", |q| q.bytes().map(|b| b.0 as f64)) {
         device.host_memory_bytes = bytes as u64;
-    }
-}
-
-/// A block that is read back to the same cluster.
-pub fn print_cluster(cluster: &Cluster) -> String {
-    let device = &cluster.device;
-    let name: String = cluster
-        .name
-        .chars()
-        .map(|c| {
-            if c.is_ascii_alphanumeric() || c == '_' {
-                c
-            } else {
-                '-'
-            }
-        })
-        .collect();
-    let name = match Name::new(name.trim_matches('-')) {
-        Ok(name) => name.as_str().to_owned(),
-        Err(_) => "measured".to_owned(),
-    };
-    let kind = match device.kind {
-        DeviceKind::Host => "host",
-        DeviceKind::Gpu => "gpu",
-    };
-    let host = if device.host_bytes_per_s > 0.0 {
-        let speed = exact(
-            device.host_bytes_per_s,
-            [Unit::GigabytePerSecond, Unit::BytePerSecond],
-        );
-        let memory = Bytes(device.host_memory_bytes);
-        format!(" host_bandwidth {speed} host_memory {memory:#}")
-    } else {
-        String::new()
-    };
-    let mut text = format!("cluster {name} {{\n");
-    let mut line = |content: String| text.push_str(&format!("  {content}\n"));
-    if name != cluster.name {
-        line(format!("name {:?}", cluster.name));
-    }
-    line(format!("nodes {}", cluster.n_nodes));
-    line(format!("devices {}", cluster.devices_per_node));
-    line(format!(
-        "device {:?} kind {kind} arch {} memory {:#} bandwidth {} vector {} launch {} matmul_efficiency {:?} vector_efficiency {:?}{host}",
-        device.name,
-        device.arch.name(),
-        Bytes(device.memory_bytes),
-        exact(
-            device.memory_bytes_per_s,
-            [Unit::GigabytePerSecond, Unit::BytePerSecond]
-        ),
-        exact(
-            device.vector_flops_per_s,
-            [Unit::GigaflopPerSecond, Unit::FlopPerSecond]
-        ),
-        exact(device.launch_s, [Unit::Microsecond, Unit::Second]),
-        device.matmul_efficiency,
-        device.vector_efficiency,
-    ));
-    for (dtype, speed) in &device.matmul_flops_per_s {
-        let speed = exact(*speed, [Unit::GigaflopPerSecond, Unit::FlopPerSecond]);
-        line(format!("matmul {dtype} {speed}"));
-    }
-    for (link, place) in [
-        (&cluster.within_node, "within node"),
-        (&cluster.between_nodes, "between nodes"),
-    ] {
-        line(format!(
-            "link {:?} {} {} {place}",
-            link.name,
-            exact(
-                link.bytes_per_s,
-                [Unit::GigabytePerSecond, Unit::BytePerSecond]
-            ),
-            exact(link.latency_s, [Unit::Microsecond, Unit::Second]),
-        ));
-    }
-    text.push_str("}\n");
-    text
-}
-
-/// A quantity in the first of the units in which it is exact; the last always is.
-fn exact(base: f64, units: [Unit; 2]) -> Quantity {
-    let [first, last] = units;
-    let value = base / first.scale();
-    if value * first.scale() == base {
-        Quantity::new(value, first)
-    } else {
-        Quantity::new(base / last.scale(), last)
     }
 }
 

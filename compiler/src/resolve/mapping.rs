@@ -156,7 +156,7 @@ pub fn mapping_request(
     let open_batch = open_batch(document, request, &mut diagnostics);
     let found = MappingRequest {
         workload,
-        cluster: request.cluster.clone(),
+        cluster: placed(document, &request.cluster, &mut diagnostics),
         options: Options {
             gap: request.solve.gap,
             within_s: request.solve.time_s,
@@ -209,6 +209,24 @@ fn open_batch(
     })
 }
 
+/// The cluster with the nodes that a mesh takes, in their order, where it says so.
+fn placed(document: &Document, cluster: &Cluster, diagnostics: &mut Vec<Diagnostic>) -> Cluster {
+    let mains = axes::meshes(document).filter(|mesh| mesh.refolds.is_none());
+    for on in mains.filter_map(|mesh| mesh.on.as_ref()) {
+        let Some(list) = on.known() else { continue };
+        match cluster.on_nodes(&list.nodes(cluster.n_all_nodes())) {
+            Ok(placed) => return placed,
+            Err(error) => diagnostics.push(
+                Diagnostic::invalid(error.to_string())
+                    .code("W107")
+                    .at(on.span, "")
+                    .help("list nodes of the cluster, each once, or write `on auto`"),
+            ),
+        }
+    }
+    cluster.clone()
+}
+
 /// The number formats that `dtype` may say.
 pub(super) const FORMATS: [(&str, Precision); 5] = [
     ("bf16", Precision::MIXED_BF16),
@@ -258,3 +276,6 @@ fn formats(
     }
     Some(found)
 }
+
+#[cfg(test)]
+mod tests;

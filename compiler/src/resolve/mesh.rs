@@ -71,6 +71,14 @@ impl<'a> Meshes<'a> {
             let Statement::Mesh(mesh) = &statement.node else {
                 continue;
             };
+            if let Some(on) = &mesh.on {
+                diagnostics.push(
+                    Diagnostic::unsupported("the search over ops takes all nodes in order")
+                        .code("W120")
+                        .at(on.span, "")
+                        .help("remove `on nodes[…]`, or plan with `--planner mapping`"),
+                );
+            }
             if mesh.refolds.is_some() {
                 match folded {
                     Some((first, _)) if first.name.node == mesh.name.node => {}

@@ -106,6 +106,7 @@ fn witness_mesh(document: &mut Document, mesh: &Mesh) {
         name: name.into(),
         axes,
         refolds: None,
+        on: None,
     }));
     line.lead.push(Trivia::Blank);
     let at = behind_head(document);

@@ -370,6 +370,36 @@ impl<'a> Settings<'a> {
     }
 }
 
+impl<'a> Settings<'a> {
+    /// A word and a number from 0 on: `node 3`.
+    pub fn numbered(&mut self, key: &str, example: &str) -> Option<(&'a str, usize, Span)> {
+        let values = self.values(key)?;
+        if let [(name, span), (idx, _)] = values.as_slice()
+            && let (Some(name), Some(idx)) = (name.as_str(), idx.as_u64())
+        {
+            return Some((name, idx as usize, *span));
+        }
+        let span = self.span_of(key);
+        let what = "takes a name and a number from 0 on".to_owned();
+        self.wrong(key, span, what, &format!("write `{key} {example}`"));
+        None
+    }
+
+    /// A part of a whole, above 0 % and up to 100 %.
+    pub fn part(&mut self, key: &str, example: &str) -> Option<f64> {
+        let part = self.quantity(key, example, |quantity| {
+            quantity.ratio().map(|ratio| ratio.0)
+        })?;
+        if part <= 1.0 {
+            return Some(part);
+        }
+        let span = self.span_of(key);
+        let what = format!("is a part of the nominal speed, found {} %", 100.0 * part);
+        self.wrong(key, span, what, &format!("write `{key} {example}`"));
+        None
+    }
+}
+
 fn unknown_key(owner: &str, setting: &Spanned<Setting>, known: &[&str]) -> Diagnostic {
     let key = setting.key.as_str();
     let diagnostic = Diagnostic::invalid(format!("{owner} has no `{key}`"))

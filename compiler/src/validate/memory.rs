@@ -7,7 +7,7 @@ use meshweave_dsl::mapping::Mapping;
 
 use super::Case;
 use super::table::Row;
-use crate::plan::estimate::{MemoryEstimate, memory};
+use crate::plan::estimate::{Memories, MemoryEstimate};
 
 /// What of the process's memory is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +57,9 @@ pub(super) fn predicted_gb(row: Row<'_>, case: &Case, mapping: &Mapping) -> f64 
         Counted::Reserved => estimate.reserved(),
     };
     let ranks = if reading.first_rank { 1 } else { mapping.pp };
+    let memories = Memories::new(&case.workload, mapping);
     let bytes = (0..ranks)
-        .map(|rank| of(memory(&case.workload, mapping, &case.cluster, rank)).0)
+        .map(|rank| of(memories.of(rank, &case.cluster)).0)
         .max();
     bytes.unwrap_or(0) as f64 / 1e9
 }

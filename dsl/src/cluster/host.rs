@@ -87,28 +87,28 @@ impl Cluster {
             bytes_per_s: host.memory_bytes_per_s / share / 2.0,
             latency_s: HOST_BARRIER_S * crowding,
         };
-        Self {
-            name: format!("local:{n_devices}"),
-            n_nodes: 1,
-            devices_per_node: n_devices,
-            device: Device {
-                name: "core".into(),
-                kind: DeviceKind::Host,
-                arch: Arch::Host,
-                memory_bytes: host.memory_bytes / n_devices as u64,
-                memory_bytes_per_s: host.memory_bytes_per_s / share,
-                matmul_flops_per_s: [DType::F32, DType::Bf16, DType::F16]
-                    .map(|dtype| (dtype, flops_per_s))
-                    .into(),
-                vector_flops_per_s: flops_per_s / 2.0,
-                matmul_efficiency: 0.85,
-                vector_efficiency: 0.75,
-                launch_s: 2.0e-6 * crowding,
-                host_bytes_per_s: 0.0,
-                host_memory_bytes: 0,
-            },
-            within_node: link("memory"),
-            between_nodes: link("memory"),
-        }
+        let device = Device {
+            name: "core".into(),
+            kind: DeviceKind::Host,
+            arch: Arch::Host,
+            memory_bytes: host.memory_bytes / n_devices as u64,
+            memory_bytes_per_s: host.memory_bytes_per_s / share,
+            matmul_flops_per_s: [DType::F32, DType::Bf16, DType::F16]
+                .map(|dtype| (dtype, flops_per_s))
+                .into(),
+            vector_flops_per_s: flops_per_s / 2.0,
+            matmul_efficiency: 0.85,
+            vector_efficiency: 0.75,
+            launch_s: 2.0e-6 * crowding,
+            host_bytes_per_s: 0.0,
+            host_memory_bytes: 0,
+        };
+        let name = format!("local:{n_devices}");
+        Self::flat(
+            name,
+            [1, n_devices],
+            device,
+            [link("memory"), link("memory")],
+        )
     }
 }

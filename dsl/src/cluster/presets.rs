@@ -114,32 +114,34 @@ impl Preset {
             latency_s,
         };
         let half = self.bf16 * 1e12;
-        Cluster {
-            name: text.into(),
-            n_nodes: n_devices.div_ceil(devices_per_node),
-            devices_per_node,
-            device: Device {
-                name: self.name.into(),
-                kind: DeviceKind::Gpu,
-                arch: self.arch,
-                memory_bytes: (self.memory_gb * 1e9) as u64,
-                memory_bytes_per_s: self.memory_tb_per_s * 1e12,
-                matmul_flops_per_s: [
-                    (DType::F32, self.f32 * 1e12),
-                    (DType::Bf16, half),
-                    (DType::F16, half),
-                ]
-                .into(),
-                vector_flops_per_s: self.vector * 1e12,
-                matmul_efficiency: self.matmul_efficiency,
-                vector_efficiency: GPU_VECTOR_EFFICIENCY,
-                launch_s: GPU_LAUNCH_S,
-                host_bytes_per_s: self.host.0 * 1e9,
-                host_memory_bytes: (self.host.1 * 1e9) as u64,
-            },
-            within_node: link(self.within, NVLINK_LATENCY_S),
-            between_nodes: link(self.between, NETWORK_LATENCY_S),
-        }
+        let device = Device {
+            name: self.name.into(),
+            kind: DeviceKind::Gpu,
+            arch: self.arch,
+            memory_bytes: (self.memory_gb * 1e9) as u64,
+            memory_bytes_per_s: self.memory_tb_per_s * 1e12,
+            matmul_flops_per_s: [
+                (DType::F32, self.f32 * 1e12),
+                (DType::Bf16, half),
+                (DType::F16, half),
+            ]
+            .into(),
+            vector_flops_per_s: self.vector * 1e12,
+            matmul_efficiency: self.matmul_efficiency,
+            vector_efficiency: GPU_VECTOR_EFFICIENCY,
+            launch_s: GPU_LAUNCH_S,
+            host_bytes_per_s: self.host.0 * 1e9,
+            host_memory_bytes: (self.host.1 * 1e9) as u64,
+        };
+        Cluster::flat(
+            text.into(),
+            [n_devices.div_ceil(devices_per_node), devices_per_node],
+            device,
+            [
+                link(self.within, NVLINK_LATENCY_S),
+                link(self.between, NETWORK_LATENCY_S),
+            ],
+        )
     }
 
     /// Devices that share the inner link. Of the 72 of an NVLink rack, jobs of whole powers of two

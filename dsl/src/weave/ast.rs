@@ -11,7 +11,9 @@ mod schedule;
 mod select;
 mod statement;
 
-pub use layout::{Axis, AxisRef, Degree, DimSplit, Layout, MeshDef, Partial, Reduce, Split};
+pub use layout::{
+    Axis, AxisRef, Degree, DimSplit, Layout, MeshDef, NodeList, Partial, Reduce, Split,
+};
 pub use name::{Name, Pattern};
 pub use schedule::{
     BinaryOp, Expr, ExprError, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef, Var,

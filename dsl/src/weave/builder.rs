@@ -255,6 +255,7 @@ impl PlanBuilder {
             name: name.into(),
             axes,
             refolds: refolds.map(Spanned::from),
+            on: None,
         }))
     }
 

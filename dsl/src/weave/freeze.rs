@@ -160,6 +160,9 @@ impl Settle for Statement {
                 for axis in &mut mesh.axes {
                     axis.node.degree.settle(step);
                 }
+                if let Some(nodes) = &mut mesh.on {
+                    nodes.node.settle(step);
+                }
             }
             Self::Tactic(tactic) => tactic.body.settle(step),
             Self::Apply(apply) => apply.args.settle(step),

@@ -193,13 +193,20 @@ fn mesh() -> impl Strategy<Value = MeshDef> {
         degree,
         within,
     });
-    (spanned(name()), list(axis), option::of(spanned(name()))).prop_map(|(name, axes, refolds)| {
-        MeshDef {
+    let refolds = option::of(spanned(name()));
+    let nodes = choice(vec(index_item(), 1..3).prop_map(|items| NodeList { items }));
+    (
+        spanned(name()),
+        list(axis),
+        refolds,
+        option::of(spanned(nodes)),
+    )
+        .prop_map(|(name, axes, refolds, on)| MeshDef {
             name,
             axes: unique(axes, |axis| axis.name.clone()),
             refolds,
-        }
-    })
+            on,
+        })
 }
 
 fn value() -> BoxedStrategy<Value> {

@@ -12,14 +12,17 @@ use meshweave_dsl::cluster::{Cluster, DeviceKind};
 use meshweave_dsl::mapping::AxisGroups;
 
 use super::efficiency::Efficiency;
+use super::far::Far;
 
 /// How the ranks of a group lie on nodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GroupShape {
     pub n_ranks: usize,
     pub n_nodes: usize,
     /// Ranks on the node that has the fewest: they are its way to the network.
     pub per_node: usize,
+    /// What levels above nodes and slow links add; nothing where there are none.
+    pub far: Far,
 }
 
 impl GroupShape {
@@ -33,11 +36,19 @@ impl GroupShape {
             n_ranks: ranks.len(),
             n_nodes: per_node.len(),
             per_node: per_node.values().copied().min().unwrap_or(0),
+            far: match cluster.is_flat() {
+                true => Far::default(),
+                false => {
+                    let counts: Vec<(usize, usize)> = per_node.into_iter().collect();
+                    Far::of(&counts, ranks.len(), cluster)
+                }
+            },
         }
     }
 
     /// The shape of the groups of an axis of a mapping: of the first one, in closed form where nodes
-    /// are whole multiples of the stride.
+    /// are whole multiples of the stride. Where there are levels or slow links, what is far is that of
+    /// the worst group of all.
     pub fn of_axis(groups: AxisGroups, cluster: &Cluster) -> Self {
         let AxisGroups { size, stride } = groups;
         let node = cluster.devices_per_node.max(1);
@@ -48,10 +59,16 @@ impl GroupShape {
         } else {
             return Self::of(&groups.of(0), cluster);
         };
+        let far = if cluster.is_flat() {
+            Far::default()
+        } else {
+            Far::of_axis(groups, cluster)
+        };
         Self {
             n_ranks: size,
             n_nodes: size.div_ceil(per_node),
             per_node,
+            far,
         }
     }
 }
@@ -105,7 +122,7 @@ const EXCHANGE_PART: f64 = 0.80;
 const NODE_EXCHANGE_PART: f64 = 0.75;
 
 /// Part of a network's nominal bandwidth that large messages reach, by its kind.
-fn network_part(name: &str) -> f64 {
+pub(super) fn network_part(name: &str) -> f64 {
     match name {
         "roce" => 0.85,
         "efa" => 0.75,
@@ -154,7 +171,9 @@ fn host_seconds(traffic: Traffic, n_bytes: f64, group: GroupShape, cluster: &Clu
 /// NCCL's model: the fastest protocol and algorithm.
 fn device_seconds(traffic: Traffic, n_bytes: f64, group: GroupShape, cluster: &Cluster) -> f64 {
     let efficiency = Efficiency::of(cluster.device.arch);
-    let node_bw = cluster.within_node.bytes_per_s * efficiency.node_ring;
+    let far = group.far;
+    let within = cluster.within_node.bytes_per_s * far.within();
+    let node_bw = within * efficiency.node_ring;
     let network = &cluster.between_nodes;
     let network_bw = network.bytes_per_s * network_part(&network.name);
     let (k, m, p) = (
@@ -169,7 +188,7 @@ fn device_seconds(traffic: Traffic, n_bytes: f64, group: GroupShape, cluster: &C
         0.0
     };
     let outside_s = n_bytes * (m - 1.0) / m / (p * network_bw);
-    let ring_s = inside_s.max(outside_s);
+    let ring_s = inside_s.max(outside_s).max(n_bytes * far.ring);
     // Latencies are those of the preset's links, in the protocols' proportions.
     let (node_x, network_x) = (
         cluster.within_node.latency_s / NVLINK_SIMPLE_S,
@@ -178,12 +197,14 @@ fn device_seconds(traffic: Traffic, n_bytes: f64, group: GroupShape, cluster: &C
     let (inner_steps, outer_steps) = (k - m, m - 1.0);
     let ring = |protocol: &Protocol, rounds: f64| {
         let [base, node, net] = protocol.ring_us;
-        let steps_us = inner_steps * node * node_x + outer_steps * net * network_x;
+        let outer_x = outer_steps * network_x + far.ring_steps;
+        let steps_us = inner_steps * node * node_x + outer_x * net;
         1e-6 * (base + rounds * steps_us) + rounds * ring_s / protocol.payload
     };
     let tree = |protocol: &Protocol| {
         let [base, node, net] = protocol.tree_us;
-        let steps_us = (p - 1.0).min(k - 1.0) * node * node_x + m.log2().ceil() * net * network_x;
+        let outer_x = m.log2().ceil() * network_x + far.tree_steps;
+        let steps_us = (p - 1.0).min(k - 1.0) * node * node_x + outer_x * net;
         1e-6 * (base + 2.0 * steps_us) + 2.0 * ring_s / (protocol.payload * TREE_PART)
     };
     let fastest = |seconds: &dyn Fn(&Protocol) -> f64| {
@@ -197,7 +218,7 @@ fn device_seconds(traffic: Traffic, n_bytes: f64, group: GroupShape, cluster: &C
                 seconds = seconds.min(fastest(&tree));
             } else if efficiency.node_switch > 0.0 && group.n_ranks > 2 {
                 // Reduced in the switch: every rank sends and receives once (NVLink SHARP).
-                let bw = cluster.within_node.bytes_per_s * efficiency.node_switch;
+                let bw = within * efficiency.node_switch;
                 let switched = 1e-6 * 20.0 + 2.0 * n_bytes * (k - 1.0) / k / bw;
                 seconds = seconds.min(switched);
             }
@@ -205,19 +226,30 @@ fn device_seconds(traffic: Traffic, n_bytes: f64, group: GroupShape, cluster: &C
         }
         Traffic::AllToAll => {
             // Every rank sends (k − p)/k of its bytes over its own link to the network.
-            let outside = n_bytes * (k - p) / k / network_bw;
-            let node_bw = cluster.within_node.bytes_per_s * NODE_EXCHANGE_PART;
+            let outside = (n_bytes * (k - p) / k / network_bw).max(n_bytes * far.exchange);
+            let node_bw = within * NODE_EXCHANGE_PART;
             let inside = n_bytes * (p - 1.0) / k / node_bw;
-            let base_us = PROTOCOLS[2].ring_us[0] + if is_spread { 14.0 * network_x } else { 3.4 };
+            let hops_us = match is_spread {
+                true => 14.0 * (network_x + far.hop_steps),
+                false => 3.4,
+            };
+            let base_us = PROTOCOLS[2].ring_us[0] + hops_us;
             1e-6 * (base_us + k * MESSAGE_US) + inside.max(outside / EXCHANGE_PART)
         }
-        Traffic::Permute | Traffic::Broadcast => send_seconds(n_bytes, is_spread, cluster),
+        Traffic::Permute | Traffic::Broadcast => {
+            let flat_s = send_seconds(n_bytes, is_spread, cluster);
+            let slow_s = match is_spread {
+                true => cluster.device.launch_s + network.latency_s + n_bytes * far.send,
+                false => n_bytes / node_bw,
+            };
+            flat_s.max(slow_s) + far.hop_steps * NETWORK_SIMPLE_S
+        }
     }
 }
 
 /// Latencies that the protocols' figures are relative to.
 const NVLINK_SIMPLE_S: f64 = 3.4e-6;
-const NETWORK_SIMPLE_S: f64 = 14.0e-6;
+pub(super) const NETWORK_SIMPLE_S: f64 = 14.0e-6;
 
 /// Seconds of a message from one rank to another, on the same node or not.
 pub fn send_seconds(n_bytes: f64, between_nodes: bool, cluster: &Cluster) -> f64 {

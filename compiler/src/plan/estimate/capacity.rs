@@ -9,7 +9,7 @@ use meshweave_dsl::mapping::Mapping;
 use meshweave_dsl::units::{Bytes, Seconds};
 
 use super::workload::{Job, Workload};
-use super::{Estimate, MemoryEstimate, Unpriced, estimate, memory};
+use super::{Estimate, Memories, Unpriced, estimate};
 
 /// Sequences a microbatch beyond which nothing is tried.
 const MAX_MICRO_BATCH: usize = 1 << 20;
@@ -112,8 +112,9 @@ fn try_batch(
         ..mapping.clone()
     };
     let device = &cluster.device;
+    let memories = Memories::new(&workload, &mapping);
     for rank in 0..mapping.pp {
-        let held: MemoryEstimate = memory(&workload, &mapping, cluster, rank);
+        let held = memories.of(rank, cluster);
         if !held.fits(device, target.headroom) {
             let room = Bytes((device.memory_bytes as f64 * (1.0 - target.headroom)) as u64);
             let why = format!(
@@ -155,6 +156,7 @@ mod tests {
 
     use super::*;
     use crate::import;
+    use crate::plan::estimate::memory;
 
     const GB: f64 = 1e9;
 

@@ -17,7 +17,7 @@ use meshweave_dsl::mapping::{Mapping, Recompute};
 use meshweave_dsl::units::Bytes;
 
 use super::stages::Stages;
-use super::workload::{Job, Workload};
+use super::workload::{Job, Parameters, Workload};
 use activations::LayerSizes;
 pub use framework::{Framework, Loss};
 
@@ -159,45 +159,298 @@ impl Held {
     }
 }
 
-/// Bytes of activations that a microbatch leaves for its backward pass on a pipeline rank, none of them
-/// offloaded, and the layers that they are of.
-pub fn kept_of_microbatch(
-    workload: &Workload,
-    mapping: &Mapping,
-    pipeline_rank: usize,
-) -> (f64, f64) {
-    let held = held(workload, mapping, pipeline_rank);
-    let sizes = LayerSizes::new(workload, mapping);
-    let bytes = held.kept(&sizes, &mapping.recompute.of_rank(pipeline_rank));
-    (bytes, held.n_dense_layers + held.n_moe_layers)
+/// The memory of a mapping's pipeline ranks. What they have in common is computed once.
+pub struct Memories<'a> {
+    workload: &'a Workload,
+    mapping: &'a Mapping,
+    parameters: Parameters,
+    stages: Stages,
+    sizes: LayerSizes<'a>,
+    /// Layers with experts before each layer, and before the end.
+    n_moe_before: Vec<usize>,
 }
 
-/// Bytes of a device's share of its host that offloading takes: optimizer state, and the activations of
-/// all microbatches in flight.
-pub fn host_memory(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Bytes {
-    let offload = mapping.offload;
-    let mut held_there = 0.0;
-    if offload.optimizer {
-        let held = held(workload, mapping, pipeline_rank);
-        let shard = |replicas: usize| match mapping.zero.stage {
-            0 => 1.0,
-            _ => mapping.zero.group.unwrap_or(replicas).min(replicas).max(1) as f64,
-        };
-        let own = held.dense / shard(mapping.dp * mapping.cp) + held.experts / shard(mapping.edp());
-        held_there += f64::from(mapping.precision.optimizer_bytes) * own;
+impl<'a> Memories<'a> {
+    pub fn new(workload: &'a Workload, mapping: &'a Mapping) -> Self {
+        let mut n_moe = 0;
+        let mut n_moe_before = vec![0];
+        for layer_idx in 0..workload.model.n_layers {
+            n_moe += usize::from(workload.is_moe(layer_idx));
+            n_moe_before.push(n_moe);
+        }
+        Self {
+            workload,
+            mapping,
+            parameters: workload.parameters(),
+            stages: Stages::new(workload, mapping),
+            sizes: LayerSizes::new(workload, mapping),
+            n_moe_before,
+        }
     }
-    if offload.activations > 0.0 {
-        let in_flight = schedules::in_flight(
+
+    /// Bytes at the peak of a step, of the ranks of a pipeline rank that are on this cluster.
+    pub fn of(&self, pipeline_rank: usize, cluster: &Cluster) -> MemoryEstimate {
+        let held = self.held(pipeline_rank);
+        let mut estimate = match self.workload.job {
+            Job::Train => self.training(&held, pipeline_rank),
+            Job::Prefill | Job::Decode { .. } => self.inference(&held, pipeline_rank),
+        };
+        if cluster.device.kind == meshweave_dsl::cluster::DeviceKind::Gpu {
+            let communicators = COMMUNICATOR_BYTES * n_communicators(self.mapping);
+            estimate.framework = bytes(CONTEXT_BYTES + communicators);
+        }
+        estimate
+    }
+
+    /// Bytes of activations that a microbatch leaves for its backward pass on a pipeline rank, none of
+    /// them offloaded, and the layers that they are of.
+    pub fn kept_of_microbatch(&self, pipeline_rank: usize) -> (f64, f64) {
+        let held = self.held(pipeline_rank);
+        let recompute = self.mapping.recompute.of_rank(pipeline_rank);
+        let n_layers = held.n_dense_layers + held.n_moe_layers;
+        (held.kept(&self.sizes, &recompute), n_layers)
+    }
+
+    /// Bytes of a device's share of its host that offloading takes: optimizer state, and the activations
+    /// of all microbatches in flight.
+    pub fn on_host(&self, pipeline_rank: usize) -> Bytes {
+        let mapping = self.mapping;
+        let offload = mapping.offload;
+        let mut held_there = 0.0;
+        if offload.optimizer {
+            let held = self.held(pipeline_rank);
+            let shard = |replicas: usize| match mapping.zero.stage {
+                0 => 1.0,
+                _ => mapping.zero.group.unwrap_or(replicas).min(replicas).max(1) as f64,
+            };
+            let dense = held.dense / shard(mapping.dp * mapping.cp);
+            let experts = held.experts / shard(mapping.edp());
+            held_there += f64::from(mapping.precision.optimizer_bytes) * (dense + experts);
+        }
+        if offload.activations > 0.0 {
+            let (kept, _) = self.kept_of_microbatch(pipeline_rank);
+            held_there += offload.activations * kept * self.in_flight(pipeline_rank);
+        }
+        bytes(held_there)
+    }
+
+    /// Microbatches whose activations a pipeline rank holds at once.
+    fn in_flight(&self, pipeline_rank: usize) -> f64 {
+        let mapping = self.mapping;
+        schedules::in_flight(
             &mapping.pipeline.schedule,
             mapping.pp,
             mapping.pipeline.chunks,
             pipeline_rank,
-            mapping.n_microbatches(workload.batch).max(1),
-        );
-        let (kept, _) = kept_of_microbatch(workload, mapping, pipeline_rank);
-        held_there += offload.activations * kept * in_flight;
+            mapping.n_microbatches(self.workload.batch).max(1),
+        )
     }
-    bytes(held_there)
+
+    fn held(&self, pipeline_rank: usize) -> Held {
+        let (workload, mapping, parameters) = (self.workload, self.mapping, &self.parameters);
+        let (tp, within) = (mapping.tp as f64, (mapping.etp * mapping.ep) as f64);
+        let experts = parameters.n_experts * parameters.expert / within;
+        let mut held = Held {
+            n_copies: self.stages.n_copies(),
+            ..Held::default()
+        };
+        let mut embeds = false;
+        for (stage, _) in self.stages.on(pipeline_rank) {
+            let stage = self.stages.get(stage);
+            let n_moe = self.n_moe_before[stage.layers.end] - self.n_moe_before[stage.layers.start];
+            held.n_moe_layers += n_moe as f64;
+            held.n_dense_layers += (stage.layers.len() - n_moe) as f64;
+            embeds |= stage.embeds;
+            held.predicts |= stage.predicts;
+        }
+        if held.predicts {
+            let ahead = workload.prediction_layers as f64;
+            match workload.is_moe(workload.model.n_layers) {
+                true => held.n_moe_layers += ahead,
+                false => held.n_dense_layers += ahead,
+            }
+            held.dense += parameters.prediction / tp;
+            held.head = (workload.model.embed * workload.model.vocab) as f64 / tp;
+        }
+        let of_dense = parameters.active(false) / tp;
+        let of_moe = (parameters.active(true) - parameters.top_k * parameters.expert) / tp;
+        held.dense += held.n_dense_layers * of_dense + held.n_moe_layers * of_moe;
+        held.experts += held.n_moe_layers * experts;
+        held.layer = held.either(&|is_moe| if is_moe { of_moe + experts } else { of_dense });
+        if embeds {
+            held.dense += parameters.embedding / tp;
+        }
+        if held.predicts && parameters.head > 0.0 {
+            held.dense += parameters.head / tp;
+        } else if held.predicts && !embeds {
+            // A tied head on another rank than the embedding is a second copy of it.
+            held.dense += held.head;
+        }
+        held.n_dense_layers /= held.n_copies as f64;
+        held.n_moe_layers /= held.n_copies as f64;
+        held
+    }
+
+    fn training(&self, held: &Held, pipeline_rank: usize) -> MemoryEstimate {
+        let (workload, mapping, sizes) = (self.workload, self.mapping, &self.sizes);
+        let framework = &workload.software.framework;
+        let (precision, zero) = (mapping.precision, mapping.zero);
+        let replicas = mapping.dp * mapping.cp;
+        let n_copies = held.n_copies.max(1);
+        // Bytes of something of every parameter that is divided from a stage of ZeRO on (Rajbhandari et al.
+        // 2020, arXiv 1910.02054, Figure 1); experts have their own replicas, and each copy of the model in
+        // a pipeline of two directions has as many.
+        let divided = |per_parameter: f64, from_stage: u8| {
+            let shard = |replicas: usize| match zero.stage >= from_stage {
+                true => zero.group.unwrap_or(replicas).min(replicas).max(1) as f64,
+                false => 1.0,
+            };
+            let (dense, experts) = (replicas * n_copies, mapping.edp() * n_copies);
+            per_parameter * (held.dense / shard(dense) + held.experts / shard(experts))
+        };
+        let whole_parameters = held.dense + held.experts;
+        let is_replicated = replicas * n_copies > 1;
+        let parameters = divided(f64::from(precision.parameter_bytes), 3);
+        // Host optimizers of ZeRO-2 and up take the gradients with them (ZeRO-Offload, arXiv 2101.06840).
+        let gradients_leave = mapping.offload.optimizer && zero.stage >= 2;
+        let accumulated = match gradients_leave {
+            true => 0.0,
+            false => divided(f64::from(precision.gradient_bytes), 2),
+        };
+        let buckets = if is_replicated {
+            f64::from(framework.bucket_bytes) * whole_parameters
+        } else {
+            0.0
+        };
+        let optimizer = match mapping.offload.optimizer {
+            true => 0.0,
+            false => divided(f64::from(precision.optimizer_bytes), 1),
+        };
+
+        let n_microbatches = mapping.n_microbatches(workload.batch).max(1);
+        let schedule = &mapping.pipeline.schedule;
+        let in_flight = self.in_flight(pipeline_rank);
+        let recompute = &mapping.recompute.of_rank(pipeline_rank);
+        let n_layers = held.n_dense_layers + held.n_moe_layers;
+        let per_microbatch = held.kept(sizes, recompute);
+        let activations =
+            per_microbatch * in_flight * (1.0 - mapping.offload.activations.clamp(0.0, 1.0));
+
+        let either = |price: &dyn Fn(bool) -> f64| held.either(price);
+        let working_set = either(&|is_moe| sizes.working_set(is_moe, recompute));
+        let staging = if mapping.offload.activations > 0.0 {
+            // One layer on its way out or in while the next one computes.
+            2.0 * per_microbatch / n_layers.max(1.0)
+        } else {
+            0.0
+        };
+        let gathered = if zero.stage >= 3 && is_replicated {
+            // The layer in work and the one fetched ahead, or the head; and gradients before they are reduced.
+            let live = (2.0 * held.layer)
+                .max(held.head)
+                .max(framework.gathered_elements);
+            let unreduced = held.layer.max(held.head).max(framework.gathered_elements);
+            compute_bytes(mapping) * (live.min(whole_parameters) + unreduced.min(whole_parameters))
+        } else if gradients_leave || (zero.stage == 2 && is_replicated) {
+            let unreduced = held.layer.max(framework.gathered_elements);
+            f64::from(precision.gradient_bytes) * unreduced.min(whole_parameters)
+        } else {
+            0.0
+        };
+        let communication = either(&|is_moe| sizes.buffers(is_moe)) + gathered;
+        let (at_loss, waiting) = if held.predicts {
+            sizes.logits()
+        } else {
+            (0.0, 0.0)
+        };
+        let waiting = if schedules::keeps_losses(schedule) {
+            waiting * (n_microbatches as f64 - 1.0)
+        } else {
+            0.0
+        };
+        let logits = at_loss + waiting;
+        // The loss is computed before the backward pass of the layers below begins.
+        let layers_work = working_set + staging;
+        let (temporaries, logits) = if logits > layers_work + waiting {
+            (0.0, logits)
+        } else {
+            (layers_work, waiting)
+        };
+
+        let pinned = if framework.pins_sequences && mapping.tp > 1 {
+            // The host meets the device at every boundary of a pipeline: then one of the two tensors that a
+            // layer's backward pass leaves behind is free again.
+            let per_layer = if mapping.pp > 1 { 1.0 } else { 2.0 };
+            per_layer * n_layers * sizes.stream()
+        } else {
+            0.0
+        };
+        let fragmentation =
+            UNUSABLE * (activations + temporaries + logits + communication) + pinned;
+        let update = if framework.gathers_at_once && zero.stage >= 1 && is_replicated {
+            f64::from(precision.parameter_bytes) * whole_parameters
+                + divided(f64::from(precision.parameter_bytes), 1)
+        } else {
+            0.0
+        };
+        let state = MemoryEstimate {
+            parameters: bytes(parameters),
+            gradients: bytes(accumulated + buckets),
+            optimizer: bytes(optimizer),
+            ..MemoryEstimate::default()
+        };
+        if update > activations + temporaries + logits + communication + fragmentation {
+            return MemoryEstimate {
+                temporaries: bytes(update),
+                ..state
+            };
+        }
+        MemoryEstimate {
+            activations: bytes(activations),
+            temporaries: bytes(temporaries),
+            communication: bytes(communication),
+            logits: bytes(logits),
+            fragmentation: bytes(fragmentation),
+            ..state
+        }
+    }
+
+    fn inference(&self, held: &Held, pipeline_rank: usize) -> MemoryEstimate {
+        let (workload, mapping, sizes) = (self.workload, self.mapping, &self.sizes);
+        let parameters = f64::from(mapping.precision.parameter_bytes) * (held.dense + held.experts);
+        let either = |price: &dyn Fn(bool) -> f64| held.either(price);
+        // A replica's sequences are all in the caches of its pipeline ranks, each for its own layers.
+        let sequences = (workload.batch as f64 / mapping.dp as f64).max(1.0);
+        let n_tokens = match workload.job {
+            Job::Decode { context } => context + 1,
+            Job::Train | Job::Prefill => workload.seq,
+        };
+        let mut layer_tokens = 0.0;
+        for (stage, _) in self.stages.on(pipeline_rank) {
+            let stage = self.stages.get(stage);
+            for layer_idx in stage.layers.clone() {
+                let window = workload.window_of(layer_idx).unwrap_or(n_tokens);
+                layer_tokens += window.min(n_tokens) as f64 / mapping.cp as f64;
+            }
+        }
+        let cache = sequences * layer_tokens * sizes.cached_token();
+        let working_set = either(&|is_moe| sizes.forward_set(is_moe));
+        let communication = either(&|is_moe| sizes.buffers(is_moe));
+        let logits = if held.predicts {
+            sizes.last_logits()
+        } else {
+            0.0
+        };
+        MemoryEstimate {
+            parameters: bytes(parameters),
+            cache: bytes(cache),
+            temporaries: bytes(working_set),
+            communication: bytes(communication),
+            logits: bytes(logits),
+            fragmentation: bytes(UNUSABLE * (working_set + communication + logits)),
+            ..MemoryEstimate::default()
+        }
+    }
 }
 
 /// Memory of the ranks of a pipeline rank, in bytes at the peak of a step.
@@ -207,81 +460,11 @@ pub fn memory(
     cluster: &Cluster,
     pipeline_rank: usize,
 ) -> MemoryEstimate {
-    let held = held(workload, mapping, pipeline_rank);
-    let sizes = LayerSizes::new(workload, mapping);
-    let mut estimate = match workload.job {
-        Job::Train => training(workload, mapping, &held, &sizes, pipeline_rank),
-        Job::Prefill | Job::Decode { .. } => {
-            inference(workload, mapping, &held, &sizes, pipeline_rank)
-        }
-    };
-    if cluster.device.kind == meshweave_dsl::cluster::DeviceKind::Gpu {
-        estimate.framework = bytes(CONTEXT_BYTES + COMMUNICATOR_BYTES * n_communicators(mapping));
-    }
-    estimate
+    Memories::new(workload, mapping).of(pipeline_rank, cluster)
 }
 
 fn bytes(value: f64) -> Bytes {
     Bytes(value.max(0.0).round() as u64)
-}
-
-fn held(workload: &Workload, mapping: &Mapping, pipeline_rank: usize) -> Held {
-    let parameters = workload.parameters();
-    let stages = Stages::new(workload, mapping);
-    let (tp, within) = (mapping.tp as f64, (mapping.etp * mapping.ep) as f64);
-    let experts = parameters.n_experts * parameters.expert / within;
-    let mut held = Held {
-        n_copies: stages.n_copies(),
-        ..Held::default()
-    };
-    let add_layer = |held: &mut Held, is_moe: bool| {
-        let dense = parameters.active(is_moe)
-            - if is_moe {
-                parameters.top_k * parameters.expert
-            } else {
-                0.0
-            };
-        held.dense += dense / tp;
-        held.layer = held
-            .layer
-            .max(dense / tp + if is_moe { experts } else { 0.0 });
-        if is_moe {
-            held.experts += experts;
-            held.n_moe_layers += 1.0;
-        } else {
-            held.n_dense_layers += 1.0;
-        }
-    };
-    let mut embeds = false;
-    for (stage, _) in stages.on(pipeline_rank) {
-        let stage = stages.get(stage);
-        for layer_idx in stage.layers.clone() {
-            add_layer(&mut held, workload.is_moe(layer_idx));
-        }
-        embeds |= stage.embeds;
-        held.predicts |= stage.predicts;
-    }
-    if held.predicts {
-        for ahead in 0..workload.prediction_layers {
-            add_layer(&mut held, workload.is_moe(workload.model.n_layers + ahead));
-        }
-        held.dense += parameters.prediction / tp;
-    }
-    if held.predicts {
-        held.head = (workload.model.embed * workload.model.vocab) as f64 / tp;
-    }
-    if embeds {
-        held.dense += parameters.embedding / tp;
-    }
-    if held.predicts && parameters.head > 0.0 {
-        held.dense += parameters.head / tp;
-    } else if held.predicts && !embeds {
-        // A tied head on another rank than the embedding is a second copy of it.
-        held.dense += held.head;
-    }
-    held.n_dense_layers /= held.n_copies as f64;
-    held.n_moe_layers /= held.n_copies as f64;
-    held
 }
 
 /// Axes with more than one rank: each has its communicator.
@@ -301,184 +484,11 @@ fn n_communicators(mapping: &Mapping) -> f64 {
         .count() as f64
 }
 
-fn training(
-    workload: &Workload,
-    mapping: &Mapping,
-    held: &Held,
-    sizes: &LayerSizes<'_>,
-    pipeline_rank: usize,
-) -> MemoryEstimate {
-    let framework = &workload.software.framework;
-    let (precision, zero) = (mapping.precision, mapping.zero);
-    let replicas = mapping.dp * mapping.cp;
-    let n_copies = held.n_copies.max(1);
-    // Bytes of something of every parameter that is divided from a stage of ZeRO on (Rajbhandari et al.
-    // 2020, arXiv 1910.02054, Figure 1); experts have their own replicas, and each copy of the model in
-    // a pipeline of two directions has as many.
-    let divided = |per_parameter: f64, from_stage: u8| {
-        let shard = |replicas: usize| match zero.stage >= from_stage {
-            true => zero.group.unwrap_or(replicas).min(replicas).max(1) as f64,
-            false => 1.0,
-        };
-        let (dense, experts) = (replicas * n_copies, mapping.edp() * n_copies);
-        per_parameter * (held.dense / shard(dense) + held.experts / shard(experts))
-    };
-    let whole_parameters = held.dense + held.experts;
-    let is_replicated = replicas * n_copies > 1;
-    let parameters = divided(f64::from(precision.parameter_bytes), 3);
-    // Host optimizers of ZeRO-2 and up take the gradients with them (ZeRO-Offload, arXiv 2101.06840).
-    let gradients_leave = mapping.offload.optimizer && zero.stage >= 2;
-    let accumulated = match gradients_leave {
-        true => 0.0,
-        false => divided(f64::from(precision.gradient_bytes), 2),
-    };
-    let buckets = if is_replicated {
-        f64::from(framework.bucket_bytes) * whole_parameters
-    } else {
-        0.0
-    };
-    let optimizer = match mapping.offload.optimizer {
-        true => 0.0,
-        false => divided(f64::from(precision.optimizer_bytes), 1),
-    };
-
-    let n_microbatches = mapping.n_microbatches(workload.batch).max(1);
-    let schedule = &mapping.pipeline.schedule;
-    let chunks = mapping.pipeline.chunks;
-    let in_flight =
-        schedules::in_flight(schedule, mapping.pp, chunks, pipeline_rank, n_microbatches);
-    let recompute = &mapping.recompute.of_rank(pipeline_rank);
-    let n_layers = held.n_dense_layers + held.n_moe_layers;
-    let per_microbatch = held.kept(sizes, recompute);
-    let activations =
-        per_microbatch * in_flight * (1.0 - mapping.offload.activations.clamp(0.0, 1.0));
-
-    let either = |price: &dyn Fn(bool) -> f64| held.either(price);
-    let working_set = either(&|is_moe| sizes.working_set(is_moe, recompute));
-    let staging = if mapping.offload.activations > 0.0 {
-        // One layer on its way out or in while the next one computes.
-        2.0 * per_microbatch / n_layers.max(1.0)
-    } else {
-        0.0
-    };
-    let gathered = if zero.stage >= 3 && is_replicated {
-        // The layer in work and the one fetched ahead, or the head; and gradients before they are reduced.
-        let live = (2.0 * held.layer)
-            .max(held.head)
-            .max(framework.gathered_elements);
-        let unreduced = held.layer.max(held.head).max(framework.gathered_elements);
-        compute_bytes(mapping) * (live.min(whole_parameters) + unreduced.min(whole_parameters))
-    } else if gradients_leave || (zero.stage == 2 && is_replicated) {
-        let unreduced = held.layer.max(framework.gathered_elements);
-        f64::from(precision.gradient_bytes) * unreduced.min(whole_parameters)
-    } else {
-        0.0
-    };
-    let communication = either(&|is_moe| sizes.buffers(is_moe)) + gathered;
-    let (at_loss, waiting) = if held.predicts {
-        sizes.logits()
-    } else {
-        (0.0, 0.0)
-    };
-    let waiting = if schedules::keeps_losses(schedule) {
-        waiting * (n_microbatches as f64 - 1.0)
-    } else {
-        0.0
-    };
-    let logits = at_loss + waiting;
-    // The loss is computed before the backward pass of the layers below begins.
-    let layers_work = working_set + staging;
-    let (temporaries, logits) = if logits > layers_work + waiting {
-        (0.0, logits)
-    } else {
-        (layers_work, waiting)
-    };
-
-    let pinned = if framework.pins_sequences && mapping.tp > 1 {
-        // The host meets the device at every boundary of a pipeline: then one of the two tensors that a
-        // layer's backward pass leaves behind is free again.
-        let per_layer = if mapping.pp > 1 { 1.0 } else { 2.0 };
-        per_layer * n_layers * sizes.stream()
-    } else {
-        0.0
-    };
-    let fragmentation = UNUSABLE * (activations + temporaries + logits + communication) + pinned;
-    let update = if framework.gathers_at_once && zero.stage >= 1 && is_replicated {
-        f64::from(precision.parameter_bytes) * whole_parameters
-            + divided(f64::from(precision.parameter_bytes), 1)
-    } else {
-        0.0
-    };
-    let state = MemoryEstimate {
-        parameters: bytes(parameters),
-        gradients: bytes(accumulated + buckets),
-        optimizer: bytes(optimizer),
-        ..MemoryEstimate::default()
-    };
-    if update > activations + temporaries + logits + communication + fragmentation {
-        return MemoryEstimate {
-            temporaries: bytes(update),
-            ..state
-        };
-    }
-    MemoryEstimate {
-        activations: bytes(activations),
-        temporaries: bytes(temporaries),
-        communication: bytes(communication),
-        logits: bytes(logits),
-        fragmentation: bytes(fragmentation),
-        ..state
-    }
-}
-
 /// Bytes of a parameter as contractions read it.
 fn compute_bytes(mapping: &Mapping) -> f64 {
     use meshweave_dsl::mapping::Compute;
     match mapping.precision.compute {
         Compute::F32 | Compute::Tf32 => 4.0,
         _ => 2.0,
-    }
-}
-
-fn inference(
-    workload: &Workload,
-    mapping: &Mapping,
-    held: &Held,
-    sizes: &LayerSizes<'_>,
-    pipeline_rank: usize,
-) -> MemoryEstimate {
-    let parameters = f64::from(mapping.precision.parameter_bytes) * (held.dense + held.experts);
-    let either = |price: &dyn Fn(bool) -> f64| held.either(price);
-    // A replica's sequences are all in the caches of its pipeline ranks, each for its own layers.
-    let sequences = (workload.batch as f64 / mapping.dp as f64).max(1.0);
-    let n_tokens = match workload.job {
-        Job::Decode { context } => context + 1,
-        Job::Train | Job::Prefill => workload.seq,
-    };
-    let stages = Stages::new(workload, mapping);
-    let mut layer_tokens = 0.0;
-    for (stage, _) in stages.on(pipeline_rank) {
-        let stage = stages.get(stage);
-        for layer_idx in stage.layers.clone() {
-            let window = workload.window_of(layer_idx).unwrap_or(n_tokens);
-            layer_tokens += window.min(n_tokens) as f64 / mapping.cp as f64;
-        }
-    }
-    let cache = sequences * layer_tokens * sizes.cached_token();
-    let working_set = either(&|is_moe| sizes.forward_set(is_moe));
-    let communication = either(&|is_moe| sizes.buffers(is_moe));
-    let logits = if held.predicts {
-        sizes.last_logits()
-    } else {
-        0.0
-    };
-    MemoryEstimate {
-        parameters: bytes(parameters),
-        cache: bytes(cache),
-        temporaries: bytes(working_set),
-        communication: bytes(communication),
-        logits: bytes(logits),
-        fragmentation: bytes(UNUSABLE * (working_set + communication + logits)),
-        ..MemoryEstimate::default()
     }
 }

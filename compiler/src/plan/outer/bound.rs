@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero};
 
 use super::Problem;
@@ -17,11 +18,14 @@ use super::saving::front;
 use super::search::{chunk_counts, zero_stages};
 use super::space::{Cuts, ShardGroup, Space, Whole};
 use crate::plan::estimate::layer::{LayerCost, Pricer};
+use crate::plan::estimate::sites::ranks_of;
 use crate::plan::estimate::stages::Stages;
 use crate::plan::estimate::{Job, Workload, family, memory, pair_slowdown};
 use crate::schedule::Builtin;
 
 /// Seconds of a microbatch of a rank without a pipeline: by layer, and at both ends.
+///
+/// Where groups of devices differ, those of the fastest group, layer by layer.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct LayerCosts {
     /// Of each layer: forward, and for training backward.
@@ -38,9 +42,77 @@ pub(super) struct LayerCosts {
     /// Behind the last one, and at best beside another microbatch.
     pub last: f64,
     pub last_paired: f64,
+    /// The costs of every group of devices; none where there is one group.
+    pub of_groups: Vec<LayerCosts>,
+    /// By how much all devices together are slower than as many of the fastest; at least 1.
+    pub drag: f64,
 }
 
 impl LayerCosts {
+    /// The costs where so many devices are of each group.
+    ///
+    /// A device that takes at least ρ times as long as the fastest for every layer does at most 1/ρ of
+    /// its work in the same time, so n devices of each do no more than Σ n/ρ of the fastest.
+    fn of_all(groups: Vec<Self>, n_devices: &[usize]) -> Self {
+        let used: Vec<(&Self, f64)> = groups
+            .iter()
+            .zip(n_devices)
+            .filter(|(_, count)| **count > 0)
+            .map(|(costs, count)| (costs, *count as f64))
+            .collect();
+        let least = |of: &dyn Fn(&Self) -> f64| {
+            let all = used.iter().map(|(costs, _)| of(costs));
+            all.fold(f64::INFINITY, f64::min)
+        };
+        let least_of = |of: fn(&Self) -> &[f64]| -> Vec<f64> {
+            let n_layers = groups.first().map_or(0, |costs| of(costs).len());
+            (0..n_layers)
+                .map(|layer| least(&|costs| of(costs)[layer]))
+                .collect()
+        };
+        let mut all = Self {
+            layers: least_of(|costs| &costs.layers),
+            again: least_of(|costs| &costs.again),
+            paired: least_of(|costs| &costs.paired),
+            forwards: least_of(|costs| &costs.forwards),
+            first: least(&|costs| costs.first),
+            first_forward: least(&|costs| costs.first_forward),
+            last: least(&|costs| costs.last),
+            last_paired: least(&|costs| costs.last_paired),
+            of_groups: Vec::new(),
+            drag: 1.0,
+        };
+        let slowness = |costs: &Self| {
+            let ends = [
+                (costs.first, all.first),
+                (costs.last, all.last),
+                (costs.last_paired, all.last_paired),
+            ];
+            let own = costs.layers.iter().chain(&costs.paired).copied();
+            own.zip(all.layers.iter().chain(&all.paired).copied())
+                .chain(ends)
+                .filter(|(_, least)| *least > 0.0)
+                .map(|(own, least)| own / least)
+                .fold(f64::INFINITY, f64::min)
+                .max(1.0)
+        };
+        let n_all: f64 = used.iter().map(|(_, count)| count).sum();
+        let worth: f64 = used
+            .iter()
+            .map(|(costs, count)| count / slowness(costs))
+            .sum();
+        if worth > 0.0 {
+            all.drag = (n_all / worth).max(1.0);
+        }
+        all.of_groups = groups;
+        all
+    }
+
+    /// The costs of a group.
+    pub fn of_group(&self, group: usize) -> &Self {
+        self.of_groups.get(group).unwrap_or(self)
+    }
+
     /// The whole model.
     pub fn total(&self) -> f64 {
         self.layers.iter().sum::<f64>() + self.first + self.last
@@ -69,7 +141,7 @@ impl LayerCosts {
         let n_copies = family.n_copies();
         let most = (n_copies * layers.len()).div_ceil(pp.max(1)) as f64 / n_copies as f64;
         let total = layers.iter().sum::<f64>() + self.first + last;
-        (total / pp as f64)
+        (total / pp as f64 * self.drag)
             .max(most * cheapest)
             .max(last / n_copies as f64)
     }
@@ -151,7 +223,8 @@ fn worth_of(problem: &Problem<'_>, key: &LayerKey, module: Module) -> (Module, f
         recompute: Recompute::Modules([module].into()),
         ..kept.clone()
     };
-    let pricer = Pricer::new(workload, &again, problem.cluster);
+    let first = flat(problem.cluster);
+    let pricer = Pricer::new(workload, &again, &first);
     let (firsts, kinds) = kinds(workload);
     let of_kind: Vec<f64> = firsts
         .iter()
@@ -162,11 +235,50 @@ fn worth_of(problem: &Problem<'_>, key: &LayerKey, module: Module) -> (Module, f
     (module, seconds, bytes(&kept) as f64 - bytes(&again) as f64)
 }
 
-/// Prices the layers of the smallest mapping that has them.
+/// The group of devices of every pipeline rank: the slowest one that it touches.
+pub(super) fn groups_of_ranks(problem: &Problem<'_>, mapping: &Mapping) -> Vec<usize> {
+    let cluster = problem.cluster;
+    if !cluster.is_mixed() {
+        return vec![0; mapping.pp];
+    }
+    (0..mapping.pp)
+        .map(|rank| cluster.slowest_group(&cluster.nodes_of(ranks_of(mapping, rank))))
+        .collect()
+}
+
+/// Prices the layers of the smallest mapping that has them, on like nodes on one switch.
 fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
+    let cluster = problem.cluster;
+    if cluster.is_flat() {
+        return probe_on(problem, cluster, key);
+    }
+    let groups: Vec<LayerCosts> = cluster
+        .groups()
+        .map(|group| probe_on(problem, &flat(group), key))
+        .collect();
+    let mut n_devices = vec![0; groups.len()];
+    for node in cluster.placed_nodes() {
+        n_devices[cluster.node_id(node).group] += cluster.devices_of(node);
+    }
+    LayerCosts::of_all(groups, &n_devices)
+}
+
+/// A group of nodes as if all were on one switch with links at full speed.
+fn flat(group: &Cluster) -> Cluster {
+    Cluster {
+        levels: Vec::new(),
+        slow: Vec::new(),
+        others: Vec::new(),
+        between_groups: None,
+        order: Vec::new(),
+        ..group.clone()
+    }
+}
+
+fn probe_on(problem: &Problem<'_>, cluster: &Cluster, key: &LayerKey) -> LayerCosts {
     let workload = problem.workload;
     let mapping = smallest(key);
-    let pricer = Pricer::new(workload, &mapping, problem.cluster);
+    let pricer = Pricer::new(workload, &mapping, cluster);
     let is_training = workload.job == Job::Train;
     let seconds = |cost: LayerCost| {
         cost.forward.seconds()
@@ -185,7 +297,7 @@ fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
         recompute: Recompute::Full,
         ..mapping.clone()
     };
-    let pricer_of_whole = Pricer::new(workload, &whole, problem.cluster);
+    let pricer_of_whole = Pricer::new(workload, &whole, cluster);
     let again: Vec<f64> = match workload.job {
         Job::Train => firsts
             .iter()
@@ -199,7 +311,7 @@ fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
         .sum();
     // In a pair the exchange may be hidden whole, for the units that it takes; where that gains nothing
     // the passes run one after the other.
-    let slowdown = pair_slowdown(problem.cluster);
+    let slowdown = pair_slowdown(cluster);
     let in_pairs = Mapping {
         pipeline: Pipeline {
             schedule: Builtin::DualPipe.name().into(),
@@ -207,7 +319,7 @@ fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
         },
         ..mapping.clone()
     };
-    let pricer_of_pairs = Pricer::new(workload, &in_pairs, problem.cluster);
+    let pricer_of_pairs = Pricer::new(workload, &in_pairs, cluster);
     let paired = |layer: usize| {
         let cost = pricer_of_pairs.layer(layer);
         let least = |pass: f64, exchange_s: f64| pass.min((pass - exchange_s) * slowdown);
@@ -240,6 +352,8 @@ fn probe(problem: &Problem<'_>, key: &LayerKey) -> LayerCosts {
         first_forward: pricer.embedding().forward.seconds(),
         last: head + predictions,
         last_paired: head + predictions_paired,
+        of_groups: Vec::new(),
+        drag: 1.0,
     }
 }
 
@@ -262,7 +376,7 @@ pub(super) fn least_seconds_of_layers(
         true => costs.total().min(costs.total_paired()),
         false => costs.total(),
     };
-    share * total_s
+    share * total_s * costs.drag
 }
 
 /// The families of a space.
@@ -331,12 +445,14 @@ pub(super) fn least_seconds_of_cut(
     }
     let stages = Stages::new(problem.workload, mapping);
     let family = family(mapping);
-    let (layers, last) = costs.of(family);
+    let groups = groups_of_ranks(problem, mapping);
     let mut busy = Vec::with_capacity(stages.all().len());
     // Before each stage: forwards, and where backwards are whole, the backwards after the last one.
     let mut fills = Vec::with_capacity(stages.all().len());
     let mut fill_s = 0.0;
-    for stage in stages.all() {
+    for (stage_idx, stage) in stages.all().iter().enumerate() {
+        let costs = costs.of_group(groups[stages.rank_of(stage_idx)]);
+        let (layers, last) = costs.of(family);
         let sum = |prices: &[f64]| prices[stage.layers.clone()].iter().sum::<f64>();
         let first = |price: f64| if stage.embeds { price } else { 0.0 };
         let behind = if stage.predicts { last } else { 0.0 };
@@ -386,14 +502,30 @@ pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> 
                 ..mapping.clone()
             };
             let needed = [0, grid.pp - 1].map(|rank| {
-                memory(problem.workload, &with, problem.cluster, rank)
-                    .total()
-                    .0
+                let shifted = rank_with_fewest(problem, &with, rank);
+                let own = memory(problem.workload, &shifted, problem.cluster, rank);
+                own.total().0
             });
             least = least.min(needed[0].max(needed[1]));
         }
     }
     least
+}
+
+/// The mapping with the layers that its cuts leave over on a stage that this rank does not run.
+fn rank_with_fewest(problem: &Problem<'_>, mapping: &Mapping, rank: usize) -> Mapping {
+    let mut shifted = mapping.clone();
+    let (Cuts::Any, Some(layers)) = (&problem.space.cuts, &mut shifted.pipeline.layers) else {
+        return shifted;
+    };
+    let stages = Stages::new(problem.workload, mapping);
+    let held = layers.iter().sum::<usize>();
+    let left = problem.workload.model.n_layers.saturating_sub(held);
+    let is_own = |stage: usize| stages.on(rank).any(|(own, _)| own == stage);
+    if let Some(stage) = (0..layers.len()).find(|stage| !is_own(*stage)) {
+        layers[stage] += left;
+    }
+    shifted
 }
 
 /// The families of each placement, least memory first: none holds more microbatches than one after it,
@@ -444,7 +576,11 @@ fn kinds_of_memory(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> Vec<Pip
             Cuts::Given(layers) if layers.len() == n_stages => Some(layers.clone()),
             // Cuts may take this many layers off a stage.
             Cuts::Given(_) | Cuts::Any => {
-                let fewest = (problem.workload.model.n_layers / n_stages).saturating_sub(SLACK);
+                let even = problem.workload.model.n_layers / n_stages;
+                let fewest = match problem.cluster.is_mixed() {
+                    true => even.min(1),
+                    false => even.saturating_sub(SLACK),
+                };
                 Some(vec![fewest; n_stages])
             }
         };

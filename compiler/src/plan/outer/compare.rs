@@ -125,7 +125,7 @@ impl Default for Change {
     }
 }
 
-/// The changed cluster.
+/// The changed cluster; every group is changed alike.
 pub fn changed(cluster: &Cluster, change: Change) -> Cluster {
     let mut changed = cluster.clone();
     let device = &mut changed.device;
@@ -136,13 +136,25 @@ pub fn changed(cluster: &Cluster, change: Change) -> Cluster {
     device.vector_flops_per_s *= change.compute;
     changed.between_nodes.bytes_per_s *= change.network;
     changed.within_node.bytes_per_s *= change.node_links;
+    for level in &mut changed.levels {
+        level.link.bytes_per_s *= change.network;
+    }
+    if let Some(link) = &mut changed.between_groups {
+        link.bytes_per_s *= change.network;
+    }
+    for other in &mut changed.others {
+        *other = self::changed(other, change);
+    }
     if change.devices != 1.0 {
-        let wanted = (cluster.n_devices() as f64 * change.devices + 1e-9) as usize;
+        let own = cluster.n_nodes * cluster.devices_per_node;
+        let wanted = (own as f64 * change.devices + 1e-9) as usize;
         let n_nodes = wanted / cluster.devices_per_node.max(1);
         if n_nodes == 0 {
             changed.devices_per_node = wanted.max(1);
         }
         changed.n_nodes = n_nodes.max(1);
+        // Nodes of other numbers are in other places.
+        changed.order = Vec::new();
     }
     changed
 }

@@ -11,6 +11,7 @@ use meshweave_dsl::mapping::{Mapping, Module, Recompute};
 use super::Problem;
 use super::bound::Layers;
 use super::grids::LayerKey;
+use super::search::budget_of_rank;
 use super::space::Whole;
 use crate::plan::estimate::memory;
 use crate::plan::estimate::stages::Stages;
@@ -32,9 +33,10 @@ pub(super) fn savings(
         let least_s = sets.first().map_or(0.0, |(seconds, _)| *seconds);
         // The slowest rank computes its fair share again, in every microbatch.
         let share = base.n_microbatches(problem.workload.batch) as f64 / base.pp as f64;
-        let affordable = sets
-            .iter()
-            .filter(|(seconds, _)| share * (seconds - least_s) < spare_s);
+        let affordable = sets.iter().filter(|(seconds, _)| {
+            // Where devices differ, the seconds are those of some, not of the slowest rank.
+            share * (seconds - least_s) < spare_s || problem.cluster.is_mixed()
+        });
         found.extend(affordable.map(|(_, set)| match set.is_empty() {
             true => Recompute::None,
             false => Recompute::Modules(set.clone()),
@@ -91,6 +93,7 @@ pub(super) fn fewest_of_rank(
     rank: usize,
     most: usize,
 ) -> Option<usize> {
+    let budget = budget_of_rank(problem, base, rank);
     let fits = |count: usize| {
         let mut counts = vec![0; base.pp];
         counts[rank] = count;
@@ -99,7 +102,7 @@ pub(super) fn fewest_of_rank(
             ..base.clone()
         };
         let held = memory(problem.workload, &mapping, problem.cluster, rank);
-        held.total().0 <= problem.space.budget_bytes
+        held.total().0 <= budget
     };
     if fits(0) {
         return Some(0);

@@ -23,10 +23,10 @@ use super::grids::{Family, Grid, LayerKey, Objections, admits_microbatches, fami
 use super::saving::savings;
 use super::serving::first_token_s;
 use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
-use super::stages::{balanced, balanced_in_memory};
+use super::stages::{balanced, balanced_in_memory, cuts_by_device};
 use super::{Options, Problem};
-use crate::plan::estimate::memory::host_memory;
-use crate::plan::estimate::{Estimate, Unpriced, estimate, family, memory};
+use crate::plan::estimate::sites::{Sites, ranks_of};
+use crate::plan::estimate::{Estimate, Memories, Unpriced, estimate, family};
 use crate::schedule::{Builtin, Shape};
 
 /// A mapping with its price.
@@ -351,7 +351,10 @@ impl Search<'_> {
                 match estimate(self.problem.workload, &mapping, self.problem.cluster) {
                     Ok(found) => {
                         self.outcome.counts.n_priced += 1;
-                        let bytes = found.memory.total().0;
+                        let bytes = match self.problem.cluster.is_mixed() {
+                            true => worst_bytes(self.problem, &mapping),
+                            false => found.memory.total().0,
+                        };
                         let fits = bytes <= space.budget_bytes;
                         if !fits {
                             self.note_unfit(bytes, || mapping.clone());
@@ -399,6 +402,11 @@ impl Search<'_> {
                     }
                     Cuts::Given(_) => {}
                     Cuts::Even => found.push(with(None)),
+                    Cuts::Any if self.problem.cluster.is_mixed() => {
+                        found.push(with(None));
+                        let cuts = cuts_by_device(self.problem, grid, key, &with(None), &costs);
+                        found.extend(cuts.into_iter().map(|layers| with(Some(layers))));
+                    }
                     Cuts::Any => {
                         found.push(with(None));
                         let n_stages = grid.pp * chunks;
@@ -484,6 +492,7 @@ impl Search<'_> {
             && base.pipeline.chunks == 1
             && family(base).n_copies() == 1
             && space.cuts == Cuts::Any
+            && !self.problem.cluster.is_mixed()
             && space.whole.contains(&Whole::First(None))
             && space.again.is_empty()
             && base.offload.activations == 0.0;
@@ -501,8 +510,8 @@ impl Search<'_> {
     fn fits(&mut self, mapping: &Mapping) -> bool {
         self.outcome.counts.n_weighed += 1;
         let host = self.problem.cluster.device.host_memory_bytes;
-        let of = |rank| host_memory(self.problem.workload, mapping, rank).0;
-        if host > 0 && (0..mapping.pp).any(|rank| of(rank) > host) {
+        let memories = Memories::new(self.problem.workload, mapping);
+        if host > 0 && (0..mapping.pp).any(|rank| memories.on_host(rank).0 > host) {
             return false;
         }
         let bytes = worst_bytes(self.problem, mapping);
@@ -582,7 +591,7 @@ pub(super) fn zero_stages(space: &Space, grid: Grid) -> Vec<u8> {
 }
 
 /// The recomputation that is asked for, and nothing else.
-fn required(again: &std::collections::BTreeSet<Module>) -> Recompute {
+pub(super) fn required(again: &std::collections::BTreeSet<Module>) -> Recompute {
     if again.is_empty() {
         Recompute::None
     } else {
@@ -590,13 +599,31 @@ fn required(again: &std::collections::BTreeSet<Module>) -> Recompute {
     }
 }
 
-/// Bytes of the rank that needs most.
+/// Bytes that a pipeline rank may use of its devices.
+pub(super) fn budget_of_rank(problem: &Problem<'_>, mapping: &Mapping, rank: usize) -> u64 {
+    if !problem.cluster.is_mixed() {
+        return problem.space.budget_bytes;
+    }
+    let site = problem.cluster.site(ranks_of(mapping, rank));
+    problem.space.budget_of(&site, problem.cluster)
+}
+
+/// Bytes of the rank that needs most. Where devices differ, what a rank's devices have less than the
+/// budget counts as used.
 pub(super) fn worst_bytes(problem: &Problem<'_>, mapping: &Mapping) -> u64 {
+    let sites = problem
+        .cluster
+        .is_mixed()
+        .then(|| Sites::new(problem.cluster, mapping));
+    let memories = Memories::new(problem.workload, mapping);
     (0..mapping.pp)
         .map(|rank| {
-            memory(problem.workload, mapping, problem.cluster, rank)
-                .total()
-                .0
+            let own = memories.of(rank, problem.cluster);
+            let missing = sites.as_ref().map_or(0, |sites| {
+                let space = problem.space;
+                space.budget_bytes - space.budget_of(sites.of(rank), problem.cluster)
+            });
+            own.total().0.saturating_add(missing)
         })
         .max()
         .unwrap_or(0)

@@ -118,6 +118,8 @@ pub struct Space {
     pub precisions: Vec<Precision>,
     /// Bytes that a plan may use of a device.
     pub budget_bytes: u64,
+    /// Part of a device's memory that stays free, where devices differ.
+    pub headroom: f64,
     /// Seconds that a step may take.
     pub most_s: Option<f64>,
     /// Seconds that the first token of one prompt a replica may take where tokens are generated.
@@ -152,6 +154,16 @@ impl Preference {
 pub const MAX_CHUNKS: usize = 16;
 
 impl Space {
+    /// Bytes that a plan may use of the devices of a site: the budget, and where devices differ no more
+    /// than each has.
+    pub fn budget_of(&self, site: &Cluster, cluster: &Cluster) -> u64 {
+        if !cluster.is_mixed() {
+            return self.budget_bytes;
+        }
+        let own = site.device.memory_bytes as f64 * (1.0 - self.headroom);
+        self.budget_bytes.min(own as u64)
+    }
+
     /// Everything that is legal for the workload on the cluster.
     pub fn everything(workload: &Workload, cluster: &Cluster) -> Self {
         let is_training = workload.job == Job::Train;
@@ -211,10 +223,17 @@ impl Space {
             // Opened by documents alone: every part is one more way to make a mapping fit.
             offload_activations: vec![0.0],
             precisions: vec![Precision::MIXED_BF16],
-            budget_bytes: (cluster.device.memory_bytes as f64 * (1.0 - HEADROOM)) as u64,
+            budget_bytes: (largest_memory(cluster) as f64 * (1.0 - HEADROOM)) as u64,
+            headroom: HEADROOM,
             most_s: None,
             most_first_s: None,
             preferences: Vec::new(),
         }
     }
+}
+
+/// Bytes of the largest device.
+pub fn largest_memory(cluster: &Cluster) -> u64 {
+    let groups = cluster.groups().map(|group| group.device.memory_bytes);
+    groups.max().unwrap_or(0)
 }

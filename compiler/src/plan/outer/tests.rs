@@ -1,5 +1,7 @@
 //! The search against brute force, and bounds against prices.
 
+mod mixed;
+
 use std::collections::BTreeSet;
 
 use meshweave_dsl::mapping::{Context, Module, Offload, Pipeline, Recompute, Zero};

@@ -4,11 +4,12 @@
 //! for every hole, and with the lines that it lacks to say the whole mapping.
 //! Invariant: freezing the printed document leaves exactly this mapping; thawing it leaves the intent.
 
+use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::mapping::{Context, Mapping, Module, Recompute};
 use meshweave_dsl::units::{Number, Quantity, Unit};
 use meshweave_dsl::weave::ast::{
     self, Apply, Arg, AxisRef, Block, Choice, Comment, Degree, Document, Index, IndexItem, Line,
-    MemoryItem, MeshDef, Name, Offload, OffloadTo, Pattern, Pipeline, PipelineItem,
+    MemoryItem, MeshDef, Name, NodeList, Offload, OffloadTo, Pattern, Pipeline, PipelineItem,
     RecomputePolicy, Segment, Selector, Spanned, Statement, Target, TensorClass, Trivia, UseMesh,
     Value,
 };
@@ -19,16 +20,17 @@ use super::{FORMATS, MappingRequest};
 use crate::resolve::replay::behind_head;
 use meshweave_dsl::mapping::GridAxis;
 
-/// `document` with what `mapping` decides; `remarks` stand above its first new or solved line.
+/// `document` with what `mapping` decides on the cluster whose nodes are `placed` in the order of the
+/// ranks; `remarks` stand above its first new or solved line.
 pub fn print_mapping(
     document: &Document,
     request: &MappingRequest,
-    mapping: &Mapping,
+    (mapping, placed): (&Mapping, &Cluster),
     remarks: &[String],
 ) -> Document {
     let mut printed = document.clone();
     witness_job(&mut printed, request, mapping);
-    let main = witness_meshes(&mut printed, request, mapping);
+    let main = witness_meshes(&mut printed, request, mapping, placed);
     witness_tactics(&mut printed, &main, mapping);
     witness_pipeline(&mut printed, &main, request, mapping);
     witness_memory(&mut printed, mapping);
@@ -90,8 +92,23 @@ fn behind(document: &Document, is_kin: impl Fn(&Statement) -> bool) -> usize {
     at.map_or_else(|| behind_head(document), |at| at + 1)
 }
 
+/// Fills or adds the nodes that ranks take, where they are not all in order.
+fn witness_nodes(mesh: &mut MeshDef, placed: &Cluster) {
+    if placed.order.is_empty() && mesh.on.is_none() {
+        return;
+    }
+    let nodes = NodeList::of(&placed.placed_nodes());
+    let on = mesh.on.take().map_or_else(Choice::auto, |on| on.node);
+    mesh.on = Some(Spanned::from(on.witnessed(nodes)));
+}
+
 /// Fills or adds the meshes; the name of the main one.
-fn witness_meshes(document: &mut Document, request: &MappingRequest, mapping: &Mapping) -> Name {
+fn witness_meshes(
+    document: &mut Document,
+    request: &MappingRequest,
+    mapping: &Mapping,
+    placed: &Cluster,
+) -> Name {
     let mut main = None;
     let mut has_experts = false;
     for line in &mut document.body.lines {
@@ -99,7 +116,10 @@ fn witness_meshes(document: &mut Document, request: &MappingRequest, mapping: &M
             continue;
         };
         match mesh.refolds {
-            None => main = Some(mesh.name.node.clone()),
+            None => {
+                main = Some(mesh.name.node.clone());
+                witness_nodes(mesh, placed);
+            }
             Some(_) => has_experts = true,
         }
         for axis in &mut mesh.axes {
@@ -137,10 +157,15 @@ fn witness_meshes(document: &mut Document, request: &MappingRequest, mapping: &M
             name: name(own).into(),
             axes: axes.into(),
             refolds: refolds.cloned().map(Spanned::from),
+            on: None,
         })
     };
     let main = main.unwrap_or_else(|| {
-        let mut line = Line::of(mesh("main", None, MAIN));
+        let mut main = mesh("main", None, MAIN);
+        if let Statement::Mesh(mesh) = &mut main {
+            witness_nodes(mesh, placed);
+        }
+        let mut line = Line::of(main);
         line.lead.push(Trivia::Blank);
         let at = behind_head(document);
         document.body.lines.insert(at, line);

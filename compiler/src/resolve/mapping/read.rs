@@ -175,6 +175,16 @@ impl Reader<'_> {
                 None => {}
             }
         }
+        if let (Some(on), Some(_)) = (&mesh.on, &mesh.refolds) {
+            self.invalid(
+                on.span,
+                format!(
+                    "mesh `{}` takes the nodes of the mesh that it refolds",
+                    mesh.name.node
+                ),
+                "write `on nodes[…]` behind the mesh that refolds none",
+            );
+        }
         // An axis that a mesh does not have divides nothing; one of experts takes what the other
         // mesh leaves along the axes that both have.
         for name in order {

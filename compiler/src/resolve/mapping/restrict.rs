@@ -9,7 +9,7 @@ use meshweave_dsl::diagnostics::Span;
 use meshweave_dsl::mapping::{Context, GridAxis, Precision};
 
 use super::saving::{Offloading, Recomputing};
-use crate::plan::outer::{Allowed, Cuts, Preference, ShardGroup, Space};
+use crate::plan::outer::{Allowed, Cuts, Preference, ShardGroup, Space, largest_memory};
 
 /// One decision of a document.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,10 +76,14 @@ impl Rule {
             Self::Chunks(allowed) => space.chunks = space.chunks.and(allowed),
             Self::Cuts(cuts) => space.cuts = cuts.clone(),
             Self::Schedules(names) => space.schedules = names.clone(),
-            Self::Budget(bytes) => space.budget_bytes = *bytes,
+            Self::Budget(bytes) => {
+                space.budget_bytes = *bytes;
+                space.headroom = 0.0;
+            }
             Self::Headroom(part) => {
-                let memory = cluster.device.memory_bytes as f64;
+                let memory = largest_memory(cluster) as f64;
                 space.budget_bytes = (memory * (1.0 - part)) as u64;
+                space.headroom = *part;
             }
             Self::Recompute(recomputing) => recomputing.apply(space),
             Self::Offload(offloading) => offloading.apply(space),

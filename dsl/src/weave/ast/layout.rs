@@ -5,15 +5,58 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Name, Spanned};
+use super::{Choice, IndexItem, Name, Spanned};
 
-/// `mesh NAME = axis:degree > axis:degree [within LEVEL] … [refolds OTHER]`, outermost axis first.
+/// `mesh NAME = axis:degree > axis:degree [within LEVEL] … [refolds OTHER] [on NODES]`, outermost
+/// axis first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MeshDef {
     pub name: Spanned<Name>,
     pub axes: Vec<Spanned<Axis>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refolds: Option<Spanned<Name>>,
+    /// The nodes that the ranks take, in their order; only of a mesh that refolds none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on: Option<Spanned<Choice<NodeList>>>,
+}
+
+/// `nodes[8..24,0]`: nodes of the cluster, in the order in which ranks take them; at least one item.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct NodeList {
+    pub items: Vec<IndexItem>,
+}
+
+impl NodeList {
+    /// The list of these nodes.
+    pub fn of(nodes: &[usize]) -> Self {
+        let items = crate::cluster::ranges_of(nodes)
+            .into_iter()
+            .map(|range| match range.len() {
+                1 => IndexItem::At(range.start as u64),
+                _ => IndexItem::Range {
+                    start: range.start as u64,
+                    end: Some(range.end as u64),
+                },
+            })
+            .collect();
+        Self { items }
+    }
+
+    /// The nodes, of a cluster that has so many; an open range goes to the last one.
+    pub fn nodes(&self, n_nodes: usize) -> Vec<usize> {
+        let of = |item: &IndexItem| match *item {
+            IndexItem::At(at) => at..at + 1,
+            IndexItem::Range { start, end } => start..end.unwrap_or(n_nodes as u64),
+        };
+        // One beyond the end is enough to be refused.
+        let most = n_nodes as u64 + 1;
+        let all = self.items.iter().map(of);
+        all.flat_map(|range| {
+            (range.start..range.end.min(range.start.max(most))).map(|n| n as usize)
+        })
+        .collect()
+    }
 }
 
 /// One axis of a mesh.

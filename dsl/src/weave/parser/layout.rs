@@ -3,11 +3,11 @@
 use super::{Empty, Parse, Parser};
 use crate::diagnostics::Diagnostic;
 use crate::weave::ast::{
-    Axis, AxisRef, Choice, Degree, DimSplit, Layout, MeshDef, Partial, Reduce, Split,
+    Axis, AxisRef, Choice, Degree, DimSplit, Layout, MeshDef, NodeList, Partial, Reduce, Split,
 };
 
 impl<'a> Parser<'a> {
-    /// `NAME = axis:degree > … [refolds OTHER]`
+    /// `NAME = axis:degree > … [refolds OTHER] [on nodes[…]]`
     pub(super) fn mesh(&mut self) -> Parse<MeshDef> {
         let name = self.spanned(|p| p.name_as("the name of the mesh"))?;
         self.expect("=")?;
@@ -17,6 +17,11 @@ impl<'a> Parser<'a> {
         }
         let refolds = if self.eat_word("refolds") {
             Some(self.spanned(|p| p.name_as("the name of the mesh to refold"))?)
+        } else {
+            None
+        };
+        let on = if self.eat_word("on") {
+            Some(self.spanned(|p| p.choice(Self::node_list))?)
         } else {
             None
         };
@@ -36,7 +41,16 @@ impl<'a> Parser<'a> {
             name,
             axes,
             refolds,
+            on,
         })
+    }
+
+    /// `nodes[8..24,0]`
+    fn node_list(&mut self) -> Parse<NodeList> {
+        if !self.eat_word("nodes") {
+            return Err(self.unexpected("`nodes[…]`, such as `nodes[8..24,0..8]`"));
+        }
+        self.index_items().map(|items| NodeList { items })
     }
 
     pub(in crate::weave) fn axis(&mut self) -> Parse<Axis> {

@@ -91,6 +91,16 @@ impl<'a> Parser<'a> {
         Ok(Index::Of(items))
     }
 
+    /// `[3,5..8]`
+    pub(super) fn index_items(&mut self) -> Parse<Vec<IndexItem>> {
+        self.expect("[")?;
+        let items = self.comma_list(Self::index_item)?;
+        if !self.eat("]") {
+            return Err(self.unexpected("`,` or `]`"));
+        }
+        Ok(items)
+    }
+
     fn index_item(&mut self) -> Parse<IndexItem> {
         let begin = self.span();
         if self.eat("..") {

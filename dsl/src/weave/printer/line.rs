@@ -86,6 +86,9 @@ impl Show for Statement {
                 if let Some(other) = &mesh.refolds {
                     axes.push_str(&format!(" refolds {other}"));
                 }
+                if let Some(nodes) = &mesh.on {
+                    axes.push_str(&format!(" on {nodes}"));
+                }
                 Form::columns(
                     Family::Mesh,
                     vec!["mesh".to_owned(), mesh.name.to_string(), axes],

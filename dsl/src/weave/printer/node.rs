@@ -4,8 +4,8 @@ use std::fmt::{self, Display, Formatter};
 
 use super::super::ast::{
     Arg, Axis, AxisRef, BinaryOp, Call, Choice, Degree, DimSplit, Dispatch, Expr, Goal, Index,
-    IndexItem, Init, Layout, OffloadTo, OrderKey, Partial, RecomputePolicy, Reduce, Reference,
-    Segment, Selector, Setting, Solve, Spanned, Split, Target, TensorClass, Value, Var,
+    IndexItem, Init, Layout, NodeList, OffloadTo, OrderKey, Partial, RecomputePolicy, Reduce,
+    Reference, Segment, Selector, Setting, Solve, Spanned, Split, Target, TensorClass, Value, Var,
 };
 use crate::units::Number;
 
@@ -181,6 +181,12 @@ impl Display for IndexItem {
                 end: Some(end),
             } => write!(f, "{start}..{end}"),
         }
+    }
+}
+
+impl Display for NodeList {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "nodes[{}]", join(&self.items, ","))
     }
 }
 
