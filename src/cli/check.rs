@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use meshweave_compiler::resolve::Planner;
 use meshweave_dsl::diagnostics::{RenderOptions, render_all};
 use serde_json::json;
 
@@ -25,9 +26,19 @@ pub fn check(args: &CheckArgs, format: Format) -> Result<()> {
     let mut checked = Vec::new();
     for path in &args.documents {
         let session = Session::open(path, None)?;
-        let model = session.model()?;
-        if !args.no_plan {
-            session.plan(&model)?;
+        match session.planner(None)? {
+            Planner::Mapping if args.no_plan => {
+                session.mapping_request(&session.document)?;
+            }
+            Planner::Mapping => {
+                session.search_mapping()?;
+            }
+            Planner::Ops => {
+                let model = session.model()?;
+                if !args.no_plan {
+                    session.plan(&model)?;
+                }
+            }
         }
         match format {
             Format::Text => {

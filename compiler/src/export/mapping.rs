@@ -21,6 +21,11 @@ pub fn export_mapping(workload: &Workload, mapping: &Mapping, target: Target) ->
     if workload.job != Job::Train {
         return Err(unsupported("inference", target));
     }
+    refuse(
+        mapping.offload.activations > 0.0,
+        "offloading of activations",
+        target,
+    )?;
     match target {
         Target::Megatron => megatron(workload, mapping),
         Target::Torchtitan => torchtitan(workload, mapping),
@@ -61,11 +66,6 @@ fn megatron(workload: &Workload, mapping: &Mapping) -> Result<String> {
             target,
         ));
     }
-    refuse(
-        mapping.offload.activations > 0.0,
-        "offloading of activations",
-        target,
-    )?;
     refuse(mapping.zero.stage == 2, "ZeRO 2", target)?;
     refuse(
         mapping.zero.stage == 1 && mapping.zero.group.is_some(),
@@ -218,11 +218,6 @@ fn torchtitan(workload: &Workload, mapping: &Mapping) -> Result<String> {
         target,
     )?;
     refuse(
-        mapping.offload.activations > 0.0,
-        "offloading of activations",
-        target,
-    )?;
-    refuse(
         mapping.cp > 1 && mapping.context == Context::Ulysses,
         "Ulysses",
         target,
@@ -322,11 +317,6 @@ fn deepspeed(workload: &Workload, mapping: &Mapping) -> Result<String> {
     refuse(
         mapping.recompute != Recompute::None,
         "recomputation (the model's code sets it)",
-        target,
-    )?;
-    refuse(
-        mapping.offload.activations > 0.0,
-        "offloading of activations",
         target,
     )?;
     refuse(

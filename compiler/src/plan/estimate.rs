@@ -14,6 +14,8 @@ pub mod stages;
 pub mod sync;
 pub mod workload;
 
+use std::borrow::Cow;
+
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::mapping::{Mapping, Recompute};
 
@@ -116,66 +118,138 @@ pub fn estimate(
     mapping: &Mapping,
     cluster: &Cluster,
 ) -> Result<Estimate, Unpriced> {
-    check(workload, mapping, cluster)?;
-    let is_training = workload.job == Job::Train;
-    let stages = Stages::new(workload, mapping);
-    let sites = Sites::new(cluster, mapping);
-    let mut costs = stage_costs(workload, mapping, &sites, &stages);
-    if !is_training {
-        costs = costs
-            .into_iter()
-            .map(|cost| LayerCost {
-                forward: cost.forward,
-                ..LayerCost::default()
-            })
-            .collect();
+    Ok(Passes::new(workload, mapping, cluster)?.estimate(mapping))
+}
+
+/// The passes of a step through its pipeline: all of it but what happens once a step, which is what ZeRO
+/// and offloading change.
+pub struct Passes<'a> {
+    workload: &'a Workload,
+    cluster: &'a Cluster,
+    stages: Stages,
+    sites: Sites<'a>,
+    /// Of every stage.
+    costs: Vec<LayerCost>,
+    /// Of every pipeline rank.
+    ranks: Vec<RankWork>,
+    /// The rank that sets the pace.
+    pace: usize,
+    /// Of a message to the next pipeline rank.
+    sends_s: Vec<f64>,
+    parts: Parts,
+    /// Whether gradients of ZeRO 2 and 3 are added up in passes of their own.
+    is_apart: bool,
+}
+
+impl<'a> Passes<'a> {
+    /// The passes of a mapping.
+    ///
+    /// # Errors
+    /// See [`estimate`].
+    pub fn new(
+        workload: &'a Workload,
+        mapping: &Mapping,
+        cluster: &'a Cluster,
+    ) -> Result<Self, Unpriced> {
+        check(workload, mapping, cluster)?;
+        let stages = Stages::new(workload, mapping);
+        let sites = Sites::new(cluster, mapping);
+        let mut costs = stage_costs(workload, mapping, &sites, &stages);
+        if workload.job != Job::Train {
+            for cost in &mut costs {
+                *cost = LayerCost {
+                    forward: cost.forward,
+                    ..LayerCost::default()
+                };
+            }
+        }
+        let boundary_bytes = Pricer::new(workload, mapping, sites.of(0)).boundary_bytes();
+        let sends_s = sites.send_seconds(mapping, boundary_bytes);
+        let n_microbatches = mapping.n_microbatches(workload.batch).max(1) as f64;
+        let work: Vec<RankWork> = costs.iter().map(work_of).collect();
+        let pipeline = pipeline(workload, mapping, &sites, &stages);
+        let ranks = pipeline.ranks(&work);
+        let PipelineTime {
+            pace,
+            hidden_s,
+            wait_s,
+        } = match workload.job {
+            _ if mapping.pp == 1 => PipelineTime::default(),
+            Job::Train | Job::Prefill => pipeline.time(&work),
+            Job::Decode { .. } => round_wait_s(n_microbatches, &ranks),
+        };
+        let sum = stages
+            .on(pace)
+            .fold(LayerCost::default(), |sum, (stage, part)| {
+                sum.then(costs[stage].times(part))
+            });
+        let passes = sum
+            .forward
+            .then(sum.backward_input)
+            .then(sum.backward_weight)
+            .times(n_microbatches);
+        let again = sum.recompute.times(n_microbatches);
+        let parts = Parts {
+            compute: passes.compute,
+            recompute: again.seconds(),
+            tp: passes.tp,
+            cp: passes.cp,
+            ep: passes.ep - n_microbatches * hidden_s,
+            p2p: p2p_s(workload, mapping, &sends_s, n_microbatches),
+            bubble: wait_s,
+            ..Parts::default()
+        };
+        Ok(Self {
+            workload,
+            cluster,
+            stages,
+            sites,
+            costs,
+            ranks,
+            pace,
+            sends_s,
+            parts,
+            is_apart: mapping.zero.stage > 1,
+        })
     }
-    let pricer = Pricer::new(workload, mapping, sites.of(0));
-    let n_microbatches = mapping.n_microbatches(workload.batch).max(1) as f64;
-    let sends_s = sites.send_seconds(mapping, pricer.boundary_bytes());
-    let work: Vec<RankWork> = costs.iter().map(work_of).collect();
-    let pipeline = pipeline(workload, mapping, &sites, &stages);
-    let ranks = pipeline.ranks(&work);
-    let PipelineTime {
-        pace,
-        hidden_s,
-        wait_s,
-    } = match workload.job {
-        _ if mapping.pp == 1 => PipelineTime::default(),
-        Job::Train | Job::Prefill => pipeline.time(&work),
-        Job::Decode { .. } => round_wait_s(n_microbatches, &ranks),
-    };
-    let memories = Memories::new(workload, mapping);
-    let held_by_rank: Vec<MemoryEstimate> = (0..mapping.pp)
-        .map(|rank| memories.of(rank, sites.of(rank)))
-        .collect();
-    let sum = stages
-        .on(pace)
-        .fold(LayerCost::default(), |sum, (stage, part)| {
-            sum.then(costs[stage].times(part))
-        });
-    let passes = sum
-        .forward
-        .then(sum.backward_input)
-        .then(sum.backward_weight)
-        .times(n_microbatches);
-    let again = sum.recompute.times(n_microbatches);
-    let mut parts = Parts {
-        compute: passes.compute,
-        recompute: again.seconds(),
-        tp: passes.tp,
-        cp: passes.cp,
-        ep: passes.ep - n_microbatches * hidden_s,
-        p2p: p2p_s(workload, mapping, &sends_s, n_microbatches),
-        bubble: wait_s,
-        ..Parts::default()
-    };
-    if is_training {
+
+    /// Whether these are the passes of a mapping that differs in ZeRO and offloading alone, too.
+    pub fn hold_for(&self, mapping: &Mapping) -> bool {
+        self.workload.software.fused_accumulation || self.is_apart == (mapping.zero.stage > 1)
+    }
+
+    /// Seconds that a step takes at least, however state is divided and offloaded.
+    pub fn seconds(&self) -> f64 {
+        self.parts.total()
+    }
+
+    /// The parts of a step of a mapping that [has](Self::hold_for) these passes.
+    ///
+    /// # Errors
+    /// See [`estimate`].
+    pub fn parts(&self, mapping: &Mapping) -> Result<Parts, Unpriced> {
+        check(self.workload, mapping, self.cluster)?;
+        Ok(self.whole(mapping, &self.memories(mapping)))
+    }
+
+    /// The memory of such a mapping's ranks.
+    pub fn memories<'b>(&'b self, mapping: &'b Mapping) -> Memories<'b> {
+        Memories::with_stages(self.workload, mapping, Cow::Borrowed(&self.stages))
+    }
+
+    fn whole(&self, mapping: &Mapping, memories: &Memories<'_>) -> Parts {
+        let (workload, sites) = (self.workload, &self.sites);
+        let mut parts = self.parts;
+        if workload.job != Job::Train {
+            return parts;
+        }
+        let n_microbatches = mapping.n_microbatches(workload.batch).max(1) as f64;
         let once = |rank: usize| {
-            let held = held(workload, mapping, &stages, rank);
+            let held = held(workload, mapping, &self.stages, rank);
+            let work = &self.ranks[rank];
             let cover = Cover {
-                forward_s: ranks[rank].forward_s,
-                backward_s: ranks[rank].backward_input_s + ranks[rank].backward_weight_s,
+                forward_s: work.forward_s,
+                backward_s: work.backward_input_s + work.backward_weight_s,
                 n_microbatches,
             };
             let site = sites.of(rank);
@@ -183,7 +257,7 @@ pub fn estimate(
             let (optimizer_s, offload_s) = optimizer_s(mapping, site, held);
             (dp_s, optimizer_s, offload_s)
         };
-        (parts.dp, parts.optimizer, parts.offload) = once(pace);
+        (parts.dp, parts.optimizer, parts.offload) = once(self.pace);
         if !sites.are_alike() {
             // The step ends with the last rank's update.
             for rank in 0..mapping.pp {
@@ -194,44 +268,57 @@ pub fn estimate(
             }
         }
         let moved = (0..mapping.pp)
-            .map(|rank| activations_s(&memories, mapping, sites.of(rank), rank, &ranks[rank]));
+            .map(|rank| activations_s(memories, mapping, sites.of(rank), rank, &self.ranks[rank]));
         parts.offload += n_microbatches * moved.fold(0.0, f64::max);
+        parts
     }
-    let step_s = parts.total();
-    let model_flops = workload.model_flops();
-    let peak = sites.peak(mapping);
-    let stage_estimates = costs
-        .iter()
-        .zip(stages.all())
-        .enumerate()
-        .map(|(stage_idx, (cost, stage))| StageEstimate {
-            n_layers: stage.layers.len(),
-            forward_s: cost.forward.seconds(),
-            backward_input_s: cost.backward_input.seconds(),
-            backward_weight_s: cost.backward_weight.seconds(),
-            recompute_s: cost.recompute.seconds(),
-            forward_exchange_s: cost.forward.ep,
-            backward_exchange_s: backward_exchange_s(cost),
-            // What the last one of a round sends goes to the first one again.
-            p2p_s: match sends_s.as_slice() {
-                [] => 0.0,
-                sends_s => sends_s[stages.rank_of(stage_idx).min(sends_s.len() - 1)],
-            },
-            memory: held_by_rank[stages.rank_of(stage_idx)],
-        })
-        .collect();
-    Ok(Estimate {
-        step_s,
-        parts,
-        stages: stage_estimates,
-        memory: held_by_rank
-            .into_iter()
-            .max_by_key(MemoryEstimate::total)
-            .unwrap_or_default(),
-        model_flops,
-        mfu: model_flops / (step_s * peak),
-        tokens_per_s: workload.tokens() / step_s,
-    })
+
+    /// What such a mapping is predicted to take.
+    pub fn estimate(&self, mapping: &Mapping) -> Estimate {
+        let workload = self.workload;
+        let memories = self.memories(mapping);
+        let parts = self.whole(mapping, &memories);
+        let held_by_rank: Vec<MemoryEstimate> = (0..mapping.pp)
+            .map(|rank| memories.of(rank, self.sites.of(rank)))
+            .collect();
+        let step_s = parts.total();
+        let model_flops = workload.model_flops();
+        let peak = self.sites.peak(mapping);
+        let stages = &self.stages;
+        let stage_estimates = self
+            .costs
+            .iter()
+            .zip(stages.all())
+            .enumerate()
+            .map(|(stage_idx, (cost, stage))| StageEstimate {
+                n_layers: stage.layers.len(),
+                forward_s: cost.forward.seconds(),
+                backward_input_s: cost.backward_input.seconds(),
+                backward_weight_s: cost.backward_weight.seconds(),
+                recompute_s: cost.recompute.seconds(),
+                forward_exchange_s: cost.forward.ep,
+                backward_exchange_s: backward_exchange_s(cost),
+                // What the last one of a round sends goes to the first one again.
+                p2p_s: match self.sends_s.as_slice() {
+                    [] => 0.0,
+                    sends_s => sends_s[stages.rank_of(stage_idx).min(sends_s.len() - 1)],
+                },
+                memory: held_by_rank[stages.rank_of(stage_idx)],
+            })
+            .collect();
+        Estimate {
+            step_s,
+            parts,
+            stages: stage_estimates,
+            memory: held_by_rank
+                .into_iter()
+                .max_by_key(MemoryEstimate::total)
+                .unwrap_or_default(),
+            model_flops,
+            mfu: model_flops / (step_s * peak),
+            tokens_per_s: workload.tokens() / step_s,
+        }
+    }
 }
 
 /// The work of a stage on a microbatch.
@@ -409,30 +496,28 @@ fn held(workload: &Workload, mapping: &Mapping, stages: &Stages, pipeline_rank: 
         n_copies: stages.n_copies() as f64,
         ..Held::default()
     };
-    let mut layer = |is_moe: bool| {
-        held.n_layers += 1.0;
-        held.dense += parameters.attention / tp;
-        if is_moe {
-            held.dense += parameters.moe_dense / tp;
-            held.experts +=
-                parameters.n_experts * parameters.expert / (mapping.etp * mapping.ep) as f64;
-        } else {
-            held.dense += parameters.mlp / tp;
-        }
-    };
-    let (mut embeds, mut predicts) = (false, false);
+    let (mut n_moe, mut embeds, mut predicts) = (0, false, false);
+    let mut n_layers = 0;
     for (stage, _) in stages.on(pipeline_rank) {
         let stage = stages.get(stage);
-        stage
-            .layers
-            .clone()
-            .for_each(|layer_idx| layer(workload.is_moe(layer_idx)));
-        if stage.predicts {
-            (0..workload.prediction_layers).for_each(|_| layer(workload.model.moe.is_some()));
-        }
+        n_layers += stage.layers.len();
+        n_moe += workload.n_moe(&stage.layers);
         embeds |= stage.embeds;
         predicts |= stage.predicts;
     }
+    if predicts {
+        n_layers += workload.prediction_layers;
+        n_moe += match workload.model.moe {
+            Some(_) => workload.prediction_layers,
+            None => 0,
+        };
+    }
+    held.n_layers = n_layers as f64;
+    let (n_moe, n_dense) = (n_moe as f64, (n_layers - n_moe) as f64);
+    let moe_layer = parameters.attention + parameters.moe_dense;
+    held.dense = (n_dense * (parameters.attention + parameters.mlp) + n_moe * moe_layer) / tp;
+    let experts = parameters.n_experts * parameters.expert;
+    held.experts = n_moe * experts / (mapping.etp * mapping.ep) as f64;
     if embeds {
         held.dense += parameters.embedding / tp;
     }

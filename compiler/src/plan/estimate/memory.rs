@@ -12,6 +12,8 @@ pub mod schedules;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+
 use meshweave_dsl::cluster::{Cluster, Device};
 use meshweave_dsl::mapping::{Mapping, Recompute};
 use meshweave_dsl::units::Bytes;
@@ -164,27 +166,31 @@ pub struct Memories<'a> {
     workload: &'a Workload,
     mapping: &'a Mapping,
     parameters: Parameters,
-    stages: Stages,
+    stages: Cow<'a, Stages>,
     sizes: LayerSizes<'a>,
-    /// Layers with experts before each layer, and before the end.
-    n_moe_before: Vec<usize>,
 }
 
 impl<'a> Memories<'a> {
     pub fn new(workload: &'a Workload, mapping: &'a Mapping) -> Self {
-        let mut n_moe = 0;
-        let mut n_moe_before = vec![0];
-        for layer_idx in 0..workload.model.n_layers {
-            n_moe += usize::from(workload.is_moe(layer_idx));
-            n_moe_before.push(n_moe);
-        }
+        Self::with_stages(
+            workload,
+            mapping,
+            Cow::Owned(Stages::new(workload, mapping)),
+        )
+    }
+
+    /// The same, with the mapping's stages.
+    pub fn with_stages(
+        workload: &'a Workload,
+        mapping: &'a Mapping,
+        stages: Cow<'a, Stages>,
+    ) -> Self {
         Self {
             workload,
             mapping,
             parameters: workload.parameters(),
-            stages: Stages::new(workload, mapping),
+            stages,
             sizes: LayerSizes::new(workload, mapping),
-            n_moe_before,
         }
     }
 
@@ -257,7 +263,7 @@ impl<'a> Memories<'a> {
         let mut embeds = false;
         for (stage, _) in self.stages.on(pipeline_rank) {
             let stage = self.stages.get(stage);
-            let n_moe = self.n_moe_before[stage.layers.end] - self.n_moe_before[stage.layers.start];
+            let n_moe = workload.n_moe(&stage.layers);
             held.n_moe_layers += n_moe as f64;
             held.n_dense_layers += (stage.layers.len() - n_moe) as f64;
             embeds |= stage.embeds;

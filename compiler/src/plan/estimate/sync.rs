@@ -76,6 +76,8 @@ pub fn data_parallel_s(
         0.0
     };
     let mut total = pieces * workload.software.piece_s;
+    // Both groups' messages run under the same passes.
+    let (mut forward_s, mut backward_s) = (cover.forward_s, cover.backward_s);
     for (group, weights) in groups {
         let shape = GroupShape::of_axis(group, cluster);
         let gradient_bytes = f64::from(mapping.precision.gradient_bytes);
@@ -108,7 +110,7 @@ pub fn data_parallel_s(
             _ => 1.0,
         };
         total += if workload.software.overlap_dp {
-            n_reductions * hidden(reduce, cover.backward_s) + hidden(gather, cover.forward_s)
+            n_reductions * exposed(reduce, &mut backward_s) + exposed(gather, &mut forward_s)
         } else {
             n_reductions * reduce + gather
         };
@@ -116,11 +118,12 @@ pub fn data_parallel_s(
     total
 }
 
-/// What stays of a collective that runs in buckets under a pass.
-fn hidden(seconds: f64, under_s: f64) -> f64 {
+/// What stays of a collective that runs in buckets under a pass, of which it leaves the rest to others.
+fn exposed(seconds: f64, under_s: &mut f64) -> f64 {
     let bucket = seconds / N_BUCKETS;
     let rest = seconds - bucket;
-    let covered = rest.min(under_s);
+    let covered = rest.min(*under_s);
+    *under_s -= covered;
     bucket + rest - covered + CONTENTION * covered
 }
 
@@ -148,10 +151,10 @@ fn fsdp_s(
         return cover.n_microbatches * n_layers * (2.0 * gather + scatter);
     }
     let (forward, backward) = (cover.forward_s / n_layers, cover.backward_s / n_layers);
-    let exposed = |seconds: f64, under: f64| {
+    let beside = |seconds: f64, under: f64| {
         (seconds - under).max(0.0) + GATHER_CONTENTION * seconds.min(under)
     };
-    let a_layer = exposed(gather, forward) + exposed(gather + scatter, backward);
+    let a_layer = beside(gather, forward) + beside(gather + scatter, backward);
     // The first gather and the last scatter have nothing to hide under.
     let mut total = cover.n_microbatches * (n_layers * a_layer + gather + scatter);
     let replicas = group.size / size.max(1);
@@ -167,7 +170,7 @@ fn fsdp_s(
             shape,
             cluster,
         );
-        total += hidden(reduce, cover.backward_s);
+        total += exposed(reduce, &mut { cover.backward_s });
     }
     total
 }

@@ -3,6 +3,8 @@
 //! Enters: a decoder's config. Leaves: sizes, parameters and operations that prices are made of.
 //! Invariant: operations are those of the model, whatever the mapping computes again or pads.
 
+use std::ops::Range;
+
 use super::memory::Framework;
 use crate::model::DecoderConfig;
 
@@ -239,6 +241,13 @@ impl Workload {
         per_token += 2.0 * (self.prediction_layers * 2 * model.embed * model.embed) as f64;
         let passes = if self.job == Job::Train { 3.0 } else { 1.0 };
         passes * per_token * self.tokens()
+    }
+
+    /// Layers of a range that have experts.
+    pub fn n_moe(&self, layers: &Range<usize>) -> usize {
+        self.model.moe.as_ref().map_or(0, |moe| {
+            layers.len() - moe.dense_layers.range(layers.clone()).count()
+        })
     }
 
     /// Whether a layer has experts; prediction layers are like the last one.

@@ -17,6 +17,7 @@ use super::grids::{Grid, LayerKey};
 use super::saving::front;
 use super::search::{chunk_counts, zero_stages};
 use super::space::{Cuts, ShardGroup, Space, Whole};
+use super::stages::balanced;
 use crate::plan::estimate::layer::{LayerCost, Pricer};
 use crate::plan::estimate::sites::ranks_of;
 use crate::plan::estimate::stages::Stages;
@@ -152,6 +153,7 @@ impl LayerCosts {
 pub(super) struct Layers {
     known: BTreeMap<LayerKey, LayerCosts>,
     module_sets: BTreeMap<LayerKey, Vec<(f64, BTreeSet<Module>)>>,
+    cuts: BTreeMap<(LayerKey, usize), Option<Vec<usize>>>,
 }
 
 impl Layers {
@@ -178,6 +180,21 @@ impl Layers {
                 .collect();
             front(&space.again, &worth)
         })
+    }
+
+    /// The layers of each of so many stages, where that is faster than as many in each; see [`balanced`].
+    pub fn balanced(
+        &mut self,
+        problem: &Problem<'_>,
+        key: LayerKey,
+        n_stages: usize,
+    ) -> Option<Vec<usize>> {
+        if let Some(known) = self.cuts.get(&(key, n_stages)) {
+            return known.clone();
+        }
+        let cut = balanced(self.costs(problem, key), n_stages);
+        self.cuts.insert((key, n_stages), cut.clone());
+        cut
     }
 
     /// How many were asked for.
@@ -481,35 +498,54 @@ pub(super) fn least_seconds_of_cut(
     of_slowest(problem, slowest_s, costs)
 }
 
-/// Bytes that the first and the last rank need at least: everything saved that may be saved.
+/// Bytes that the first and the last rank need at least with everything saved that may be, or the first
+/// figure found that is within the budget.
 pub(super) fn least_bytes(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> u64 {
+    let mut least = u64::MAX;
+    for bytes in bytes_with_savings(problem, grid, key) {
+        least = least.min(bytes);
+        if least <= problem.space.budget_bytes {
+            break;
+        }
+    }
+    least
+}
+
+/// Bytes that the first and the last rank need, by what is saved: one of them is the least that any
+/// mapping of the grid needs.
+pub(super) fn bytes_with_savings(
+    problem: &Problem<'_>,
+    grid: Grid,
+    key: &LayerKey,
+) -> impl Iterator<Item = u64> {
     let space = problem.space;
     let mapping = grid.mapping(key);
-    let mut policies = vec![Recompute::None];
+    let mut policies = Vec::with_capacity(2);
     if space.whole.iter().any(|whole| *whole != Whole::None) {
         policies.push(Recompute::Full);
     } else if !space.maybe_again.is_empty() {
         policies.push(Recompute::Modules(&space.again | &space.maybe_again));
     }
-    let mut least = u64::MAX;
-    for (pipeline, zero, offload) in savings(problem, grid, key) {
+    policies.push(Recompute::None);
+    savings(problem, grid, key).flat_map(move |(pipeline, zero, offload)| {
+        let mut with = Mapping {
+            zero,
+            offload,
+            pipeline,
+            ..mapping.clone()
+        };
+        let mut needed = Vec::with_capacity(policies.len());
         for recompute in &policies {
-            let with = Mapping {
-                zero,
-                offload,
-                recompute: recompute.clone(),
-                pipeline: pipeline.clone(),
-                ..mapping.clone()
-            };
-            let needed = [0, grid.pp - 1].map(|rank| {
+            with.recompute = recompute.clone();
+            let of_rank = |rank: usize| {
                 let shifted = rank_with_fewest(problem, &with, rank);
                 let own = memory(problem.workload, &shifted, problem.cluster, rank);
                 own.total().0
-            });
-            least = least.min(needed[0].max(needed[1]));
+            };
+            needed.push(of_rank(0).max(of_rank(grid.pp - 1)));
         }
-    }
-    least
+        needed
+    })
 }
 
 /// The mapping with the layers that its cuts leave over on a stage that this rank does not run.
@@ -597,35 +633,41 @@ fn kinds_of_memory(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> Vec<Pip
 /// Layers by which the stages of a cut may differ from even ones.
 pub(super) const SLACK: usize = 2;
 
-/// What may hold least: dividing and offloading more take buffers of their own, which small models
-/// feel more than what they save.
-fn savings(problem: &Problem<'_>, grid: Grid, key: &LayerKey) -> Vec<(Pipeline, Zero, Offload)> {
+/// What may hold least, likely first: dividing and offloading more take buffers of their own, which
+/// small models feel more than what they save.
+fn savings(
+    problem: &Problem<'_>,
+    grid: Grid,
+    key: &LayerKey,
+) -> impl Iterator<Item = (Pipeline, Zero, Offload)> {
     let space = problem.space;
     // Memory is linear in the part that leaves, but for the buffers that any part takes.
     let parts = || space.offload_activations.iter().copied();
     let (least, most) = (parts().fold(1.0, f64::min), parts().fold(0.0, f64::max));
-    let mut found = Vec::new();
-    for pipeline in kinds_of_memory(problem, grid, key) {
-        for stage in zero_stages(space, grid) {
-            let largest = groups(problem, grid, stage)
-                .into_iter()
-                .max_by_key(|group| group.unwrap_or(grid.dp));
-            let group = largest.flatten();
-            for &optimizer in &space.offload_optimizer {
-                for activations in [least, most] {
-                    let offload = Offload {
-                        optimizer,
-                        activations,
-                    };
-                    found.push((pipeline.clone(), Zero { stage, group }, offload));
-                    if least == most {
-                        break;
-                    }
-                }
+    let mut activations = vec![most, least];
+    activations.dedup();
+    let mut divisions = Vec::new();
+    for stage in zero_stages(space, grid).into_iter().rev() {
+        let largest = groups(problem, grid, stage)
+            .into_iter()
+            .max_by_key(|group| group.unwrap_or(grid.dp));
+        let group = largest.flatten();
+        for &optimizer in space.offload_optimizer.iter().rev() {
+            for &activations in &activations {
+                let offload = Offload {
+                    optimizer,
+                    activations,
+                };
+                divisions.push((Zero { stage, group }, offload));
             }
         }
     }
-    found
+    kinds_of_memory(problem, grid, key)
+        .into_iter()
+        .flat_map(move |pipeline| {
+            let with = move |(zero, offload)| (pipeline.clone(), zero, offload);
+            divisions.clone().into_iter().map(with)
+        })
 }
 
 /// The shard groups of a grid, distinct.

@@ -5,15 +5,13 @@
 //! Invariant: everything but the pipeline's own time is the estimate's; families are compared at the
 //! best mapping that the search priced for them, or at the chosen one's degrees.
 
-use meshweave_dsl::mapping::{Mapping, Pipeline};
+use meshweave_dsl::mapping::Mapping;
 use meshweave_dsl::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::bound::Layers;
-use super::search::{Priced, chunk_counts, key_of, worst_bytes};
-use super::space::Cuts;
-use super::stages::balanced;
+use super::search::{Priced, grid_of, key_of, pipelines_of, worst_bytes};
 use crate::plan::estimate::{Estimate, Job, Workload, estimate, family, pair_slowdown};
 use crate::schedule::{Builtin, Costs, Shape, StageCosts, simulate, unchecked};
 
@@ -222,32 +220,14 @@ fn with_family(
     family: Builtin,
     mapping: &Mapping,
 ) -> Vec<Mapping> {
-    let n_microbatches = mapping.n_microbatches(problem.workload.batch);
-    let n_layers = problem.workload.model.n_layers;
-    let costs = layers.costs(problem, key_of(mapping)).clone();
-    let mut found = Vec::new();
-    for chunks in chunk_counts(family, mapping.pp, n_layers, n_microbatches) {
-        if !problem.space.chunks.admits(chunks) {
-            continue;
-        }
-        let n_stages = mapping.pp * chunks;
-        let cuts = match &problem.space.cuts {
-            Cuts::Given(layers) if layers.len() == n_stages => vec![Some(layers.clone())],
-            Cuts::Given(_) => Vec::new(),
-            Cuts::Even => vec![None],
-            Cuts::Any => vec![None, balanced(&costs, n_stages)],
-        };
-        found.extend(cuts.into_iter().map(|layers| Mapping {
-            pipeline: Pipeline {
-                schedule: family.name().into(),
-                chunks,
-                layers,
-            },
+    let (grid, key) = (grid_of(mapping), key_of(mapping));
+    pipelines_of(problem, layers, family, grid, &key)
+        .into_iter()
+        .map(|pipeline| Mapping {
+            pipeline,
             ..mapping.clone()
-        }));
-    }
-    found.dedup();
-    found
+        })
+        .collect()
 }
 
 /// Why a family has no schedule for a pipeline.

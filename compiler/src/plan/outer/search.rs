@@ -23,10 +23,10 @@ use super::grids::{Family, Grid, LayerKey, Objections, admits_microbatches, fami
 use super::saving::savings;
 use super::serving::first_token_s;
 use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
-use super::stages::{balanced, balanced_in_memory, cuts_by_device};
+use super::stages::{balanced_in_memory, cuts_by_device};
 use super::{Options, Problem};
 use crate::plan::estimate::sites::{Sites, ranks_of};
-use crate::plan::estimate::{Estimate, Memories, Unpriced, estimate, family};
+use crate::plan::estimate::{Estimate, Memories, Passes, Unpriced, estimate, family};
 use crate::schedule::{Builtin, Shape};
 
 /// A mapping with its price.
@@ -111,11 +111,8 @@ enum Step {
     Layers(usize, LayerKey),
     Grid(Grid, LayerKey),
     Cut(Grid, LayerKey, Pipeline),
-    /// A whole mapping with nothing saved, and whether it fits so.
-    Point {
-        mapping: Box<Mapping>,
-        fits: bool,
-    },
+    /// A whole mapping with nothing saved, which does not fit or must save something.
+    Point(Box<Mapping>),
 }
 
 struct Entry {
@@ -219,11 +216,7 @@ pub(super) fn search(
 impl Search<'_> {
     fn push(&mut self, bound_s: f64, step: Step) {
         if bound_s >= self.best_s {
-            // What is pruned at once still bounds the rest.
-            let bound = &mut self.outcome.lower_bound_s;
-            *bound = bound.min(bound_s);
-            self.outcome.counts.n_too_slow += 1;
-            return;
+            return self.prune(bound_s);
         }
         let order = self.n_entries;
         self.n_entries += 1;
@@ -232,6 +225,13 @@ impl Search<'_> {
             order,
             step,
         });
+    }
+
+    /// What is pruned at once still bounds the rest.
+    fn prune(&mut self, bound_s: f64) {
+        let bound = &mut self.outcome.lower_bound_s;
+        *bound = bound.min(bound_s);
+        self.outcome.counts.n_too_slow += 1;
     }
 
     fn add_family(&mut self, family_idx: usize) {
@@ -286,9 +286,9 @@ impl Search<'_> {
                 Step::Layers(family_idx, key) => self.lay_out(family_idx, &key, bound_s),
                 Step::Grid(grid, key) => self.cut(grid, &key, bound_s),
                 Step::Cut(grid, key, pipeline) => self.divide(grid, &key, &pipeline, bound_s),
-                Step::Point { mapping, fits } => {
+                Step::Point(mapping) => {
                     let spare_s = self.best_s - bound_s;
-                    self.complete(*mapping, fits, spare_s);
+                    self.complete(&mapping, spare_s);
                 }
             }
         }
@@ -337,36 +337,63 @@ impl Search<'_> {
         }
     }
 
-    /// ZeRO, with prices.
+    /// ZeRO, with prices. What fits with nothing saved is offered at once: the sooner the best is good,
+    /// the less is left to look at.
     fn divide(&mut self, grid: Grid, key: &LayerKey, pipeline: &Pipeline, bound_s: f64) {
-        let space = self.problem.space;
+        let problem = self.problem;
+        let space = problem.space;
+        let mut known: Option<Passes<'_>> = None;
         for stage in zero_stages(space, grid) {
-            for group in groups(self.problem, grid, stage) {
+            for group in groups(problem, grid, stage) {
                 let mapping = Mapping {
                     zero: Zero { stage, group },
                     pipeline: pipeline.clone(),
                     recompute: required(&space.again),
                     ..grid.mapping(key)
                 };
-                match estimate(self.problem.workload, &mapping, self.problem.cluster) {
-                    Ok(found) => {
-                        self.outcome.counts.n_priced += 1;
-                        let bytes = match self.problem.cluster.is_mixed() {
-                            true => worst_bytes(self.problem, &mapping),
-                            false => found.memory.total().0,
-                        };
-                        let fits = bytes <= space.budget_bytes;
-                        if !fits {
-                            self.note_unfit(bytes, || mapping.clone());
+                if !known.as_ref().is_some_and(|known| known.hold_for(&mapping)) {
+                    match Passes::new(problem.workload, &mapping, problem.cluster) {
+                        Ok(passes) => known = Some(passes),
+                        Err(error) => {
+                            self.note_unpriced(&error);
+                            continue;
                         }
-                        // A bound never falls on the way down.
-                        let floor_s = found.step_s.max(bound_s);
-                        let mapping = Box::new(mapping);
-                        self.push(floor_s, Step::Point { mapping, fits });
                     }
-                    Err(error) => self.note_unpriced(&error),
+                }
+                if let Some(passes) = &known {
+                    self.weigh(mapping, passes, bound_s);
                 }
             }
+        }
+    }
+
+    /// A mapping with nothing saved: offered, or kept for what is to be saved.
+    fn weigh(&mut self, mapping: Mapping, passes: &Passes<'_>, bound_s: f64) {
+        // A bound never falls on the way down.
+        let floor_s = bound_s.max(passes.seconds());
+        if floor_s >= self.best_s {
+            return self.prune(floor_s);
+        }
+        let parts = match passes.parts(&mapping) {
+            Ok(parts) => parts,
+            Err(error) => return self.note_unpriced(&error),
+        };
+        let floor_s = floor_s.max(parts.total());
+        if floor_s >= self.best_s {
+            self.outcome.counts.n_priced += 1;
+            return self.prune(floor_s);
+        }
+        let bytes = worst_of(self.problem, &mapping, &passes.memories(&mapping));
+        let space = self.problem.space;
+        let fits = bytes <= space.budget_bytes;
+        if !fits {
+            self.note_unfit(bytes, || mapping.clone());
+        }
+        if fits && space.may_save_nothing() {
+            self.offer_with(mapping, passes, parts.total());
+        } else {
+            self.outcome.counts.n_priced += 1;
+            self.push(floor_s, Step::Point(Box::new(mapping)));
         }
     }
 
@@ -377,64 +404,21 @@ impl Search<'_> {
 
     /// Schedules, chunks and cuts of a node.
     fn pipelines(&mut self, grid: Grid, key: &LayerKey) -> Vec<Pipeline> {
-        let space = self.problem.space;
-        let n_layers = self.problem.workload.model.n_layers;
         if grid.pp == 1 {
             return vec![Pipeline::default()];
         }
-        let n_microbatches = self.problem.workload.batch / (grid.dp * key.micro_batch);
-        let costs = self.layers.costs(self.problem, *key).clone();
-        let mut found = Vec::new();
-        let mut cuts: BTreeMap<usize, Option<Vec<usize>>> = BTreeMap::new();
-        for family in families_to_price(space) {
-            for chunks in chunk_counts(family, grid.pp, n_layers, n_microbatches) {
-                if !space.chunks.admits(chunks) {
-                    continue;
-                }
-                let with = |layers| Pipeline {
-                    schedule: family.name().into(),
-                    chunks,
-                    layers,
-                };
-                match &space.cuts {
-                    Cuts::Given(layers) if layers.len() == grid.pp * chunks => {
-                        found.push(with(Some(layers.clone())));
-                    }
-                    Cuts::Given(_) => {}
-                    Cuts::Even => found.push(with(None)),
-                    Cuts::Any if self.problem.cluster.is_mixed() => {
-                        found.push(with(None));
-                        let cuts = cuts_by_device(self.problem, grid, key, &with(None), &costs);
-                        found.extend(cuts.into_iter().map(|layers| with(Some(layers))));
-                    }
-                    Cuts::Any => {
-                        found.push(with(None));
-                        let n_stages = grid.pp * chunks;
-                        let better = cuts
-                            .entry(n_stages)
-                            .or_insert_with(|| balanced(&costs, n_stages));
-                        found.extend(better.clone().map(|layers| with(Some(layers))));
-                    }
-                }
-            }
-        }
-        found
+        families_to_price(self.problem.space)
+            .into_iter()
+            .flat_map(|family| pipelines_of(self.problem, self.layers, family, grid, key))
+            .collect()
     }
 
-    /// The best completion of a point: with nothing saved where that fits, else whatever fits first.
+    /// The best completion of a point that must save something: whatever fits first.
     ///
     /// `spare_s`: seconds by which the point's own price is below the best.
-    fn complete(&mut self, point: Mapping, fits: bool, spare_s: f64) {
+    fn complete(&mut self, point: &Mapping, spare_s: f64) {
         let space = self.problem.space;
-        // What is asked for may be more than nothing.
-        let may_save_nothing = space.whole.contains(&Whole::None)
-            && space.offload_optimizer.contains(&false)
-            && space.offload_activations.contains(&0.0);
-        if fits && may_save_nothing {
-            self.offer(point);
-            return;
-        }
-        let key = key_of(&point);
+        let key = key_of(point);
         // Of the same mapping, the less leaves the faster it is: the least part that fits will do.
         let mut parts = space.offload_activations.clone();
         parts.sort_by(f64::total_cmp);
@@ -499,12 +483,11 @@ impl Search<'_> {
         if !is_open {
             return None;
         }
-        let costs = self.layers.costs(self.problem, *key);
         // Once a pipeline, not for each of its cuts; from the fastest one, whose price bounds it.
-        if base.pipeline.layers != balanced(costs, base.pp) {
+        if base.pipeline.layers != self.layers.balanced(self.problem, *key, base.pp) {
             return None;
         }
-        balanced_in_memory(self.problem, costs, base)
+        balanced_in_memory(self.problem, self.layers.costs(self.problem, *key), base)
     }
 
     fn fits(&mut self, mapping: &Mapping) -> bool {
@@ -523,36 +506,52 @@ impl Search<'_> {
     }
 
     fn offer(&mut self, mapping: Mapping) {
-        let estimate = match estimate(self.problem.workload, &mapping, self.problem.cluster) {
-            Ok(estimate) => estimate,
-            Err(error) => return self.note_unpriced(&error),
-        };
+        let problem = self.problem;
+        let passes = Passes::new(problem.workload, &mapping, problem.cluster);
+        let priced = passes.and_then(|passes| {
+            let parts = passes.parts(&mapping)?;
+            Ok((passes, parts.total()))
+        });
+        match priced {
+            Ok((passes, step_s)) => self.offer_with(mapping, &passes, step_s),
+            Err(error) => self.note_unpriced(&error),
+        }
+    }
+
+    fn offer_with(&mut self, mapping: Mapping, passes: &Passes<'_>, step_s: f64) {
         self.outcome.counts.n_priced += 1;
         let space = self.problem.space;
-        if space.most_s.is_some_and(|most_s| estimate.step_s > most_s) {
+        if space.most_s.is_some_and(|most_s| step_s > most_s) {
             let closest = &mut self.outcome.fastest_s;
-            *closest = closest.min(estimate.step_s);
+            *closest = closest.min(step_s);
             return;
         }
         // Preferences only weigh: a bound of the seconds is one of the weighed seconds too.
         let factors = space.preferences.iter().map(|one| one.factor(&mapping));
-        let seconds = estimate.step_s * factors.product::<f64>();
+        let seconds = step_s * factors.product::<f64>();
+        let is_faster =
+            |known: Option<&Priced>| known.is_none_or(|known| seconds < known.estimate.step_s);
+        let grid = grid_of(&mapping);
+        let name = &mapping.pipeline.schedule;
+        let of_grid = is_faster(self.by_grid.get(&grid));
+        let of_family = mapping.pp > 1 && is_faster(self.by_family.get(name));
+        let of_all = seconds < self.best_s;
+        if !(of_grid || of_family || of_all) {
+            return;
+        }
         let priced = Priced {
+            estimate: passes.estimate(&mapping),
             mapping,
             batch: self.problem.workload.batch,
-            estimate,
         };
-        let grid = grid_of(&priced.mapping);
-        let known = self.by_grid.get(&grid);
-        if known.is_none_or(|known| seconds < known.estimate.step_s) {
+        if of_family {
+            let name = priced.mapping.pipeline.schedule.clone();
+            self.by_family.insert(name, priced.clone());
+        }
+        if of_grid {
             self.by_grid.insert(grid, priced.clone());
         }
-        let name = &priced.mapping.pipeline.schedule;
-        let known = self.by_family.get(name);
-        if priced.mapping.pp > 1 && known.is_none_or(|known| seconds < known.estimate.step_s) {
-            self.by_family.insert(name.clone(), priced.clone());
-        }
-        if seconds < self.best_s {
+        if of_all {
             self.best_s = seconds;
             self.best = Some(priced);
         }
@@ -611,11 +610,14 @@ pub(super) fn budget_of_rank(problem: &Problem<'_>, mapping: &Mapping, rank: usi
 /// Bytes of the rank that needs most. Where devices differ, what a rank's devices have less than the
 /// budget counts as used.
 pub(super) fn worst_bytes(problem: &Problem<'_>, mapping: &Mapping) -> u64 {
+    worst_of(problem, mapping, &Memories::new(problem.workload, mapping))
+}
+
+fn worst_of(problem: &Problem<'_>, mapping: &Mapping, memories: &Memories<'_>) -> u64 {
     let sites = problem
         .cluster
         .is_mixed()
         .then(|| Sites::new(problem.cluster, mapping));
-    let memories = Memories::new(problem.workload, mapping);
     (0..mapping.pp)
         .map(|rank| {
             let own = memories.of(rank, problem.cluster);
@@ -694,6 +696,49 @@ pub(super) fn chunk_counts(
             Vec::from_iter(is_defined.then_some(chunks))
         }
     }
+}
+
+/// The pipelines of a family, in all numbers of chunks and cuts of the space.
+pub(super) fn pipelines_of(
+    problem: &Problem<'_>,
+    layers: &mut Layers,
+    family: Builtin,
+    grid: Grid,
+    key: &LayerKey,
+) -> Vec<Pipeline> {
+    let n_layers = problem.workload.model.n_layers;
+    let n_microbatches = problem.workload.batch / (grid.dp * key.micro_batch);
+    let mut found = Vec::new();
+    for chunks in chunk_counts(family, grid.pp, n_layers, n_microbatches) {
+        if !problem.space.chunks.admits(chunks) {
+            continue;
+        }
+        let n_stages = grid.pp * chunks;
+        let with = |layers| Pipeline {
+            schedule: family.name().into(),
+            chunks,
+            layers,
+        };
+        match &problem.space.cuts {
+            Cuts::Given(layers) if layers.len() == n_stages => {
+                found.push(with(Some(layers.clone())));
+            }
+            Cuts::Given(_) => {}
+            Cuts::Even => found.push(with(None)),
+            Cuts::Any => {
+                found.push(with(None));
+                let cuts = match problem.cluster.is_mixed() {
+                    true => {
+                        let costs = layers.costs(problem, *key);
+                        cuts_by_device(problem, grid, key, &with(None), costs)
+                    }
+                    false => Vec::from_iter(layers.balanced(problem, *key, n_stages)),
+                };
+                found.extend(cuts.into_iter().map(|layers| with(Some(layers))));
+            }
+        }
+    }
+    found
 }
 
 /// Complete mappings of a node, counted.

@@ -154,6 +154,13 @@ impl Preference {
 pub const MAX_CHUNKS: usize = 16;
 
 impl Space {
+    /// Whether a mapping may keep everything where it is, and compute nothing again but what it must.
+    pub fn may_save_nothing(&self) -> bool {
+        self.whole.contains(&Whole::None)
+            && self.offload_optimizer.contains(&false)
+            && self.offload_activations.contains(&0.0)
+    }
+
     /// Bytes that a plan may use of the devices of a site: the budget, and where devices differ no more
     /// than each has.
     pub fn budget_of(&self, site: &Cluster, cluster: &Cluster) -> u64 {

@@ -26,9 +26,6 @@ use crate::plan::estimate::stages::Stages;
 pub(super) fn balanced(costs: &LayerCosts, n_stages: usize) -> Option<Vec<usize>> {
     let n_layers = costs.layers.len();
     let sums = Sums::of(costs, n_stages);
-    let (slowest, counts) = fastest_cut(n_layers, n_stages, |stage, first, end| {
-        Some(sums.stage_s(stage, first, end))
-    })?;
     let even = |stage: usize| n_layers / n_stages + usize::from(stage < n_layers % n_stages);
     let mut first = 0;
     let mut evenly = 0.0_f64;
@@ -36,7 +33,17 @@ pub(super) fn balanced(costs: &LayerCosts, n_stages: usize) -> Option<Vec<usize>
         evenly = evenly.max(sums.stage_s(stage, first, first + even(stage)));
         first += even(stage);
     }
-    (slowest < evenly * (1.0 - 1e-9)).then_some(counts)
+    let limit_s = evenly * (1.0 - 1e-9);
+    // So many of the cheapest layers are as slow: all stages have fewer.
+    let cheapest = costs.layers.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = ((limit_s / cheapest) as usize).min(n_layers.div_ceil(n_stages) + SLACK);
+    if most * n_stages < n_layers {
+        return None;
+    }
+    let (_, counts) = fastest_cut(n_layers, n_stages, most, |stage, first, end| {
+        Some(sums.stage_s(stage, first, end)).filter(|seconds| *seconds < limit_s)
+    })?;
+    Some(counts)
 }
 
 /// The cut whose slowest stage is fastest when each computes as few of its layers again as fit the
@@ -76,7 +83,8 @@ pub(super) fn balanced_in_memory(
                 fewest_of_rank(problem, &mapping, stage, end - first + ahead)
             })
     };
-    let (_, layers) = fastest_cut(n_layers, n_stages, |stage, first, end| {
+    let most = n_layers.div_ceil(n_stages) + SLACK;
+    let (_, layers) = fastest_cut(n_layers, n_stages, most, |stage, first, end| {
         // The last stage takes all that is left.
         if stage + 1 == n_stages && end != n_layers || stage == 0 && first != 0 {
             return None;
@@ -146,29 +154,33 @@ impl Sums {
     }
 }
 
-/// The slowest stage's seconds and the layers of each stage, such that the former are least, by dynamic
-/// programming over layers × stages. A stage without seconds is not possible.
+/// The slowest stage's seconds and the layers of each stage, at most `most`, such that the former are
+/// least, by dynamic programming over layers × stages. A stage without seconds is not possible.
 fn fastest_cut(
     n_layers: usize,
     n_stages: usize,
+    most: usize,
     mut stage_s: impl FnMut(usize, usize, usize) -> Option<f64>,
 ) -> Option<(f64, Vec<usize>)> {
     let fewest = (n_layers / n_stages).saturating_sub(SLACK).max(1);
-    let most = n_layers.div_ceil(n_stages) + SLACK;
     // best[end]: (slowest stage so far, sum of squares, layers of the last stage).
     let mut best: Vec<Vec<Option<(f64, f64, usize)>>> =
         vec![vec![None; n_layers + 1]; n_stages + 1];
     best[0][0] = Some((0.0, 0.0, 0));
     for stage in 0..n_stages {
+        // What the stages behind this one can hold.
+        let n_behind = n_stages - stage - 1;
+        let ends =
+            n_layers.saturating_sub(n_behind * most)..=n_layers.saturating_sub(n_behind * fewest);
         for first in (0..=n_layers).rev() {
             let Some((slowest, squares, _)) = best[stage][first] else {
                 continue;
             };
-            for count in (fewest..=most)
-                .rev()
-                .filter(|count| first + count <= n_layers)
-            {
+            for count in (fewest..=most).rev() {
                 let end = first + count;
+                if !ends.contains(&end) {
+                    continue;
+                }
                 let Some(seconds) = stage_s(stage, first, end) else {
                     continue;
                 };
