@@ -120,10 +120,9 @@ impl Row<'_> {
                     }
                 }
                 Verb::Reshard => {
-                    if gathered.remove(&stage).is_none() {
-                        let why = "frees weights that are not gathered; unshard them before";
-                        return Err(self.refuse(position, None, why));
-                    }
+                    let why = "frees weights that are not gathered; unshard them before";
+                    let freed = gathered.remove(&stage);
+                    freed.ok_or_else(|| self.refuse(position, None, why))?;
                 }
                 Verb::Compute(_) if sharded.contains(&stage) && !gathered.contains_key(&stage) => {
                     let why =

@@ -113,7 +113,7 @@ fn axis_ref() -> impl Strategy<Value = AxisRef> + Clone {
     (option::of(name.clone()), name).prop_map(|(mesh, axis)| AxisRef { mesh, axis })
 }
 
-fn index_item() -> impl Strategy<Value = IndexItem> {
+fn index_item() -> impl Strategy<Value = IndexItem> + Clone {
     prop_oneof![
         any::<u32>().prop_map(|at| IndexItem::At(u64::from(at))),
         (0u64..100, option::of(1u64..100)).prop_map(|(start, length)| IndexItem::Range {
