@@ -12,11 +12,11 @@ use meshweave_compiler::codegen::fuse::fuse;
 use meshweave_compiler::partition::{Keep, partition};
 use meshweave_compiler::simplify::{Options, RULES, simplify, simplify_ranks, variants};
 use meshweave_dsl::cluster::{Cluster, Host};
-use meshweave_dsl::dtype::{DType, Scalar};
-use meshweave_dsl::graph::{ConstInit, Graph, Role, TensorId, TensorType};
-use meshweave_dsl::layout::{Interval, Mesh, ReduceKind};
+use meshweave_dsl::dtype::Scalar;
+use meshweave_dsl::graph::{Graph, Role, TensorId, TensorType};
+use meshweave_dsl::layout::{Mesh, ReduceKind};
 use meshweave_dsl::name::Dim;
-use meshweave_dsl::op::{BinaryFn, Group, OpKind, UnaryFn};
+use meshweave_dsl::op::{BinaryFn, OpKind, UnaryFn};
 use meshweave_runtime::reference::{Value, evaluate_ranks};
 use proptest::prelude::*;
 
@@ -25,7 +25,7 @@ use crate::support::plans;
 
 const TOLERANCE: f64 = 1e-12;
 
-use cases::{Net, all_gather, cases, dims, group, one, ranks, shape};
+use cases::{Net, all_gather, cases, group, one, ranks, shape};
 
 /// Numbers in (−1, 1) that depend on the name, the rank and the index only.
 fn value(name: &str, rank: usize, ty: &TensorType) -> Value {

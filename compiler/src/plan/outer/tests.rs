@@ -16,8 +16,8 @@ use super::grids::{Grid, objection};
 use super::search::{chunk_counts, grid_of, key_of, worst_bytes};
 use super::*;
 use crate::model::{DecoderConfig, GoldenSize};
-use crate::plan::estimate::{estimate, memory};
 use crate::plan::estimate::stages::Stages;
+use crate::plan::estimate::{estimate, memory};
 use crate::schedule::Builtin;
 
 mod savings;

@@ -83,11 +83,11 @@ fn offloading_moves_bytes_to_the_host() {
         };
         run_devices(&lowered(&schedule, &lowering), &costs, &[of_stage; 4]).unwrap()
     };
-    // Rank 0 held four microbatches: what it computes, and what goes or comes, is still there.
+    // Rank 0 held four microbatches: of these stay what it computes, what goes and what comes.
     let quick = run(0.2);
     assert_eq!(simulate(&schedule, &costs).unwrap().step_s, quick.step_s);
     assert!(
-        quick.device_peak_bytes[0] <= 2.0,
+        quick.device_peak_bytes[0] <= 3.0,
         "{:?}",
         quick.device_peak_bytes
     );

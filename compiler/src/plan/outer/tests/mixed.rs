@@ -38,7 +38,7 @@ fn tiny(kind: usize, n_devices: usize) -> Cluster {
         },
     };
     cluster.others.retain(|group| group.n_nodes > 0);
-    if kind % 3 == 0 {
+    if kind.is_multiple_of(3) {
         cluster.levels.push(Level {
             name: "leaf".into(),
             n_nodes: 2,
@@ -48,7 +48,7 @@ fn tiny(kind: usize, n_devices: usize) -> Cluster {
             },
         });
     }
-    if kind % 2 == 0 {
+    if kind.is_multiple_of(2) {
         cluster.slow.push(slow_uplink(0, 0.1));
     }
     cluster
