@@ -153,7 +153,7 @@ fn requests_that_cannot_be_met_say_why() {
             "statements that exclude each other",
             "a100-80:64",
             GPT_18B,
-            "train batch 64 seq 2048\nmesh main = pp:auto > dp:rest > tp:1\n\
+            "train batch 512 seq 2048\nmesh main = pp:auto > dp:rest > tp:1\n\
              apply zero(0, main.dp)\n\
              memory {\n  recompute layers[*] = none\n  offload optimizer = none\n}\n\
              pipeline main.pp {\n  microbatches 1\n}",
