@@ -5,7 +5,7 @@
 //! Invariant: the choice is the fastest of the candidates that were planned and lowered like any
 //! document; simulations and closed forms only decide which those are.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -34,6 +34,8 @@ pub struct Choice {
     pub candidates: Vec<PricedCandidate>,
     /// Seconds a step of the first candidates as planned and lowered; none where there is no plan.
     pub planned_s: Vec<Option<f64>>,
+    /// Why there is none, of those that were tried.
+    pub not_planned: BTreeMap<usize, String>,
     /// Which of the candidates it is.
     pub chosen: usize,
 }
@@ -53,7 +55,7 @@ impl Choice {
         );
         let is_listed = |idx: usize| {
             let planned_s = self.planned_s.get(idx).copied().flatten();
-            idx < N_LISTED || planned_s.is_some()
+            idx < N_LISTED || planned_s.is_some() || self.not_planned.contains_key(&idx)
         };
         let candidates = self.candidates.iter().enumerate();
         for (idx, one) in candidates.filter(|(idx, _)| is_listed(*idx)) {
@@ -63,15 +65,28 @@ impl Choice {
             let planned_s = self.planned_s.get(idx).copied().flatten();
             let _ = writeln!(
                 text,
-                "  {} {:<44}{}{}{} (predicted)",
+                "  {} {:<44}{}{}{} (predicted){}",
                 if idx == self.chosen { "→" } else { " " },
                 named(&one.candidate),
                 price("closed form", one.closed_form_s),
                 price("simulated", one.simulated_s),
-                price("planned", planned_s)
+                price("planned", planned_s),
+                self.why_not(idx)
             );
         }
         text
+    }
+
+    /// Why a candidate is out of the question, or could not be compiled.
+    fn why_not(&self, idx: usize) -> String {
+        let refused = self.candidates[idx].refused.as_ref();
+        let why = match (refused, self.not_planned.get(&idx)) {
+            (Some(why), _) => format!("  out: {why}"),
+            (None, Some(why)) => format!("  cannot be compiled: {why}"),
+            (None, None) => return String::new(),
+        };
+        // A grid of cells has its place where the schedule is checked by itself.
+        why.lines().next().unwrap_or_default().to_owned()
     }
 }
 
@@ -127,6 +142,7 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
     let candidates = open.candidates.iter().map(|candidate| Candidate {
         name: candidate.schedule.to_string(),
         shape: candidate.shape,
+        placements: candidate.placements.clone(),
     });
     let candidates = choose(candidates.collect(), &schedule, &setting).map_err(|error| {
         let mut error = pipeline_error(error);
@@ -138,6 +154,7 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
     let mut planned_s = Vec::new();
     let mut best: Option<(f64, usize, Session)> = None;
     let mut why_not = None;
+    let mut not_planned = BTreeMap::new();
     let simulated = candidates
         .iter()
         .enumerate()
@@ -149,7 +166,8 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
         if idx >= N_PLANNED && !is_first && best.is_some() {
             continue;
         }
-        let document = open.witnessed(&session.document, &open.candidates[one.nth]);
+        let candidate = &open.candidates[one.nth];
+        let document = open.witnessed(&session.document, candidate, one.found.as_ref());
         let planned = session.with_document(document, base).and_then(|session| {
             let model = session.model()?;
             let solution = session.plan(&model)?;
@@ -166,6 +184,7 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
             }
             Err(error) => {
                 planned_s.push(None);
+                not_planned.insert(idx, first_message(&error));
                 why_not.get_or_insert(error);
             }
         }
@@ -178,6 +197,7 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
         choice: Some(Choice {
             candidates,
             planned_s,
+            not_planned,
             chosen,
         }),
         ..session

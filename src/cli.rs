@@ -9,6 +9,7 @@ mod compile;
 mod corpus;
 mod decode;
 mod diff;
+mod evidence;
 mod explain;
 mod export;
 mod fmt;

@@ -21,12 +21,14 @@ use meshweave_compiler::resolve::{
 };
 use meshweave_compiler::simplify::{self, simplify};
 use meshweave_dsl::cluster::Cluster;
-use meshweave_dsl::diagnostics::{Class, Diagnostic, Severity, Sources};
+use meshweave_dsl::diagnostics::{Class, Diagnostic, Severity, Sources, Span};
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::verify::verify_global;
+use meshweave_dsl::name::Axis;
 use meshweave_dsl::pipeline::{OpPart, PipelinePlan};
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::Program;
+use meshweave_dsl::weave::ast::{Arg, Name, Statement};
 use meshweave_dsl::weave::{self, Document};
 use meshweave_dsl::weights::WeightMap;
 
@@ -260,6 +262,7 @@ impl Session {
             batch: "batch".into(),
             parts: stages.parts.clone(),
             schedule: pipeline.schedule.clone(),
+            lowered: pipeline.lowered.clone(),
         })
     }
 
@@ -274,10 +277,44 @@ impl Session {
         options: &CompileOptions,
     ) -> Result<Compiled> {
         let cluster = &self.request.cluster;
-        match self.pipeline(model, plan) {
-            Some(pipeline) => compile_pipeline(&model.graph, plan, &pipeline, cluster, options),
-            None => compile(&model.graph, plan, cluster, options),
-        }
+        let mut compiled = match self.pipeline(model, plan) {
+            Some(pipeline) => compile_pipeline(&model.graph, plan, &pipeline, cluster, options)?,
+            None => compile(&model.graph, plan, cluster, options)?,
+        };
+        let axes = compiled.program.mesh.axes().iter();
+        let said = axes.map(|(axis, _)| (axis.clone(), self.statements_of(axis)));
+        compiled.program.statements = said.filter(|(_, said)| !said.is_empty()).collect();
+        Ok(compiled)
+    }
+
+    /// The document's statements about an axis, with their places: meshes, tactics, pipelines.
+    fn statements_of(&self, axis: &Axis) -> Vec<String> {
+        // Of two meshes over the same ranks, an axis of their common refinement is a part of each.
+        let is_part = |name: &Name| axis.as_str().split('_').any(|part| part == name.as_str());
+        let concerns = |statement: &Statement| match statement {
+            Statement::Mesh(mesh) => mesh.axes.iter().any(|own| is_part(&own.node.name)),
+            Statement::Pipeline(block) => is_part(&block.over.node.axis),
+            Statement::Apply(apply) => apply.args.iter().any(|arg| match arg.node.known() {
+                Some(Arg::Axis(over)) => is_part(&over.axis),
+                _ => false,
+            }),
+            _ => false,
+        };
+        let statements = self.document.statements();
+        let found = statements.filter(|statement| concerns(&statement.node));
+        found
+            .filter_map(|statement| self.named(statement.span))
+            .collect()
+    }
+
+    /// The first line of a statement, with its place.
+    fn named(&self, span: Span) -> Option<String> {
+        let source = self.sources.get(span.source)?;
+        let text = self.sources.snippet(span).lines().next()?;
+        let text = text.trim_end_matches(['{', ' ']);
+        let file = Path::new(&source.name).file_name()?.to_string_lossy();
+        let (line, _) = source.position(span.start);
+        (!text.is_empty()).then(|| format!("`{text}` ({file}:{line})"))
     }
 
     /// The program of a plan without code, and its local graphs where there is one a rank.

@@ -1,6 +1,8 @@
 //! Pipeline schedules in execution against the oracle: losses, every gradient and the moments after
 //! a step are those of the serial model on the whole batch.
 
+mod documents;
+
 use crate::support::plans;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -12,8 +14,8 @@ use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
 use meshweave_compiler::partition::Keep;
 use meshweave_compiler::pipeline::{assign, cut_evenly, scale_loss, slice_sequences};
 use meshweave_compiler::schedule::{
-    Builtin, Cause, Costs, Placement, SearchOptions, Shape, Stages, build, definitions,
-    from_definition, search,
+    Builtin, Cause, Costs, Lowering, Placement, SearchOptions, Shape, Stages, build, definitions,
+    from_definition, lower, search,
 };
 use meshweave_compiler::show::{ReportInput, report};
 use meshweave_dsl::cluster::{Cluster, Host};
@@ -115,7 +117,14 @@ impl Case {
 
     /// Runs a step of the schedule on a mesh (its axis `pp` is the pipeline) and compares.
     fn check(&self, schedule: &Schedule, axes: &[(&str, usize)]) -> Vec<String> {
-        let mut session = self.start(schedule, axes);
+        let failures = self.compare(self.start(schedule, axes)).into_iter();
+        failures
+            .map(|failure| format!("{} on {axes:?}: {failure}", schedule.name))
+            .collect()
+    }
+
+    /// Runs a step and compares.
+    fn compare(&self, mut session: Session) -> Vec<String> {
         session.step().unwrap();
         let mut failures = Vec::new();
         let loss = session.loss().unwrap();
@@ -145,9 +154,6 @@ impl Case {
             compare(name, value);
         }
         failures
-            .into_iter()
-            .map(|failure| format!("{} on {axes:?}: {failure}", schedule.name))
-            .collect()
     }
 
     fn compile(&self, schedule: &Schedule, axes: &[(&str, usize)]) -> Result<Compiled, Error> {
@@ -177,6 +183,7 @@ impl Case {
             batch: "batch".into(),
             parts: assign(&graph, &origins, &stages, &sliced.slice_of).unwrap(),
             schedule: schedule.clone(),
+            lowered: None,
         };
         let preferences: &[(&str, &[&str])] = &[
             ("dp", &["batch"]),
@@ -396,6 +403,44 @@ fn memory_follows_the_schedule() {
     assert!(half[0] > gpipe[0] / 2, "{half:?} {gpipe:?}");
 }
 
+/// Between its forward and its backward, what a microbatch left rests outside of the arena.
+#[test]
+fn offloaded_activations_come_back() {
+    let case = Case::new(4, 8, false);
+    for (builtin, axes) in [
+        (Builtin::GPipe, vec![("pp", 2)]),
+        (Builtin::OneFOneB, vec![("pp", 2), ("dp", 2)]),
+        (Builtin::Interleaved, vec![("pp", 2), ("tp", 2)]),
+        (Builtin::ZbV, vec![("pp", 2)]),
+        (Builtin::DualPipe, vec![("pp", 2)]),
+        (Builtin::Seq1f1b, vec![("pp", 2)]),
+    ] {
+        let schedule = built_in(builtin, 2, 4);
+        let lowering = Lowering {
+            offloaded_stages: (0..schedule.stage_rank.len() as u32).collect(),
+            ..Lowering::default()
+        };
+        let divided = |lowered| {
+            let mut divided = case.divide(&schedule, &axes, &Optimizer::GOLDEN_ADAMW);
+            divided.pipeline.lowered = lowered;
+            case.session(divided.compile().unwrap())
+        };
+        let stays = divided(None).arena_bytes();
+        let session = divided(Some(lower(&schedule, &lowering).unwrap()));
+        let leaves = session.arena_bytes();
+        let parked = session.program().channels.iter();
+        assert!(parked.clone().any(|channel| channel.from == channel.to));
+        if builtin == Builtin::GPipe {
+            // All four microbatches of both stages wait for the first backward.
+            assert!(
+                leaves[0] < stays[0] && leaves[1] < stays[1],
+                "{leaves:?} {stays:?}"
+            );
+        }
+        assert_eq!(case.compare(session), Vec::<String>::new(), "{builtin:?}");
+    }
+}
+
 #[test]
 fn what_cannot_be_executed_is_refused() {
     let case = Case::new(2, 8, false);
@@ -581,212 +626,6 @@ fn the_example_gives_the_losses_of_one_device() {
         found.sort_unstable();
         assert_eq!(found, sorted);
     }
-}
-
-/// A step of the golden model on virtual devices.
-fn golden_document(n_devices: usize, mesh: &str, block: &str, apply: &str) -> String {
-    format!(
-        "plan \"golden\" model tiny cluster \"local:{n_devices}\"\n\
-         train batch 8 seq 64 steps 1 optimizer adamw\n\
-         data golden\ninit golden\nmodel tiny = golden {{\n  size tiny\n}}\nmesh main = {mesh}\n\
-         pipeline main.pp {{\n{block}\n}}\n{apply}\n"
-    )
-}
-
-fn open(text: &str) -> Result<meshweave::session::Session, Error> {
-    let base = std::path::Path::new(".");
-    meshweave::session::Session::from_text("golden.weave", text, base, None)
-}
-
-/// Runs a step as the planner divides it.
-fn first_loss(case: &Case, session: &meshweave::session::Session) -> Result<f64, Error> {
-    let model = session.model()?;
-    let solution = session.plan(&model)?;
-    let compiled = session.compile(&model, &solution.plan, &CompileOptions::default())?;
-    let kernels = artifact::load_kernels(&compiled.program, &compiled.kernels).unwrap();
-    let mut execution =
-        Session::new(compiled.program, kernels, &SessionOptions::default()).unwrap();
-    case.give(&mut execution);
-    execution.step().unwrap();
-    Ok(execution.loss().unwrap())
-}
-
-/// Any schedule in any nesting of the mesh, with ZeRO, tensor and sequence parallelism within the
-/// stages, as the planner divides them.
-#[test]
-fn documents_nest_schedules_in_every_mesh() {
-    let case = Case::new(2, 8, false);
-    let mut failures = Vec::new();
-    let all: Vec<Builtin> = executable().collect();
-    let mut schedules = all.into_iter().cycle();
-    for (n_devices, mesh, apply) in [
-        (4, "pp:2 > dp:2", "apply dp(dp)"),
-        (4, "dp:2 > pp:2", "apply dp(dp)"),
-        (4, "pp:2 > tp:2", "apply megatron(tp)"),
-        (4, "tp:2 > pp:2", "apply megatron(tp)"),
-        (4, "pp:2 > tp:2", "apply megatron(tp)\napply sp(tp)"),
-        (4, "pp:2 > dp:2", "apply zero(1, dp)"),
-        (4, "pp:2 > dp:2", "apply zero(2, dp)"),
-        (4, "dp:2 > pp:2", "apply zero(3, dp)"),
-        (
-            8,
-            "dp:2 > pp:2 > tp:2",
-            "apply zero(1, dp)\napply megatron(tp)",
-        ),
-    ] {
-        let mut names: Vec<&str> = (0..2)
-            .filter_map(|_| schedules.next())
-            .map(Builtin::name)
-            .collect();
-        // What failed once: its input gradients pass with partial sums.
-        if !names.contains(&"zb-v") {
-            names.push("zb-v");
-        }
-        for name in names {
-            let builtin = Builtin::find(name).unwrap();
-            let slices = if builtin.is_sliced() {
-                "\n  slices 2"
-            } else {
-                ""
-            };
-            let block = format!("  schedule {name}\n  microbatches 4{slices}");
-            let text = golden_document(n_devices, mesh, &block, apply);
-            match open(&text).and_then(|session| first_loss(&case, &session)) {
-                Ok(loss) if (loss - case.truth.loss()).abs() < TOLERANCE * loss => {}
-                Ok(loss) => failures.push(format!("{name} on {mesh}, {apply}: loss {loss}")),
-                Err(error) => failures.push(format!("{name} on {mesh}, {apply}: {error}")),
-            }
-        }
-    }
-    assert!(failures.is_empty(), "{}", failures.join("\n"));
-}
-
-/// Stages on ranks of one's choice, and stages without work where that is asked for.
-#[test]
-fn stages_lie_where_they_are_put() {
-    let case = Case::new(2, 8, false);
-    let keys = "schedule mine = key F:(0,mb,s) B:(1,mb,-s)\napply dp(dp)";
-    let empty = "  cut before layers[1], layers[1], final\n  schedule interleaved\n  chunks 2\n  microbatches 4";
-    for (block, apply, stage_rank) in [
-        (
-            "  schedule zb-h1\n  ranks (1,0)\n  microbatches 4",
-            "apply dp(dp)",
-            vec![1, 0],
-        ),
-        (
-            "  schedule mine\n  ranks (0,1,1,0)\n  microbatches 4",
-            keys,
-            vec![0, 1, 1, 0],
-        ),
-        (
-            &format!("{empty}\n  empty stages"),
-            "apply dp(dp)",
-            vec![0, 1, 0, 1],
-        ),
-    ] {
-        let session = open(&golden_document(4, "pp:2 > dp:2", block, apply)).unwrap();
-        let schedule = &session.request.pipeline.as_ref().unwrap().schedule;
-        assert_eq!(schedule.stage_rank, stage_rank);
-        let loss = first_loss(&case, &session).unwrap();
-        assert!(
-            (loss - case.truth.loss()).abs() < TOLERANCE * loss,
-            "{block}: {loss}"
-        );
-    }
-    let refused = open(&golden_document(4, "pp:2 > dp:2", empty, "apply dp(dp)"));
-    let error = refused
-        .and_then(|session| session.model())
-        .map(|_| ())
-        .unwrap_err();
-    let message = &error.diagnostics[0].message;
-    assert!(message.contains("add `empty stages`"), "{message}");
-    let block = "  schedule zb-v\n  ranks (0,1,0,1)\n  microbatches 4";
-    let error = open(&golden_document(4, "pp:2 > dp:2", block, ""))
-        .map(|_| ())
-        .unwrap_err();
-    let message = &error.diagnostics[0].message;
-    assert!(message.contains("stages 1 and 2 on one rank"), "{message}");
-}
-
-/// What the search finds for uneven stages runs as any schedule does.
-#[test]
-fn searched_schedules_run() {
-    let case = Case::new(2, 8, false);
-    let stages = [(Placement::Loop, 1), (Placement::V, 2)].map(|(placement, n_chunks)| {
-        let mut costs = Costs::even(2, 2 * n_chunks, 1.0, 1.4, 0.8);
-        costs.stages[0].forward_s *= 0.6;
-        Stages {
-            placement,
-            n_chunks,
-            costs,
-        }
-    });
-    let options = SearchOptions {
-        memory_limit_bytes: Some(2.0),
-        max_actions: 100_000,
-        ..SearchOptions::new(2, 8)
-    };
-    let found = search(&stages, &options).unwrap();
-    assert_eq!(
-        case.check(&found.schedule, &[("pp", 2)]),
-        Vec::<String>::new()
-    );
-}
-
-/// What a document leaves open of its pipeline is chosen, run, and written into it.
-#[test]
-fn open_pipelines_are_chosen_and_run() {
-    let document = |mesh: &str, block: &str| golden_document(4, mesh, block, "apply dp(dp)");
-    let case = Case::new(2, 8, false);
-    for (mesh, block) in [
-        (
-            "pp:auto > dp:rest",
-            "  chunks auto\n  schedule auto\n  microbatches auto",
-        ),
-        (
-            "pp:2 > dp:2",
-            "  schedule auto{gpipe, zb-v, dualpipe}\n  microbatches auto{2, 4}",
-        ),
-    ] {
-        let session = open(&document(mesh, block)).unwrap();
-        let choice = session.choice.as_ref().unwrap();
-        let step_s = |idx: usize| choice.planned_s[idx].unwrap();
-        let best = step_s(choice.chosen);
-        assert!(
-            choice
-                .planned_s
-                .iter()
-                .flatten()
-                .all(|other| best <= *other)
-        );
-        let model = session.model().unwrap();
-        let solution = session.plan(&model).unwrap();
-        let (program, _) = session.outline(&model, &solution.plan).unwrap();
-        let again_s = meshweave::report::predicted_timeline(&program).step_s();
-        assert_eq!(
-            again_s, best,
-            "the plan that was compared is the one that runs"
-        );
-        let loss = first_loss(&case, &session).unwrap();
-        assert!(
-            (loss - case.truth.loss()).abs() < TOLERANCE * loss,
-            "{loss}"
-        );
-        // The plan's text leaves nothing open and gives the same program.
-        let text = session.plan_text(&model, &solution);
-        assert!(
-            text.contains("microbatches auto") && text.contains(":= "),
-            "{text}"
-        );
-        let replayed = open(&text).unwrap();
-        assert!(replayed.choice.is_none());
-        assert_eq!(
-            replayed.request.pipeline.as_ref().unwrap().schedule,
-            session.request.pipeline.as_ref().unwrap().schedule
-        );
-    }
-    let refused = open(&document("pp:4", "  schedule zb-v\n  microbatches auto{3}"));
-    assert!(refused.is_err());
 }
 
 /// Everything in the report of the example is of the whole step on all ranks.

@@ -162,11 +162,69 @@ fn a_rank_that_stops_is_named_and_the_run_goes_on_from_its_checkpoint() {
         let error = json(&output)["error"].to_string();
         assert_eq!(output.status.code(), Some(4), "{error}");
         assert!(error.contains(named), "{drill}: {error}");
+        if !drill.ends_with("diverge") {
+            // The statements of the document about the axes of the call, with their lines.
+            assert!(
+                error.contains("mesh main = dp:2 > tp:2` (tp2-dp2.weave:8)"),
+                "{error}"
+            );
+        }
         let resumed = losses(&[&common[..], &["--steps", "3", "--resume", &kept]].concat());
         // The checkpoint of step 3 was perhaps still being written.
         let goes_on = (2..=3).any(|step| resumed == whole[step..step + 3]);
         assert!(goes_on, "{drill}: {resumed:?} of {whole:?}");
     }
+}
+
+/// What needs the document is done by the process that started the job.
+#[test]
+fn processes_are_verified_and_reported() {
+    if !has_mpi() {
+        return;
+    }
+    let case = Case::new();
+    case.compile("pp2-dp2", 4, "", PP_DP);
+    let document = case.text("pp2-dp2.weave");
+    let (report, cluster) = (case.text("report.html"), case.text("measured.weave"));
+    let args = [
+        "run",
+        &document,
+        "--backend",
+        "mpi",
+        "--steps",
+        "3",
+        "--verify",
+        "--report",
+        &report,
+        "--calibrate",
+        &cluster,
+    ];
+    let output = run(&args);
+    let result = json(&output);
+    assert!(output.status.success(), "{result}");
+    assert_eq!(
+        losses_of(&output),
+        losses(&["run", &document, "--steps", "3"])
+    );
+    let errors = result["errors"].as_object().unwrap();
+    assert!(errors.len() > 10, "{result}");
+    for (name, error) in errors {
+        assert!(error.as_f64().unwrap() < 1e-4, "{name}: {error}");
+    }
+    assert!(
+        std::fs::read_to_string(&report)
+            .unwrap()
+            .contains("measured")
+    );
+    assert!(
+        std::fs::read_to_string(&cluster)
+            .unwrap()
+            .contains("cluster")
+    );
+    let artifact = case.text("pp2-dp2");
+    let output = run(&["run", &artifact, "--backend", "mpi", "--verify"]);
+    let error = json(&output)["error"].to_string();
+    assert!(error.contains("needs the document"), "{error}");
 }
 
 #[test]

@@ -103,6 +103,7 @@ pub fn lower(
         outputs: site.outputs(partition)?,
         kernels: lowered.symbols,
         channels: Vec::new(),
+        statements: BTreeMap::new(),
         ranks: lowered.ranks,
     };
     Ok(Lowered {

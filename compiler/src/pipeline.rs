@@ -169,6 +169,16 @@ fn check(graph: &Graph, plan: &Plan, pipeline: &PipelinePlan) -> Result<()> {
         )));
     }
     schedule::check(schedule).map_err(|error| PipelineError::Invalid(error.to_string()))?;
+    if let Some(lowered) = &pipeline.lowered {
+        schedule::check_lowered(lowered)
+            .map_err(|error| PipelineError::Invalid(error.to_string()))?;
+        if lowered.schedule != *schedule {
+            return Err(PipelineError::Invalid(format!(
+                "the memory actions are those of schedule `{}`, and `{}` is to run",
+                lowered.schedule.name, schedule.name
+            )));
+        }
+    }
     let n_slices = parts.iter().map(|part| part.slice + 1).max().unwrap_or(1);
     if n_slices != schedule.n_slices {
         return Err(PipelineError::Invalid(format!(

@@ -41,8 +41,8 @@ pub use builtin::{Builtin, Placement, Shape, build};
 pub use check::check;
 pub use closed_form::{ClosedForm, Exactness, RankCosts, closed_form, pair_s};
 pub use deadlock::check_lowered;
-pub use definition::{definitions, from_definition};
-pub use device::{CommandCosts, DeviceRun, WaitFor, run_devices};
+pub use definition::{definitions, from_definition, lowered_definition};
+pub use device::{CommandCosts, DeviceRun, WaitFor, run_devices, run_queues};
 pub use draw::{Terminal, legend, memory_curves, terminal};
 pub use exact::{Optimum, optimum};
 pub use keys::from_keys;
@@ -55,7 +55,7 @@ pub use simulate::{
     steady_step_s,
 };
 pub use stages::{LayerCosts, PartitionOptions, StagePartition, partition_layers};
-pub use streams::streams;
+pub use streams::{check_streams, streams};
 pub use table::{TableRow, Verdict, table};
 
 use meshweave_dsl::schedule::ScheduleError;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::Mesh;
 use crate::name::{Axis, Dim};
-use crate::schedule::Schedule;
+use crate::schedule::{Lowered, Schedule};
 
 /// When an op of a training graph runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -48,6 +48,10 @@ pub struct PipelinePlan {
     /// One part per op of the microbatch's graph, in its order.
     pub parts: Vec<OpPart>,
     pub schedule: Schedule,
+    /// The schedule with its memory actions, where they are written: activations rest outside of the
+    /// arena between `OFFLOAD` and `PREFETCH`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lowered: Option<Lowered>,
 }
 
 impl PipelinePlan {
@@ -83,6 +87,7 @@ mod tests {
             batch: "batch".into(),
             parts: Vec::new(),
             schedule: Schedule::new("none", 0, Vec::new(), Vec::new()),
+            lowered: None,
         };
         let outer = plan([("pp", 2), ("dp", 2), ("tp", 3)]);
         assert_eq!(outer.rank(1, 4), 10);

@@ -5,11 +5,13 @@
 //! alive together or when one is a view of the other; collectives of a group stand in the same order
 //! on all its ranks; a channel's messages are received in the order in which they are sent.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::graph::{Role, TensorType};
 use crate::layout::{Interval, Layout, Mesh};
-use crate::name::Dim;
+use crate::name::{Axis, Dim};
 use crate::op::{AttentionDims, OpKind};
 
 /// Version of the program form; an artifact of another version is refused.
@@ -51,6 +53,10 @@ pub struct Program {
     /// The ways of messages between ranks, one for each pair and direction in use.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub channels: Vec<Channel>,
+    /// Of the document's statements those about each axis of the mesh, with their places, such as
+    /// "`mesh main = dp:2` (plan.weave:5)": for messages.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub statements: BTreeMap<Axis, Vec<String>>,
     pub ranks: Vec<RankProgram>,
 }
 

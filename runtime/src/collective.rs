@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use meshweave_dsl::layout::ReduceKind;
+use meshweave_dsl::name::Axis;
 use meshweave_dsl::program::{Action, Program};
 
 use crate::error::{Error, Result};
@@ -304,25 +305,47 @@ pub(crate) fn describe(call: &str, program: Option<&Program>, rank: usize, place
     if let Some(span) = spans.find(|span| span.first <= instruction_idx) {
         text += &format!(", action {}", span.label);
     }
-    if let Action::Collective { op, .. } = &instruction.action
-        && let Some(group) = op.group()
-    {
-        let coordinate = |rank, axis| program.mesh.coordinate(rank, axis);
-        let axes: Vec<String> = (program.mesh.axes().iter())
-            .filter(|(axis, _)| {
-                let first = coordinate(group.ranks[0], axis);
-                group
-                    .ranks
-                    .iter()
-                    .any(|other| coordinate(*other, axis) != first)
-            })
+    let ranks = match &instruction.action {
+        Action::Collective { op, .. } => op.group().map(|group| group.ranks.clone()),
+        Action::Send { to: peer, .. } | Action::Recv { from: peer, .. } => Some(vec![rank, *peer]),
+        _ => None,
+    };
+    let axes = axes_of(program, &ranks.unwrap_or_default());
+    if !axes.is_empty() {
+        let names: Vec<String> = axes
+            .iter()
             .map(|(axis, degree)| format!("{axis}:{degree}"))
             .collect();
-        if !axes.is_empty() {
-            text += &format!(", over {} of the plan's mesh", axes.join(" and "));
+        text += &format!(", over {} of the plan's mesh", names.join(" and "));
+        let mut statements: Vec<&str> = Vec::new();
+        for said in axes
+            .iter()
+            .filter_map(|(axis, _)| program.statements.get(axis))
+        {
+            for statement in said {
+                if !statements.contains(&statement.as_str()) {
+                    statements.push(statement);
+                }
+            }
+        }
+        if !statements.is_empty() {
+            text += &format!(": {}", statements.join(", "));
         }
     }
     text + ")"
+}
+
+/// The axes of the plan's mesh that a group lies along, with their degrees.
+fn axes_of<'a>(program: &'a Program, ranks: &[usize]) -> Vec<(&'a Axis, usize)> {
+    let axes = program.mesh.axes().iter();
+    let lies_along = |axis: &Axis| {
+        let along = |rank: &usize| program.mesh.coordinate(*rank, axis);
+        let first = ranks.first().map(along);
+        ranks.iter().any(|other| Some(along(other)) != first)
+    };
+    axes.filter(|(axis, _)| lies_along(axis))
+        .map(|(axis, degree)| (axis, *degree))
+        .collect()
 }
 
 /// The reduction of two elements that is folded over a group.

@@ -26,6 +26,8 @@ pub(super) struct Job<'a> {
     /// As the launcher writes them: `a:4,b:4`.
     pub(super) hosts: Option<&'a str>,
     pub(super) flags: &'a JobArgs,
+    /// Further arguments of the workers.
+    pub(super) more: &'a [OsString],
 }
 
 /// Runs the workers to their end; the exit code of the job when it is not 0.
@@ -68,7 +70,8 @@ pub(super) fn launch(job: &Job<'_>, format: Format) -> Result<Option<u8>> {
     command
         .arg("worker")
         .arg(job.artifact)
-        .args(job.flags.to_args());
+        .args(job.flags.to_args())
+        .args(job.more);
     signals::heed();
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().map_err(absent)?;

@@ -10,6 +10,7 @@ use meshweave_compiler::resolve::Request;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
 use meshweave_runtime::executor::GpuUse;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::Format;
@@ -18,8 +19,8 @@ use super::rebalance::Rebalanced;
 use super::render::{bytes, seconds, sparkline};
 use crate::report::predicted_timeline;
 
-/// What a run measured.
-#[derive(Default)]
+/// What a run measured. What is not skipped goes from the processes of a job to the one that started it.
+#[derive(Default, Serialize, Deserialize)]
 pub(super) struct Outcome {
     pub(super) losses: Vec<f64>,
     /// Wall seconds of every step.
@@ -28,16 +29,20 @@ pub(super) struct Outcome {
     /// Bytes of tokens that every step dispatched to experts of other devices and brought back.
     pub(super) dispatched_bytes: Vec<u64>,
     /// Experts moved between steps, where it was asked for.
+    #[serde(skip)]
     pub(super) rebalanced: Option<Rebalanced>,
     /// A signal ended the run before its last step.
     pub(super) ended_early: bool,
     /// Bytes allocated for each rank's arena.
     pub(super) arena_bytes: Vec<usize>,
     /// How the GPU was used, where the ranks were on one.
+    #[serde(skip)]
     pub(super) gpu: Option<GpuUse>,
     /// Errors of the first step against the serial interpreter, by tensor, where it was asked for.
+    #[serde(skip)]
     pub(super) errors: Option<BTreeMap<String, f64>>,
     /// What that timeline says of the cluster, where it was asked for.
+    #[serde(skip)]
     pub(super) calibrated: Option<Calibrated>,
 }
 

@@ -1,6 +1,6 @@
 //! `meshweave run`.
 
-use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +11,6 @@ use meshweave_compiler::show::{perfetto, report};
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
-use meshweave_runtime::data::DataSource;
 use meshweave_runtime::device::cuda::{Cuda, Precision};
 use meshweave_runtime::executor::{Session as Execution, SessionOptions};
 use meshweave_runtime::pretrained::Pretrained;
@@ -19,13 +18,14 @@ use meshweave_runtime::tensor::{Elements, HostTensor};
 use meshweave_runtime::{artifact, signals};
 
 use super::calibrate::{Origin, calibrated};
+use super::evidence::Evidence;
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
 use super::placed::Relabeling;
 use super::rebalance::{Rebalancer, Rhythm};
 use super::render::{plan_summary, seconds};
 use super::routes::{self, Recorder};
-use super::train::{Progress, Training, data_source, give_batch};
+use super::train::{Progress, Training, data_source};
 use super::{Format, launch, runtime_error, write_atomically};
 use crate::compile::{CompileOptions, Compiled, target_features};
 use crate::error::{Error, Result};
@@ -155,8 +155,10 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
         relabeling.apply(&mut prepared.execution)?;
     }
     let mut outcome = Outcome::default();
-    if args.verify {
-        outcome.errors = Some(verify(&mut prepared, training.data(), &mut outcome)?);
+    if let Some(origin) = prepared.origin.as_ref().filter(|_| args.verify) {
+        let data = training.data();
+        let evidence = Evidence::take(&mut prepared.execution, data, &mut outcome)?;
+        outcome.errors = Some(evidence.errors(origin.model.whole())?);
         if let Some(recorder) = &mut prepared.routes {
             recorder.record(&prepared.execution)?;
         }
@@ -183,11 +185,43 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
         relabeling.undo(&mut prepared.execution)?;
     }
     training.end(&prepared.execution, &args.job)?;
-    write_pictures(args, &prepared, &outcome)?;
-    if let (Some(path), Some(origin), Some(timeline)) =
-        (&args.calibrate, &prepared.origin, &outcome.timeline)
+    let program = prepared.execution.program();
+    if let Some(path) = &args.job.trace {
+        let timelines: Vec<Timeline> = std::iter::once(predicted_timeline(program))
+            .chain(outcome.timeline.clone())
+            .collect();
+        let text = perfetto(&timelines, Some(program)).to_string();
+        write_atomically(path, text.as_bytes())?;
+    }
+    conclude(args, prepared.origin.as_ref(), program, outcome, format)
+}
+
+/// What follows the steps of a run: its report, its calibration, its figures.
+fn conclude(
+    args: &RunArgs,
+    origin: Option<&Origin>,
+    program: &Program,
+    mut outcome: Outcome,
+    format: Format,
+) -> Result<()> {
+    if let (Some(path), Some(origin)) = (&args.report, origin) {
+        let shown = Shown {
+            session: &origin.session,
+            model: &origin.model,
+            solution: &origin.solution,
+            program,
+        };
+        let input = report_input(
+            &shown,
+            origin.locals.first().cloned(),
+            outcome.timeline.clone(),
+            outcome.losses.clone(),
+        )?;
+        write_atomically(path, report(&input).as_bytes())?;
+    }
+    if let (Some(path), Some(origin), Some(timeline)) = (&args.calibrate, origin, &outcome.timeline)
     {
-        let found = calibrated(origin, prepared.execution.program(), timeline)?;
+        let found = calibrated(origin, program, timeline)?;
         found.write(path)?;
         outcome.calibrated = Some(found);
     }
@@ -197,15 +231,8 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
         save: args.job.save.as_ref(),
         calibrate: args.calibrate.as_ref(),
     };
-    let origin = prepared.origin.as_ref();
     let request = origin.map(|origin| &origin.session.request);
-    print(
-        prepared.execution.program(),
-        &outcome,
-        request,
-        &written,
-        format,
-    );
+    print(program, &outcome, request, &written, format);
     Ok(())
 }
 
@@ -235,9 +262,6 @@ fn start(folder: &Path, gpu: Option<Cuda>, options: &SessionOptions) -> Result<E
 /// Runs every rank as a process of its own, started by MPI's launcher.
 fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
     for (given, flag) in [
-        (args.report.is_some(), "--report"),
-        (args.verify, "--verify"),
-        (args.calibrate.is_some(), "--calibrate"),
         (args.routes.is_some(), "--routes"),
         (args.placement.is_some(), "--placement"),
         (args.rebalance.is_some(), "--rebalance"),
@@ -249,7 +273,9 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
     }
     let mut flags = args.job.clone();
     let folder = temporary_folder()?;
+    let mut origin = None;
     let artifact = if args.input.is_dir() {
+        needs_document(args)?;
         args.input.clone()
     } else {
         let path = args
@@ -269,8 +295,23 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
                 Init::Load(path) => Some(path.display().to_string()),
             };
         }
+        origin = Some(made.origin);
         path
     };
+    // What the document is needed for is done here, from what the processes leave beside the artifact.
+    let beside = |what: &str| {
+        let mut path = artifact.clone().into_os_string();
+        path.push(what);
+        PathBuf::from(path)
+    };
+    let (outcome, evidence) = (beside(".outcome"), beside(".evidence"));
+    let mut more: Vec<OsString> = Vec::new();
+    if origin.is_some() {
+        more.extend(["--outcome".into(), outcome.clone().into_os_string()]);
+    }
+    if args.verify {
+        more.extend(["--evidence".into(), evidence.clone().into_os_string()]);
+    }
     let program = if args.job.gpu {
         artifact::load_gpu(&artifact).map_err(runtime_error)?.0
     } else {
@@ -282,14 +323,41 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
         n_ranks: program.ranks.len(),
         hosts: args.hosts.as_deref(),
         flags: &flags,
+        more: &more,
     };
     let code = launch::launch(&job, format)?;
-    drop(folder);
-    match code {
-        None => Ok(()),
+    if let Some(code) = code {
         // The workers have said why.
-        Some(code) => std::process::exit(i32::from(code)),
+        drop(folder);
+        std::process::exit(i32::from(code));
     }
+    let Some(origin) = &origin else {
+        return Ok(());
+    };
+    let mut measured = measured(&outcome)?;
+    if args.verify {
+        let whole = origin.model.whole();
+        measured.errors = Some(Evidence::read(&evidence, whole)?.errors(whole)?);
+    }
+    for path in [outcome, evidence] {
+        // Beside an artifact that is kept, these are not.
+        let _ = std::fs::remove_file(path);
+    }
+    conclude(args, Some(origin), &program, measured, format)
+}
+
+/// What the processes of a job measured.
+fn measured(path: &Path) -> Result<Outcome> {
+    let unreadable = |error: String| {
+        let message = format!(
+            "the processes ended well, and what they measured cannot be read in {}: {error}",
+            path.display()
+        );
+        Error::plain(Class::Exhausted, message)
+            .help("give an `--artifact` folder that all hosts see at the same path")
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| unreadable(error.to_string()))?;
+    serde_json::from_str(&text).map_err(|error| unreadable(error.to_string()))
 }
 
 /// `-n`, where it is given, is the number of the plan's ranks.
@@ -305,7 +373,8 @@ fn check_ranks(args: &RunArgs, program: &Program) -> Result<()> {
     }
 }
 
-fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
+/// An artifact lacks what some flags ask for.
+fn needs_document(args: &RunArgs) -> Result<()> {
     for (given, flag) in [
         (args.report.is_some(), "--report"),
         (args.verify, "--verify"),
@@ -323,6 +392,11 @@ fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
             .help("run the .weave document instead"));
         }
     }
+    Ok(())
+}
+
+fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
+    needs_document(args)?;
     let init = args.job.init()?.unwrap_or(Init::Golden);
     Ok(Prepared {
         execution: start(&args.input, gpu, &options(args, &init))?,
@@ -535,91 +609,4 @@ fn initialize(prepared: &mut Prepared) -> Result<()> {
             Ok(())
         }
     }
-}
-
-/// Runs the first step and compares it with the serial interpreter: relative error of the loss and
-/// of every gradient, by name.
-fn verify(
-    prepared: &mut Prepared,
-    data: &DataSource,
-    outcome: &mut Outcome,
-) -> Result<BTreeMap<String, f64>> {
-    use meshweave_runtime::reference::{Stepper, Value};
-    let Some(origin) = &prepared.origin else {
-        return Ok(BTreeMap::new());
-    };
-    let graph = origin.model.whole();
-    let reference =
-        |error: meshweave_runtime::reference::ReferenceError| Error::plain(Class::Internal, error);
-    let as_value = |tensor: HostTensor| {
-        let elements = match tensor.elements() {
-            Elements::F32(elements) => elements.iter().map(|x| f64::from(*x)).collect(),
-            Elements::I32(elements) => elements.iter().map(|x| f64::from(*x)).collect(),
-        };
-        Value::new(tensor.ty().clone(), elements).map_err(reference)
-    };
-    let mut stepper = Stepper::new(graph).map_err(reference)?;
-    for id in graph.params() {
-        let value = prepared
-            .execution
-            .get(&graph.tensor(id).name)
-            .map_err(runtime_error)?;
-        stepper.set(id, as_value(value)?);
-    }
-    give_batch(&mut prepared.execution, data, 0)?;
-    let mut inputs = BTreeMap::new();
-    for name in ["tokens", "targets"] {
-        if let Some(id) = graph.find(name) {
-            inputs.insert(
-                id,
-                as_value(prepared.execution.get(name).map_err(runtime_error)?)?,
-            );
-        }
-    }
-    let truth = stepper.step(&inputs).map_err(reference)?;
-    prepared.execution.step().map_err(runtime_error)?;
-    outcome.losses.extend(prepared.execution.loss().ok());
-    let mut errors = BTreeMap::new();
-    for (output, expected) in graph.outputs.iter().zip(&truth.outputs) {
-        let name = &graph.tensor(*output).name;
-        let got = as_value(prepared.execution.get(name).map_err(runtime_error)?)?;
-        errors.insert(name.clone(), got.relative_error(expected));
-    }
-    for (param, gradient) in &graph.gradients {
-        let name = &graph.tensor(*gradient).name;
-        let got = as_value(prepared.execution.get(name).map_err(runtime_error)?)?;
-        if let Some(expected) = truth.gradients.get(param) {
-            errors.insert(name.clone(), got.relative_error(expected));
-        }
-    }
-    Ok(errors)
-}
-
-fn write_pictures(args: &RunArgs, prepared: &Prepared, outcome: &Outcome) -> Result<()> {
-    let program = prepared.execution.program();
-    if let (Some(path), Some(origin)) = (&args.report, &prepared.origin) {
-        let shown = Shown {
-            session: &origin.session,
-            model: &origin.model,
-            solution: &origin.solution,
-            program,
-        };
-        let input = report_input(
-            &shown,
-            origin.locals.first().cloned(),
-            outcome.timeline.clone(),
-            outcome.losses.clone(),
-        )?;
-        write_atomically(path, report(&input).as_bytes())?;
-    }
-    if let Some(path) = &args.job.trace {
-        let timelines: Vec<Timeline> = std::iter::once(predicted_timeline(program))
-            .chain(outcome.timeline.clone())
-            .collect();
-        write_atomically(
-            path,
-            perfetto(&timelines, Some(program)).to_string().as_bytes(),
-        )?;
-    }
-    Ok(())
 }

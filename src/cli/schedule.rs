@@ -10,13 +10,14 @@ use clap::{Args, Subcommand};
 use meshweave_compiler::schedule::{
     self as schedules, Builtin, Costs, Lowering, PipelineError, Placement, SearchOptions, Shape,
     Simulation, Stages, Terminal, Verdict, build, check, check_lowered, check_memory,
-    check_versions, lower, lower_naively, optimum, place, search, simulate, table,
+    check_versions, lower, lower_naively, optimum, place, search, simulate, streams, table,
 };
 use meshweave_compiler::show::{
     ActionGrid, Figure, FigureSource, FigureValue, ReportInput, report,
 };
 use meshweave_dsl::diagnostics::{Class, SourceId};
-use meshweave_dsl::schedule::{Channels, Lowered, Schedule};
+use meshweave_dsl::schedule::{Channels, DeviceStreams, Lowered, Schedule, ScheduleError};
+use meshweave_dsl::weave::Document;
 use serde_json::json;
 
 use self::costs::{CostArgs, three};
@@ -36,10 +37,11 @@ enum ScheduleCommand {
     List,
     /// Simulate a schedule and draw it: ranks down, time across, idle time by cause, memory below.
     Show(ShowArgs),
-    /// Add communication and memory actions, and run the queues of every device.
+    /// Add communication and memory actions, and run the queues of every device; a schedule that has
+    /// them already is run as it stands.
     Lower(LowerArgs),
-    /// Check a schedule in CSV (one line a rank, `2F0` a cell, as PyTorch writes it); with
-    /// communication (`2SEND_F0`) it is checked as it stands.
+    /// Check a schedule in CSV (one line a rank, `2F0` a cell, as PyTorch writes it), or those that a
+    /// document defines; with communication (`2SEND_F0`) they are checked as they stand.
     Check(CheckArgs),
     /// Compare simulated bubble and peak of every built-in schedule with the formulas.
     Table(TableArgs),
@@ -90,11 +92,17 @@ struct ShowArgs {
 
 #[derive(Debug, Args)]
 struct CheckArgs {
-    /// The CSV file.
+    /// The CSV file, or the .weave document.
     file: PathBuf,
-    /// Channel model: blocking, pair, direction, or the depth of buffers.
+    /// Channel model: blocking, pair, direction, or the depth of buffers. Documents say it themselves
+    /// where their schedules have communication.
     #[arg(long, default_value = "direction")]
     channels: String,
+    /// Ranks and microbatches for order keys; rows have theirs.
+    #[arg(long, default_value_t = 4)]
+    ranks: usize,
+    #[arg(long, default_value_t = 8)]
+    microbatches: usize,
     /// Let every rank place its own sends and receives, instead of the sender both.
     #[arg(long)]
     naive: bool,
@@ -259,6 +267,26 @@ fn stem(path: &std::path::Path) -> String {
 
 /// The first schedule that a document defines, with stages where they are placed.
 fn from_document(path: &std::path::Path, shape: &Shape, ranks: &[usize]) -> Result<Schedule> {
+    let document = defining(path)?;
+    let Some(definition) = schedules::definitions(&document).next() else {
+        return Err(no_definition(path));
+    };
+    schedules::from_definition(definition, shape, ranks, folder(path)).map_err(pipeline_error)
+}
+
+fn folder(path: &std::path::Path) -> &std::path::Path {
+    path.parent().unwrap_or(std::path::Path::new("."))
+}
+
+fn no_definition(path: &std::path::Path) -> Error {
+    invalid(format!(
+        "{} defines no schedule; write `schedule mine = key F:(mb,0) B:(mb+P-r,-1)`",
+        path.display()
+    ))
+}
+
+/// A document that parses.
+fn defining(path: &std::path::Path) -> Result<Document> {
     let text = read(path)?;
     let parsed = meshweave_dsl::weave::parse(&text, SourceId(0));
     if !parsed.diagnostics.is_empty() {
@@ -266,14 +294,35 @@ fn from_document(path: &std::path::Path, shape: &Shape, ranks: &[usize]) -> Resu
         sources.add(path.display().to_string(), text);
         return Err(Error::new(parsed.diagnostics, sources));
     }
-    let Some(definition) = schedules::definitions(&parsed.document).next() else {
-        return Err(invalid(format!(
-            "{} defines no schedule; write `schedule mine = key F:(mb,0) B:(mb+P-r,-1)`",
-            path.display()
-        )));
-    };
-    let folder = path.parent().unwrap_or(std::path::Path::new("."));
-    schedules::from_definition(definition, shape, ranks, folder).map_err(pipeline_error)
+    Ok(parsed.document)
+}
+
+/// The first schedule of a file with its communication and memory actions as they are written, and its
+/// queues; none for built-in schedules, and where a file has compute actions only.
+fn written(name: &str, channels: Channels) -> Result<Option<(Lowered, Vec<DeviceStreams>)>> {
+    let path = std::path::Path::new(name);
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("weave") => {
+            let document = defining(path)?;
+            let Some(definition) = schedules::definitions(&document).next() else {
+                return Err(no_definition(path));
+            };
+            schedules::lowered_definition(definition, folder(path)).map_err(pipeline_error)
+        }
+        Some("csv") => {
+            let text = read(path)?;
+            if !Lowered::is_csv(&text) {
+                return Ok(None);
+            }
+            let lowered = Lowered::from_csv(stem(path), &text, channels);
+            let lowered = lowered.map_err(|error| pipeline_error(error.into()))?;
+            check(&lowered.schedule).map_err(pipeline_error)?;
+            check_lowered(&lowered).map_err(pipeline_error)?;
+            let devices = streams(&lowered);
+            Ok(Some((lowered, devices)))
+        }
+        _ => Ok(None),
+    }
 }
 
 fn show(args: &ShowArgs, format: Format) -> Result<()> {
@@ -429,67 +478,95 @@ fn columns() -> usize {
 
 /// The channel model of that name.
 fn channels(text: &str) -> Result<Channels> {
-    Ok(match text {
-        "blocking" => Channels::Blocking,
-        "pair" => Channels::PerPair,
-        "direction" => Channels::PerDirection,
-        depth => Channels::Buffered(depth.parse().map_err(|_| {
-            invalid(format!(
-                "`--channels {depth}` is no channel model; write blocking, pair, direction, or a number"
-            ))
-        })?),
+    Channels::parse(text).ok_or_else(|| {
+        invalid(format!(
+            "`--channels {text}` is no channel model; write blocking, pair, direction, or a depth of \
+             buffers from 1"
+        ))
     })
 }
 
 fn check_file(args: &CheckArgs, format: Format) -> Result<()> {
     let channels = channels(&args.channels)?;
-    let (name, text) = (stem(&args.file), read(&args.file)?);
-    let imported = if Lowered::is_csv(&text) {
-        let lowered = Lowered::from_csv(name.clone(), &text, channels);
-        Some(lowered.map_err(|error| pipeline_error(error.into()))?)
+    let mut checked = Vec::new();
+    if args
+        .file
+        .extension()
+        .is_some_and(|extension| extension == "weave")
+    {
+        let document = defining(&args.file)?;
+        let shape = Shape::new(args.ranks, args.microbatches);
+        for definition in schedules::definitions(&document) {
+            let folder = folder(&args.file);
+            let found =
+                schedules::lowered_definition(definition, folder).map_err(pipeline_error)?;
+            checked.push(match found {
+                Some((lowered, _)) => lowered,
+                None => {
+                    let schedule = schedules::from_definition(definition, &shape, &[], folder);
+                    commanded(&schedule.map_err(pipeline_error)?, channels, args)?
+                }
+            });
+        }
+        if checked.is_empty() {
+            return Err(no_definition(&args.file));
+        }
     } else {
-        None
-    };
-    let schedule = match &imported {
-        Some(lowered) => lowered.schedule.clone(),
-        None => Schedule::from_csv(name, &text).map_err(|error| pipeline_error(error.into()))?,
-    };
-    check(&schedule).map_err(pipeline_error)?;
-    let lowered = if let Some(lowered) = imported {
-        lowered
-    } else if args.naive {
-        lower_naively(&schedule, channels)
-    } else {
-        let lowering = Lowering {
-            channels,
-            ..Lowering::default()
-        };
-        lower(&schedule, &lowering).map_err(pipeline_error)?
-    };
-    check_lowered(&lowered).map_err(pipeline_error)?;
-    let costs = Costs::even(schedule.n_ranks, schedule.n_stages, 1.0, 1.0, 1.0);
-    if let Some(limit) = args.memory {
-        check_memory(&schedule, &costs, limit).map_err(pipeline_error)?;
+        let text = read(&args.file)?;
+        let name = stem(&args.file);
+        let invalid = |error: ScheduleError| pipeline_error(error.into());
+        checked.push(if Lowered::is_csv(&text) {
+            Lowered::from_csv(name, &text, channels).map_err(invalid)?
+        } else {
+            let schedule = Schedule::from_csv(name, &text).map_err(invalid)?;
+            check(&schedule).map_err(pipeline_error)?;
+            commanded(&schedule, channels, args)?
+        });
     }
-    let simulation = simulate(&schedule, &costs).map_err(pipeline_error)?;
-    match format {
-        Format::Text => println!(
-            "{}: ok: {} ranks, {} stages, {} microbatches, {} actions; at equal costs idle {:.2} %, peak \
-             {:.3} microbatches of a rank (predicted)",
-            args.file.display(),
-            schedule.n_ranks,
-            schedule.n_stages,
-            schedule.n_microbatches,
-            schedule.n_actions(),
-            100.0 * simulation.bubble_rate(),
-            simulation.peak()
-        ),
-        Format::Json => println!(
-            "{}",
-            json!({"checked": args.file, "schedule": schedule, "peak": simulation.peak_bytes})
-        ),
+    let mut results = Vec::new();
+    for lowered in checked {
+        let schedule = &lowered.schedule;
+        check(schedule).map_err(pipeline_error)?;
+        check_lowered(&lowered).map_err(pipeline_error)?;
+        let costs = Costs::even(schedule.n_ranks, schedule.n_stages, 1.0, 1.0, 1.0);
+        if let Some(limit) = args.memory {
+            check_memory(schedule, &costs, limit).map_err(pipeline_error)?;
+        }
+        let simulation = simulate(schedule, &costs).map_err(pipeline_error)?;
+        match format {
+            Format::Text => println!(
+                "{}: {}: ok: {} ranks, {} stages, {} microbatches, {} actions; at equal costs idle \
+                 {:.2} %, peak {:.3} microbatches of a rank (predicted)",
+                args.file.display(),
+                schedule.name,
+                schedule.n_ranks,
+                schedule.n_stages,
+                schedule.n_microbatches,
+                schedule.n_actions(),
+                100.0 * simulation.bubble_rate(),
+                simulation.peak()
+            ),
+            Format::Json => {
+                results.push(json!({"schedule": schedule, "peak": simulation.peak_bytes}));
+            }
+        }
+    }
+    if format == Format::Json {
+        println!("{}", json!({"checked": args.file, "schedules": results}));
     }
     Ok(())
+}
+
+/// A schedule with its messages, as the arguments say.
+fn commanded(schedule: &Schedule, channels: Channels, args: &CheckArgs) -> Result<Lowered> {
+    if args.naive {
+        return Ok(lower_naively(schedule, channels));
+    }
+    let lowering = Lowering {
+        channels,
+        ..Lowering::default()
+    };
+    lower(schedule, &lowering).map_err(pipeline_error)
 }
 
 fn print_table(args: &TableArgs, format: Format) -> Result<()> {

@@ -24,6 +24,7 @@ use meshweave_runtime::mpi::Mpi;
 use meshweave_runtime::rendezvous::{self, Roster, Ticket};
 use meshweave_runtime::{artifact, signals};
 
+use super::evidence::Evidence;
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
 use super::train::{Progress, Training, data_source};
@@ -35,6 +36,12 @@ use crate::report::predicted_timeline;
 pub struct WorkerArgs {
     /// The artifact folder, at the same path on every host.
     artifact: PathBuf,
+    /// Write what was measured here instead of printing it, for the process that started the job.
+    #[arg(long, hide = true)]
+    outcome: Option<PathBuf>,
+    /// Write what the first step began with and gave here, for the process that started the job.
+    #[arg(long, hide = true)]
+    evidence: Option<PathBuf>,
     #[command(flatten)]
     job: JobArgs,
 }
@@ -212,6 +219,12 @@ fn train(
         Progress::Hidden
     };
     let mut outcome = Outcome::default();
+    if let Some(path) = &args.evidence {
+        let evidence = Evidence::take(execution, training.data(), &mut outcome)?;
+        if speaks {
+            evidence.write(path)?;
+        }
+    }
     training.steps(
         execution,
         args.job.steps.unwrap_or(10),
@@ -230,6 +243,11 @@ fn train(
             .collect();
         let text = perfetto(&timelines, Some(program)).to_string();
         write_atomically(path, text.as_bytes())?;
+    }
+    if let Some(path) = &args.outcome {
+        let text = serde_json::to_string(&outcome);
+        let text = text.map_err(|error| Error::plain(Class::Internal, error))?;
+        return write_atomically(path, text.as_bytes());
     }
     let written = Written {
         trace: args.job.trace.as_ref(),

@@ -20,7 +20,10 @@ use super::{PipelineError, Result, scale_loss};
 use crate::differentiate::{Optimizer, Origin, differentiate_traced};
 use crate::plan::HEADROOM;
 use crate::plan::cost::{GroupShape, Traffic, traffic_seconds};
-use crate::schedule::{Costs, RankCosts, Shape, StageCosts, closed_form, simulate};
+use crate::schedule::{
+    Costs, Placement, RankCosts, SearchOptions, Shape, StageCosts, Stages, closed_form, search,
+    simulate,
+};
 
 /// Candidates that are simulated, besides those that no closed form prices.
 const N_SIMULATED: usize = 16;
@@ -33,6 +36,9 @@ pub struct Candidate {
     /// Of the schedule.
     pub name: String,
     pub shape: Shape,
+    /// Where stages may lie while an order for them is searched for; none for schedules that exist.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub placements: Vec<Placement>,
 }
 
 /// What a candidate costs; all figures are predicted.
@@ -49,6 +55,9 @@ pub struct PricedCandidate {
     pub peak_bytes: Option<f64>,
     /// Why it is out of the question.
     pub refused: Option<String>,
+    /// The order that was found, where one was searched for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub found: Option<Schedule>,
 }
 
 /// The model and where it is to run.
@@ -88,6 +97,7 @@ pub fn choose(
             simulated_s: None,
             peak_bytes: None,
             refused: None,
+            found: None,
         });
     }
     priced.sort_by(|a, b| {
@@ -100,10 +110,26 @@ pub fn choose(
             break;
         }
         let model = &models[&parts_of(&one.candidate.shape)];
-        let simulated = schedule(one.nth).and_then(|schedule| model.simulate(&schedule, setting));
+        if !one.candidate.placements.is_empty() {
+            match model.search(&one.candidate, setting) {
+                Ok(found) => one.found = Some(found),
+                Err(PipelineError::Internal(message)) => {
+                    return Err(PipelineError::Internal(message));
+                }
+                Err(error) => {
+                    one.refused = Some(error.to_string());
+                    continue;
+                }
+            }
+        }
+        let made = match &one.found {
+            Some(found) => Ok(found.clone()),
+            None => schedule(one.nth),
+        };
+        let simulated = made.and_then(|schedule| model.simulate(&schedule, setting));
         match simulated {
             Ok((step_s, peak_bytes)) => {
-                let budget = setting.cluster.device.memory_bytes as f64 * (1.0 - HEADROOM);
+                let budget = budget_bytes(setting);
                 if peak_bytes > budget {
                     one.refused = Some(format!(
                         "a device needs {:.1} GiB of {:.1} GiB (predicted)",
@@ -151,12 +177,23 @@ pub fn choose(
     }
 }
 
+/// Bytes of weights and what belongs to them on a device, of stages that `n_devices` share: parameters
+/// are held whole under data parallelism.
+fn held_weights(bytes: f64, n_devices: usize) -> f64 {
+    COPIES_OF_WEIGHTS * bytes * n_devices as f64
+}
+
 /// What the graph of a microbatch depends on.
 fn parts_of(shape: &Shape) -> (usize, usize) {
     (shape.n_microbatches, shape.n_slices)
 }
 
 const GIB: f64 = (1u64 << 30) as f64;
+
+/// What a device may hold.
+fn budget_bytes(setting: &Setting) -> f64 {
+    setting.cluster.device.memory_bytes as f64 * (1.0 - HEADROOM)
+}
 
 /// The graph of a microbatch, forward and whole.
 struct Microbatch {
@@ -235,20 +272,71 @@ impl Microbatch {
         traffic_seconds(Traffic::AllReduce, n_bytes, group, setting.cluster)
     }
 
-    /// Seconds of a step, and bytes of the fullest device.
-    fn simulate(&self, schedule: &Schedule, setting: &Setting) -> Result<(f64, f64)> {
+    /// The costs of stages, as the document cuts them.
+    fn stage_costs(
+        &self,
+        n_stages: usize,
+        n_ranks: usize,
+        setting: &Setting,
+    ) -> Result<Vec<StageCosts>> {
         let stages = if setting.cuts.is_empty() {
-            cut_evenly(&self.forward, schedule.n_stages, setting.cluster)?
+            cut_evenly(&self.forward, n_stages, setting.cluster)?
         } else {
             cut_before(&self.forward, setting.cuts, setting.empty)?
         };
-        let stages = self.costs(&stages, schedule.n_stages, schedule.n_ranks, setting)?;
+        self.costs(&stages, n_stages, n_ranks, setting)
+    }
+
+    /// The fastest order found for the stages of a candidate, in the memory that its weights leave.
+    fn search(&self, candidate: &Candidate, setting: &Setting) -> Result<Schedule> {
+        let shape = &candidate.shape;
+        let n_stages = shape.n_ranks * shape.n_chunks;
+        let stages = self.stage_costs(n_stages, shape.n_ranks, setting)?;
+        let n_devices = (setting.cluster.n_devices() / shape.n_ranks.max(1)).max(1);
+        let mut best: Option<(f64, Schedule)> = None;
+        let mut why_not = None;
+        for placement in &candidate.placements {
+            let mut weights = vec![0.0; shape.n_ranks];
+            for (stage, rank) in placement.stage_rank(shape).into_iter().enumerate() {
+                weights[rank] += held_weights(stages[stage].weight_bytes, n_devices);
+            }
+            let left = budget_bytes(setting) - weights.into_iter().fold(0.0, f64::max);
+            let options = SearchOptions {
+                memory_limit_bytes: Some(left.max(0.0)),
+                ..SearchOptions::new(shape.n_ranks, shape.n_microbatches)
+            };
+            let placed = Stages {
+                placement: placement.clone(),
+                n_chunks: shape.n_chunks,
+                costs: Costs::of(stages.clone()),
+            };
+            match search(&[placed], &options) {
+                Ok(found) => {
+                    let step_s = found.simulation.step_s;
+                    if best.as_ref().is_none_or(|(best_s, _)| step_s < *best_s) {
+                        best = Some((step_s, found.schedule));
+                    }
+                }
+                Err(error) => why_not = Some(error.to_string()),
+            }
+        }
+        match (best, why_not) {
+            (Some((_, schedule)), _) => Ok(schedule),
+            (None, Some(why_not)) => Err(PipelineError::Invalid(why_not)),
+            (None, None) => Err(PipelineError::Internal(
+                "a search for an order without a placement".into(),
+            )),
+        }
+    }
+
+    /// Seconds of a step, and bytes of the fullest device.
+    fn simulate(&self, schedule: &Schedule, setting: &Setting) -> Result<(f64, f64)> {
+        let stages = self.stage_costs(schedule.n_stages, schedule.n_ranks, setting)?;
         let n_devices = (setting.cluster.n_devices() / schedule.n_ranks.max(1)).max(1);
         let weights = |rank: usize| {
             let own = schedule.stages_of(rank);
             let bytes = own.map(|stage| stages[schedule.model_stage(stage)].weight_bytes);
-            // Parameters are held whole under data parallelism.
-            COPIES_OF_WEIGHTS * bytes.sum::<f64>() * n_devices as f64
+            held_weights(bytes.sum(), n_devices)
         };
         let weights: Vec<f64> = (0..schedule.n_ranks).map(weights).collect();
         let simulation = simulate(schedule, &Costs::of(stages))

@@ -49,7 +49,7 @@ pub(super) fn link(pieces: &Pieces, streams: &Streams) -> Result<Lowered> {
         .iter_mut()
         .map(|rank| std::mem::take(&mut rank.steps))
         .collect();
-    let channels = channels(streams.depth, &linked);
+    let channels = channels(pieces, streams, &linked);
     let mut lowered = lower_ranks(&graphs, steps, pieces.cluster)?;
     for ((program, rank), firsts) in lowered.ranks.iter_mut().zip(&linked).zip(&lowered.firsts) {
         program.spans = spans(program, rank, firsts);
@@ -78,6 +78,7 @@ pub(super) fn link(pieces: &Pieces, streams: &Streams) -> Result<Lowered> {
             .collect(),
         kernels: lowered.symbols,
         channels,
+        statements: BTreeMap::new(),
         ranks: lowered.ranks,
     };
     Ok(Lowered {
@@ -131,11 +132,30 @@ impl Linker<'_, '_> {
             Event::Run(run) => self.run(run),
             Event::Send { value, to } => {
                 let tensor = self.value(*value)?;
-                let (from, to) = (self.rank(self.pipeline_rank), self.rank(*to));
-                let n_bytes = self.linked.graph.ty(tensor).n_bytes();
-                let most = self.linked.sent_bytes.entry((from, to)).or_default();
-                *most = n_bytes.max(*most);
-                self.linked.steps.push(Step::Send { tensor, to });
+                self.sends(tensor, self.rank(*to));
+                Ok(())
+            }
+            Event::Park(moved) => {
+                let own = self.rank(self.pipeline_rank);
+                self.begin(&moved.label);
+                for value in &moved.values {
+                    let tensor = self.value(*value)?;
+                    self.sends(tensor, own);
+                }
+                Ok(())
+            }
+            Event::Fetch(moved) => {
+                let own = self.rank(self.pipeline_rank);
+                self.begin(&moved.label);
+                for value in &moved.values {
+                    let before = self.value(*value)?;
+                    let graph = &mut self.linked.graph;
+                    let parked = graph.tensor(before).clone();
+                    let name = format!("{}.back", parked.name);
+                    let tensor = graph.add_source(name, parked.ty, Role::Temp);
+                    self.linked.values.insert(*value, tensor);
+                    self.linked.steps.push(Step::Recv { tensor, from: own });
+                }
                 Ok(())
             }
             Event::Recv { value, from } => {
@@ -159,6 +179,14 @@ impl Linker<'_, '_> {
                 Ok(())
             }
         }
+    }
+
+    fn sends(&mut self, tensor: TensorId, to: usize) {
+        let from = self.rank(self.pipeline_rank);
+        let n_bytes = self.linked.graph.ty(tensor).n_bytes();
+        let most = self.linked.sent_bytes.entry((from, to)).or_default();
+        *most = n_bytes.max(*most);
+        self.linked.steps.push(Step::Send { tensor, to });
     }
 
     /// The local type of a slot, and its name.
@@ -274,16 +302,26 @@ impl Linker<'_, '_> {
     }
 }
 
-/// One channel for each pair and direction that messages take.
-fn channels(depth: usize, linked: &[Linked]) -> Vec<Channel> {
+/// One channel for each pair and direction that messages take; those of a rank to itself hold all that
+/// it parks at once.
+fn channels(pieces: &Pieces, streams: &Streams, linked: &[Linked]) -> Vec<Channel> {
     let sent = linked.iter().flat_map(|rank| &rank.sent_bytes);
     let channels: BTreeMap<(usize, usize), usize> = sent.map(|(pair, n)| (*pair, *n)).collect();
+    let parked = |rank: usize| {
+        let mesh = &pieces.pipeline.mesh;
+        let along = mesh.coordinate(rank, &pieces.pipeline.axis);
+        streams.n_parked.get(along).copied().unwrap_or(1)
+    };
     channels
         .into_iter()
         .map(|((from, to), n_bytes)| Channel {
             from,
             to,
-            depth,
+            depth: if from == to {
+                parked(from)
+            } else {
+                streams.depth
+            },
             n_bytes,
         })
         .collect()

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use meshweave_dsl::graph::{Role, TensorId};
 use meshweave_dsl::pipeline::Phase;
-use meshweave_dsl::schedule::{Action, ActionKind, Schedule, Updates};
+use meshweave_dsl::schedule::{Action, ActionKind, Command, Schedule, Updates, Verb};
 
 use super::pieces::{Key, Pieces, Slot, Work};
 use super::{PipelineError, Result, name};
@@ -37,8 +37,26 @@ pub(super) enum Value {
 #[derive(Clone, Debug)]
 pub(super) enum Event {
     Run(Run),
-    Send { value: Value, to: usize },
-    Recv { value: Value, from: usize },
+    Send {
+        value: Value,
+        to: usize,
+    },
+    Recv {
+        value: Value,
+        from: usize,
+    },
+    /// Activations leave the arena, into the rank's channel to itself.
+    Park(Moved),
+    /// They come back, in the order in which they left.
+    Fetch(Moved),
+}
+
+/// What an `OFFLOAD` or a `PREFETCH` moves.
+#[derive(Clone, Debug)]
+pub(super) struct Moved {
+    /// Such as `0OFFLOAD1`.
+    pub(super) label: String,
+    pub(super) values: Vec<Value>,
 }
 
 /// A piece with the values that it reads and makes.
@@ -56,6 +74,8 @@ pub(super) struct Streams {
     pub(super) events: Vec<Vec<Event>>,
     /// Messages that every channel must hold.
     pub(super) depth: usize,
+    /// Values of every rank that are parked at once.
+    pub(super) n_parked: Vec<usize>,
 }
 
 /// Makes the streams, and every piece that they run. Linear in the actions times the inputs of their
@@ -63,12 +83,19 @@ pub(super) struct Streams {
 pub(super) fn streams(pieces: &mut Pieces) -> Result<Streams> {
     let schedule = pieces.pipeline.schedule.clone();
     let mut sent = Vec::with_capacity(schedule.n_ranks);
+    let mut n_parked = Vec::with_capacity(schedule.n_ranks);
     for rank in 0..schedule.n_ranks {
-        sent.push(Sender::new(pieces, &schedule, rank).events()?);
+        let (events, most) = Sender::new(pieces, &schedule, rank).events()?;
+        sent.push(events);
+        n_parked.push(most);
     }
     let events = receive(pieces, &schedule, sent)?;
     let depth = channel_depth(&schedule, &events)?;
-    Ok(Streams { events, depth })
+    Ok(Streams {
+        events,
+        depth,
+        n_parked,
+    })
 }
 
 /// The rank of a stage of a copy of the model.
@@ -85,6 +112,11 @@ struct Sender<'a, 'b> {
     /// Sums that were begun here.
     begun: BTreeSet<(TensorId, usize)>,
     events: Vec<Event>,
+    /// Values outside of the arena, the first that left first, and most of them so far.
+    parked: VecDeque<Value>,
+    most_parked: usize,
+    /// What an `OFFLOAD` moved, by stage, microbatch and slice.
+    moved: BTreeMap<(u32, Option<u32>, u32), Vec<Value>>,
 }
 
 impl<'a, 'b> Sender<'a, 'b> {
@@ -95,13 +127,21 @@ impl<'a, 'b> Sender<'a, 'b> {
             rank,
             begun: BTreeSet::new(),
             events: Vec::new(),
+            parked: VecDeque::new(),
+            most_parked: 0,
+            moved: BTreeMap::new(),
         }
     }
 
-    fn events(mut self) -> Result<Vec<Event>> {
+    /// The events, and how many values are parked at once.
+    fn events(mut self) -> Result<(Vec<Event>, usize)> {
         self.lend();
         let row = &self.schedule.rows[self.rank];
+        let memory = self.memory_commands();
         for (step, action) in row.iter().enumerate() {
+            for command in &memory[step] {
+                self.moves(*command);
+            }
             self.act(action)?;
             let is_last = row[step + 1..]
                 .iter()
@@ -115,12 +155,90 @@ impl<'a, 'b> Sender<'a, 'b> {
                 self.send_sums(action.stage);
             }
         }
+        for command in memory.last().into_iter().flatten() {
+            self.moves(*command);
+        }
         for stage in 0..self.schedule.n_stages {
             if !self.is_asynchronous() && rank_of(self.schedule, 0, stage) == self.rank {
                 self.update(stage, &format!("{stage}U"))?;
             }
         }
-        Ok(self.events)
+        Ok((self.events, self.most_parked))
+    }
+
+    /// The rank's `OFFLOAD` and `PREFETCH` commands before each of its actions, and behind the last.
+    fn memory_commands(&self) -> Vec<Vec<Command>> {
+        let mut before: Vec<Vec<Command>> = vec![Vec::new()];
+        let lowered = self.pieces.pipeline.lowered.as_ref();
+        let Some(row) = lowered.and_then(|lowered| lowered.rows.get(self.rank)) else {
+            return vec![Vec::new(); self.schedule.rows[self.rank].len() + 1];
+        };
+        for command in row {
+            match command.verb {
+                Verb::Compute(_) => before.push(Vec::new()),
+                Verb::Offload | Verb::Prefetch => {
+                    if let Some(these) = before.last_mut() {
+                        these.push(*command);
+                    }
+                }
+                _ => {}
+            }
+        }
+        before
+    }
+
+    /// Parks what a forward left for its backward, or fetches it. The channel gives values back in the
+    /// order in which they left: what is in the way comes back with them, early.
+    fn moves(&mut self, command: Command) {
+        let of = (command.stage, command.microbatch, command.slice);
+        let label = command.to_string();
+        if command.verb == Verb::Offload {
+            let values = self.left_by_forward(command);
+            self.parked.extend(&values);
+            self.most_parked = self.most_parked.max(self.parked.len());
+            self.moved.insert(of, values.clone());
+            self.events.push(Event::Park(Moved { label, values }));
+            return;
+        }
+        let wanted = self.moved.remove(&of).unwrap_or_default();
+        let last = self.parked.iter().rposition(|value| wanted.contains(value));
+        let values: Vec<Value> = self
+            .parked
+            .drain(..last.map_or(0, |last| last + 1))
+            .collect();
+        self.events.push(Event::Fetch(Moved { label, values }));
+    }
+
+    /// What the forward of a stage, microbatch and slice read and made that a backward reads here.
+    fn left_by_forward(&self, command: Command) -> Vec<Value> {
+        let forward = Command {
+            verb: Verb::Compute(ActionKind::F),
+            ..command
+        };
+        let label = forward.to_string();
+        let run = self.events.iter().rev().find_map(|event| match event {
+            Event::Run(run) if run.label == label => Some(run),
+            _ => None,
+        });
+        let stage = self.schedule.model_stage(command.stage);
+        let is_kept = |value: &Value| match *value {
+            Value::Temp(id, _) => self.pieces.readers(id).any(|part| {
+                let is_backward =
+                    matches!(part.phase, Phase::InputGradient | Phase::WeightGradient);
+                part.stage == stage && is_backward
+            }),
+            _ => false,
+        };
+        let values = run
+            .into_iter()
+            .flat_map(|run| run.inputs.iter().chain(&run.outputs));
+        let mut kept: Vec<Value> = Vec::new();
+        for value in values.filter(|value| is_kept(value)) {
+            if !kept.contains(value) && !self.parked.contains(value) {
+                kept.push(*value);
+            }
+        }
+        kept
     }
 
     fn is_asynchronous(&self) -> bool {
@@ -392,7 +510,8 @@ fn stuck(events: &[Vec<Event>], depth: usize) -> Option<Vec<String>> {
         for (rank, stream) in events.iter().enumerate() {
             while let Some(event) = stream.get(next[rank]) {
                 match event {
-                    Event::Run(_) => {}
+                    // A rank's channel to itself holds all that is parked at once.
+                    Event::Run(_) | Event::Park(_) | Event::Fetch(_) => {}
                     Event::Send { to, .. } => {
                         let queue = queued.entry((rank, *to)).or_default();
                         if *queue == depth {

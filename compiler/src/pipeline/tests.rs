@@ -93,6 +93,7 @@ fn program(schedule: &Schedule, tied: bool, mesh: Mesh) -> Result<Program> {
         batch: "batch".into(),
         parts: assign(&graph, &origins, &stages, &[])?,
         schedule: schedule.clone(),
+        lowered: None,
     };
     let plan = Plan::replicated("stage", &graph, pipeline.stage_mesh());
     let lowered = lower_pipeline(&graph, &plan, &pipeline, Keep::Outputs, &cluster)?;

@@ -12,12 +12,12 @@ use meshweave_dsl::diagnostics::{Diagnostic, Span};
 use meshweave_dsl::name::Axis;
 use meshweave_dsl::schedule::Schedule;
 use meshweave_dsl::weave::ast::{
-    Choice, Degree, Document, Name, Pipeline as Block, PipelineItem, Spanned, Statement,
+    Choice, Degree, Document, Line, Name, Pipeline as Block, PipelineItem, Spanned, Statement,
 };
 
 use super::mesh::Meshes;
-use super::pipeline::{is_any, paths, schedule};
-use crate::schedule::{Builtin, Shape};
+use super::pipeline::{is_any, is_search, paths, schedule};
+use crate::schedule::{Builtin, Placement, Shape};
 
 /// Chunks that are tried where nothing is said of their number.
 const CHUNKS: [usize; 3] = [1, 2, 4];
@@ -42,9 +42,11 @@ pub struct OpenPipeline {
 /// One of them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PipelineCandidate {
-    /// The schedule's name, built in or of the document.
+    /// The schedule's name, built in or of the document, or `search`.
     pub schedule: Name,
     pub shape: Shape,
+    /// Where stages may lie while an order for them is searched for; none for schedules that exist.
+    pub placements: Vec<Placement>,
 }
 
 /// What the document's pipeline leaves open for steps of `batch` sequences; `None` where everything is
@@ -74,7 +76,7 @@ pub(super) fn open_pipeline(
         ranks,
         allow_empty,
         is_open,
-    } = Items::read(block, batch)?;
+    } = Items::read(document, block, batch)?;
     if degrees.len() < 2 && !is_open {
         return None;
     }
@@ -90,13 +92,23 @@ pub(super) fn open_pipeline(
             };
             for name in names {
                 let builtin = Builtin::find(name.as_str());
+                let is_search = is_search(document, name);
                 let shape = Shape::new(*n_ranks, *n_microbatches).slices(n_slices);
                 let n_chunks = match builtin.and_then(Builtin::fixed_chunks) {
                     Some(fixed) => vec![fixed],
                     None => chunks.clone().unwrap_or_else(|| {
                         let n_stages = cuts.len() + 1;
+                        let n_stages = match ranks.len() {
+                            0 => n_stages,
+                            n_placed => n_placed,
+                        };
                         let divides = n_stages > 1 && n_stages.is_multiple_of(*n_ranks);
-                        vec![if divides { n_stages / n_ranks } else { 1 }]
+                        match divides {
+                            true => vec![n_stages / n_ranks],
+                            // A search looks for stages in a row, and for two in a loop or a V.
+                            false if is_search && *n_ranks > 1 && n_stages == 1 => vec![1, 2],
+                            false => vec![1],
+                        }
                     }),
                 };
                 let admitted = n_chunks.into_iter().filter(|n_chunks| {
@@ -108,6 +120,12 @@ pub(super) fn open_pipeline(
                 candidates.extend(admitted.map(|n_chunks| PipelineCandidate {
                     schedule: name.clone(),
                     shape: shape.chunks(n_chunks),
+                    placements: match ranks.as_slice() {
+                        _ if !is_search => Vec::new(),
+                        [] if n_chunks > 1 => vec![Placement::Loop, Placement::V],
+                        [] => vec![Placement::Loop],
+                        ranks => vec![Placement::Explicit(ranks.to_vec())],
+                    },
                 }));
             }
         }
@@ -136,7 +154,7 @@ struct Items {
 }
 
 impl Items {
-    fn read(block: &Block, batch: usize) -> Option<Self> {
+    fn read(document: &Document, block: &Block, batch: usize) -> Option<Self> {
         let divisors = || (1..=batch).filter(|n| batch.is_multiple_of(*n));
         let mut items = Self {
             chunks: None,
@@ -161,7 +179,8 @@ impl Items {
                 PipelineItem::CutBefore(choice) if is_any(choice) => {}
                 PipelineItem::CutBefore(_) => return None,
                 PipelineItem::Schedule(choice) => {
-                    items.is_open |= choice.known().is_none();
+                    let known = choice.known();
+                    items.is_open |= known.is_none_or(|name| is_search(document, name));
                     items.names = among(choice, executable, Name::clone);
                 }
                 // Reading refuses them where they are open.
@@ -206,6 +225,16 @@ fn executable() -> Vec<Name> {
         .collect()
 }
 
+/// Defines the schedule that was searched for, by the name that asked for the search: from now on it is
+/// that one.
+fn define(document: &mut Document, name: &Name, found: &Schedule) {
+    let statement = Statement::Schedule(found.to_statement(name.clone()));
+    let lines = &mut document.body.lines;
+    let is_pipeline = |line: &Line<Statement>| matches!(line.item.node, Statement::Pipeline(_));
+    let at = lines.iter().position(is_pipeline).unwrap_or(lines.len());
+    lines.insert(at, Line::of(statement));
+}
+
 impl OpenPipeline {
     /// A candidate's schedule.
     ///
@@ -240,11 +269,22 @@ impl OpenPipeline {
         Ok(made)
     }
 
-    /// The document with a candidate for its witnesses.
+    /// The document with a candidate for its witnesses; an order that was `found` for it is written
+    /// into the document.
     #[must_use]
-    pub fn witnessed(&self, document: &Document, candidate: &PipelineCandidate) -> Document {
+    pub fn witnessed(
+        &self,
+        document: &Document,
+        candidate: &PipelineCandidate,
+        found: Option<&Schedule>,
+    ) -> Document {
         let mut document = document.clone();
-        let PipelineCandidate { schedule, shape } = candidate;
+        let PipelineCandidate {
+            schedule, shape, ..
+        } = candidate;
+        if let Some(found) = found {
+            define(&mut document, schedule, found);
+        }
         for line in &mut document.body.lines {
             match &mut line.item.node {
                 Statement::Mesh(mesh) => {

@@ -11,14 +11,16 @@ use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Diagnostic, Span, did_you_mean};
 use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::name::Axis;
-use meshweave_dsl::schedule::Schedule;
+use meshweave_dsl::schedule::{Lowered, Schedule};
 use meshweave_dsl::weave::ast::{
     Choice, Document, Name, Pipeline as Block, PipelineItem, ScheduleBody, Selector, Spanned,
     Statement,
 };
 
 use super::mesh::Meshes;
-use crate::schedule::{Builtin, Shape, build, definitions, from_definition, place};
+use crate::schedule::{
+    Builtin, Shape, build, definitions, from_definition, lowered_definition, place,
+};
 
 /// How the model is run as a pipeline, or its gradients accumulated.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +33,8 @@ pub struct Pipeline {
     /// Whether a block that begins several stages leaves all but the last of them empty.
     pub allow_empty: bool,
     pub schedule: Schedule,
+    /// The schedule with its memory actions, where the document writes them.
+    pub lowered: Option<Lowered>,
     /// The block.
     pub span: Span,
 }
@@ -176,6 +180,9 @@ fn read(
             }
             PipelineItem::Schedule(choice) => {
                 let node = known(choice, at, "the schedule", "schedule 1f1b")?;
+                if is_search(document, &node) {
+                    return Err(open(at, "the schedule", "write such as `schedule 1f1b`"));
+                }
                 name = Some(Spanned { node, span: at });
             }
             PipelineItem::Microbatches(choice) => {
@@ -220,6 +227,24 @@ fn read(
     let named = name.as_ref().unwrap_or(&own);
     let schedule = schedule(document, named, &shape, has_chunks, &ranks, base_dir)?;
     let place = name.as_ref().map_or(span, |name| name.span);
+    let mut own = definitions(document).filter(|own| own.name.node == named.node);
+    let lowered = match own.next() {
+        Some(definition) => lowered_definition(definition, base_dir)
+            .map_err(|error| refused(&error, place))?
+            .map(|(lowered, _)| lowered),
+        None => None,
+    };
+    if lowered.is_some() && !ranks.is_empty() {
+        return Err(Box::new(
+            Diagnostic::invalid(format!(
+                "schedule `{}` has its messages in place, which say where its stages are",
+                schedule.name
+            ))
+            .code("W119")
+            .at(span, "`ranks` moves them")
+            .help("remove `ranks`, or the communication and memory actions"),
+        ));
+    }
     if (schedule.n_ranks, schedule.n_microbatches) != (n_ranks, n_microbatches) {
         return Err(Box::new(
             Diagnostic::invalid(format!(
@@ -254,6 +279,7 @@ fn read(
         cuts,
         allow_empty,
         schedule,
+        lowered,
         span,
     })
 }
@@ -272,7 +298,7 @@ pub(super) fn schedule(
     if let Some(definition) = own {
         let at = match &definition.body {
             ScheduleBody::Key(_) => name.span,
-            ScheduleBody::Rows(_) => definition.name.span,
+            ScheduleBody::Rows { .. } | ScheduleBody::Streams { .. } => definition.name.span,
             ScheduleBody::Csv(file) => file.span,
         };
         return from_definition(definition, shape, ranks, base_dir)
@@ -286,8 +312,9 @@ pub(super) fn schedule(
                 .code("W119")
                 .at(name.span, "")
                 .help(
-                    did_you_mean(text, known)
-                        .unwrap_or(format!("built in are {all}; or define it with `schedule`")),
+                    did_you_mean(text, known.chain(["search"])).unwrap_or(format!(
+                        "built in are {all}; or define it with `schedule`, or `search`"
+                    )),
                 ),
         ));
     };
@@ -301,6 +328,12 @@ pub(super) fn schedule(
         ranks => place(&schedule, ranks),
     });
     built.map_err(|error| refused(&error, name.span))
+}
+
+/// Whether an order is to be searched for, rather than one of the document's taken.
+pub(super) fn is_search(document: &Document, name: &Name) -> bool {
+    let mut own = definitions(document);
+    name.as_str() == "search" && !own.any(|definition| definition.name.node == *name)
 }
 
 fn refused(error: &dyn std::fmt::Display, span: Span) -> Box<Diagnostic> {

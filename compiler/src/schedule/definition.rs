@@ -1,19 +1,22 @@
 //! Schedules that documents define.
 //!
-//! Enters: `schedule NAME = …` statements, a shape, ranks of stages. Leaves: a checked schedule.
-//! Invariant: the three forms give equal schedules where they say the same.
+//! Enters: `schedule NAME = …` statements, a shape, ranks of stages. Leaves: a checked schedule, with
+//! its communication and memory actions and its queues where they are written.
+//! Invariant: the forms give equal schedules where they say the same.
 
 use std::path::Path;
 
-use meshweave_dsl::schedule::Schedule;
+use meshweave_dsl::schedule::{Channels, DeviceStreams, Lowered, Schedule};
 use meshweave_dsl::weave::Document;
 use meshweave_dsl::weave::ast::{ScheduleBody, ScheduleDef, Statement};
 
 use super::PipelineError;
 use super::builtin::{Placement, Shape};
 use super::check::check;
+use super::deadlock::check_lowered;
 use super::keys::from_keys;
 use super::place::place;
+use super::streams::{check_streams, streams};
 
 /// The schedules that a document defines, in order.
 pub fn definitions(document: &Document) -> impl Iterator<Item = &ScheduleDef> {
@@ -47,20 +50,76 @@ pub fn from_definition(
             };
             return from_keys(name, keys, shape, &placement);
         }
-        ScheduleBody::Rows(rows) => Schedule::from_block(&definition.name.node, rows)?,
-        ScheduleBody::Csv(file) => {
-            let path = folder.join(&file.node);
-            let text = std::fs::read_to_string(&path).map_err(|error| {
-                PipelineError::Invalid(format!("cannot read {}: {error}", path.display()))
-            })?;
-            Schedule::from_csv(name, &text)?
-        }
+        ScheduleBody::Rows { rows, .. } => match lowered_definition(definition, folder)? {
+            Some((lowered, _)) => lowered.schedule,
+            None => Schedule::from_block(&definition.name.node, rows)?,
+        },
+        ScheduleBody::Streams { .. } => match lowered_definition(definition, folder)? {
+            Some((lowered, _)) => lowered.schedule,
+            None => return Err(PipelineError::Internal(format!("`{name}` has no queues"))),
+        },
+        ScheduleBody::Csv(file) => match lowered_definition(definition, folder)? {
+            Some((lowered, _)) => lowered.schedule,
+            None => Schedule::from_csv(name, &text_of(folder, file)?)?,
+        },
     };
     check(&schedule)?;
     match ranks {
         [] => Ok(schedule),
         ranks => place(&schedule, ranks),
     }
+}
+
+/// The schedule of a definition that holds communication and memory actions, as it stands, and the
+/// queues of its devices: those that it gives, or those that follow. None for a definition of compute
+/// actions only.
+///
+/// # Errors
+/// [`PipelineError::Invalid`] when a file cannot be read, and when the order, the commands or the
+/// queues do not pass the checks.
+pub fn lowered_definition(
+    definition: &ScheduleDef,
+    folder: &Path,
+) -> Result<Option<(Lowered, Vec<DeviceStreams>)>, PipelineError> {
+    let name = &definition.name.node;
+    let (lowered, devices) = match &definition.body {
+        ScheduleBody::Key(_) => return Ok(None),
+        ScheduleBody::Rows { channels, rows } => {
+            let channels = channels.unwrap_or_default();
+            let Some(lowered) = Lowered::from_block(name, rows, channels)? else {
+                return Ok(None);
+            };
+            (lowered, None)
+        }
+        ScheduleBody::Streams { channels, streams } => {
+            let channels = channels.unwrap_or_default();
+            let (lowered, devices) = Lowered::from_streams(name, streams, channels)?;
+            (lowered, Some(devices))
+        }
+        ScheduleBody::Csv(file) => {
+            let text = text_of(folder, file)?;
+            if !Lowered::is_csv(&text) {
+                return Ok(None);
+            }
+            (
+                Lowered::from_csv(name.as_str(), &text, Channels::default())?,
+                None,
+            )
+        }
+    };
+    check(&lowered.schedule)?;
+    check_lowered(&lowered)?;
+    if let Some(devices) = &devices {
+        check_streams(&lowered, devices)?;
+    }
+    let devices = devices.unwrap_or_else(|| streams(&lowered));
+    Ok(Some((lowered, devices)))
+}
+
+fn text_of(folder: &Path, file: &str) -> Result<String, PipelineError> {
+    let path = folder.join(file);
+    std::fs::read_to_string(&path)
+        .map_err(|error| PipelineError::Invalid(format!("cannot read {}: {error}", path.display())))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 
 use meshweave_dsl::schedule::{
-    Action, ActionKind, Channels, Command, Lowered, StreamKind, Verb, Wire,
+    Action, ActionKind, Channels, Command, DeviceStreams, Lowered, StreamKind, Verb, Wire,
 };
 use serde::{Deserialize, Serialize};
 
@@ -88,6 +88,19 @@ pub fn run_devices(
     costs: &Costs,
     commands: &[CommandCosts],
 ) -> Result<DeviceRun, PipelineError> {
+    run_queues(lowered, &streams(lowered), costs, commands)
+}
+
+/// As [`run_devices`], with queues that passed [`check_streams`](super::check_streams).
+///
+/// # Errors
+/// As [`run_devices`].
+pub fn run_queues(
+    lowered: &Lowered,
+    devices: &[DeviceStreams],
+    costs: &Costs,
+    commands: &[CommandCosts],
+) -> Result<DeviceRun, PipelineError> {
     let schedule = &lowered.schedule;
     costs.fit(schedule)?;
     if commands.len() != schedule.n_stages {
@@ -98,7 +111,7 @@ pub fn run_devices(
             schedule.n_stages
         )));
     }
-    let mut run = Run::new(lowered, costs, commands);
+    let mut run = Run::new(lowered, devices, costs, commands);
     run.go()?;
     Ok(run.finish())
 }
@@ -128,7 +141,12 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(lowered: &'a Lowered, costs: &'a Costs, commands: &'a [CommandCosts]) -> Self {
+    fn new(
+        lowered: &'a Lowered,
+        devices: &[DeviceStreams],
+        costs: &'a Costs,
+        commands: &'a [CommandCosts],
+    ) -> Self {
         let mut row_start = vec![0];
         for row in &lowered.rows {
             row_start.push(row_start.last().copied().unwrap_or(0) + row.len());
@@ -148,7 +166,7 @@ impl<'a> Run<'a> {
             free_s: vec![0.0; n_cells],
             send_of: HashMap::new(),
         };
-        let edges = run.queues();
+        let edges = run.queues(devices);
         run.messages();
         run.join();
         run.cells = vec![Vec::new(); n_cells];
@@ -181,13 +199,13 @@ impl<'a> Run<'a> {
     }
 
     /// Order within queues, and events between them: (earlier, later).
-    fn queues(&mut self) -> Vec<(usize, usize)> {
+    fn queues(&mut self, devices: &[DeviceStreams]) -> Vec<(usize, usize)> {
         let mut edges = Vec::new();
-        for device in streams(self.lowered) {
+        for device in devices {
             let first = self.row_start[device.rank];
-            for stream in device.streams {
+            for stream in &device.streams {
                 let mut last: Option<usize> = None;
-                for item in stream.items {
+                for item in &stream.items {
                     let cell = first + item.event.0;
                     self.kind[cell] = stream.kind;
                     if let Some(last) = last.replace(cell) {

@@ -11,6 +11,8 @@ use meshweave_dsl::schedule::{
     Wire,
 };
 
+use super::PipelineError;
+
 /// The streams of all ranks, each rank's in order of first use. `O(n log n)`.
 pub fn streams(lowered: &Lowered) -> Vec<DeviceStreams> {
     let rows = lowered.rows.iter().enumerate();
@@ -52,6 +54,73 @@ fn device(lowered: &Lowered, rank: usize, row: &[Command]) -> DeviceStreams {
         });
     }
     DeviceStreams { rank, streams }
+}
+
+/// Checks queues that are written out: every command is in the queue that the channel model gives it,
+/// and what must be over before it is, by queue order and events of its device. `O(n²)` at worst,
+/// linear where every need is an event of its own.
+///
+/// # Errors
+/// [`PipelineError::Invalid`] that names the command, and the event that it must wait for.
+pub fn check_streams(lowered: &Lowered, given: &[DeviceStreams]) -> Result<(), PipelineError> {
+    let invalid = |message: String| Err(PipelineError::Invalid(message));
+    for (device, needed) in given.iter().zip(streams(lowered)) {
+        let rank = device.rank;
+        // Of every event: its queue, and the events that stand directly before it.
+        let n_events = lowered.rows[rank].len();
+        let mut kind = vec![StreamKind::Compute; n_events];
+        let mut before: Vec<Vec<usize>> = vec![Vec::new(); n_events];
+        for stream in &device.streams {
+            let mut last = None;
+            for item in &stream.items {
+                let event = item.event.0;
+                kind[event] = stream.kind;
+                before[event] = item.waits.iter().map(|wait| wait.0).collect();
+                before[event].extend(last.replace(event));
+            }
+        }
+        for stream in &needed.streams {
+            for item in &stream.items {
+                let event = item.event.0;
+                if kind[event] != stream.kind {
+                    return invalid(format!(
+                        "`{}` of rank {rank} is in queue `{}`; with channels {} it belongs to `{}`",
+                        item.command, kind[event], lowered.channels, stream.kind
+                    ));
+                }
+                let missing = item
+                    .waits
+                    .iter()
+                    .find(|wait| !is_behind(&before, event, wait.0));
+                if let Some(wait) = missing {
+                    return invalid(format!(
+                        "`{item}` of rank {rank} does not wait for `{}`, which it needs; write \
+                         `{event}:{}[{}]`",
+                        lowered.rows[rank][wait.0], item.command, wait.0
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether `event` comes after `wanted` on its device.
+fn is_behind(before: &[Vec<usize>], event: usize, wanted: usize) -> bool {
+    if before[event].contains(&wanted) {
+        return true;
+    }
+    let mut seen = vec![false; before.len()];
+    let mut open = before[event].clone();
+    while let Some(next) = open.pop() {
+        if next == wanted {
+            return true;
+        }
+        if !std::mem::replace(&mut seen[next], true) {
+            open.extend(&before[next]);
+        }
+    }
+    false
 }
 
 fn stream_kind(lowered: &Lowered, command: Command) -> StreamKind {

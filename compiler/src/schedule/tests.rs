@@ -206,7 +206,7 @@ fn rows_of_built_in_schedules_say_everything() {
         let name = meshweave_dsl::weave::ast::Name::new(&expected.name);
         let name = name.unwrap_or_else(|_| meshweave_dsl::weave::ast::Name::new("named").unwrap());
         let statement = expected.to_statement(name.clone());
-        let ScheduleBody::Rows(rows) = &statement.body else {
+        let ScheduleBody::Rows { rows, .. } = &statement.body else {
             panic!("{statement:?} has rows");
         };
         let read = Schedule::from_block(&name, rows).unwrap();

@@ -531,6 +531,7 @@ fn program(global: &Graph, local: &Graph, plan: &Plan) -> Program {
         sources,
         outputs: Vec::new(),
         channels: Vec::new(),
+        statements: BTreeMap::new(),
         ranks,
     }
 }

@@ -215,6 +215,29 @@ pub enum Channels {
     Buffered(usize),
 }
 
+impl Channels {
+    /// Reads `blocking`, `pair`, `direction`, or the depth of the buffers.
+    pub fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "blocking" => Self::Blocking,
+            "pair" => Self::PerPair,
+            "direction" => Self::PerDirection,
+            depth => Self::Buffered(number(depth).filter(|depth| *depth > 0)? as usize),
+        })
+    }
+}
+
+impl fmt::Display for Channels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Blocking => f.write_str("blocking"),
+            Self::PerPair => f.write_str("pair"),
+            Self::PerDirection => f.write_str("direction"),
+            Self::Buffered(depth) => depth.fmt(f),
+        }
+    }
+}
+
 /// A schedule with its communication and memory actions in place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lowered {

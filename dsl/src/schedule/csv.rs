@@ -50,25 +50,16 @@ impl Lowered {
         channels: Channels,
     ) -> Result<Self, ScheduleError> {
         let rows = read_rows(text, |cell| {
-            read_commands(cell)
+            let command = unquoted(cell).and_then(Command::parse);
+            command
+                .map_or_else(|| read_cell(cell), |command| Cell::joined(&[command]))
                 .ok_or("no command; a cell is empty, or such as `2F0`, `2SEND_F0`, or")
         })?;
-        let cells: Vec<Vec<Cell>> = rows
-            .iter()
-            .map(|row| row.iter().filter_map(|(cell, _)| *cell).collect())
-            .collect();
-        if cells.iter().all(Vec::is_empty) {
+        let is_action = |cell: &Cell| !matches!(cell, Cell::Wait | Cell::Other(_));
+        if !rows.iter().flatten().any(is_action) {
             return Err(nothing());
         }
-        let commands = rows.into_iter().map(|row| {
-            let cells = row.into_iter();
-            cells.flat_map(|(_, commands)| commands).collect()
-        });
-        Ok(Self {
-            rows: commands.collect(),
-            schedule: Schedule::from_cells(name, &cells)?,
-            channels,
-        })
+        Self::from_cells(name, &rows, channels)
     }
 
     /// Whether some cell of a text is a command other than a compute action.
@@ -111,22 +102,6 @@ fn read_rows<T>(
     lines.map(row).collect()
 }
 
-/// The compute actions of a cell, and all its commands.
-fn read_commands(text: &str) -> Option<(Option<Cell>, Vec<Command>)> {
-    let one = unquoted(text).and_then(Command::parse);
-    if let Some(command) = one {
-        return Some((command.action().map(Cell::One), vec![command]));
-    }
-    Some(match read_cell(text)? {
-        Cell::Wait => (None, Vec::new()),
-        Cell::One(action) => (Some(Cell::One(action)), vec![action.into()]),
-        Cell::Pair(first, second) => (
-            Some(Cell::Pair(first, second)),
-            vec![first.into(), second.into()],
-        ),
-    })
-}
-
 /// A cell without blanks and quotes around it.
 fn unquoted(text: &str) -> Option<&str> {
     let text = text.trim();
@@ -149,6 +124,7 @@ fn read_cell(text: &str) -> Option<Cell> {
                 .split_once(';')?;
             Some(Cell::Pair(
                 Action::parse(first.trim())?,
+                Vec::new(),
                 Action::parse(second.trim())?,
             ))
         }
@@ -160,7 +136,9 @@ fn write_cell(cell: &Cell) -> String {
     match cell {
         Cell::Wait => String::new(),
         Cell::One(action) => action.to_string(),
-        Cell::Pair(first, second) => format!("({first};{second}){OVERLAP}"),
+        // Schedules have no communication between the actions of a pair.
+        Cell::Pair(first, _, second) => format!("({first};{second}){OVERLAP}"),
+        Cell::Other(command) => command.to_string(),
     }
 }
 

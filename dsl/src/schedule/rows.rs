@@ -1,6 +1,7 @@
 //! Schedules as literal rows of cells: what the CSV form and the language's `rows` share.
 //!
-//! Enters: one row of [`Cell`]s a rank. Leaves: a [`Schedule`] whose shape follows from its cells.
+//! Enters: one row of [`Cell`]s a rank. Leaves: a [`Schedule`] whose shape follows from its cells, or
+//! a [`Lowered`] where they hold communication and memory actions.
 //! Invariant: no action stands twice, every stage has actions and all of them on one rank, and
 //! waiting cells carry no meaning: they are dropped.
 
@@ -9,42 +10,79 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Schedule, ScheduleError, grid};
+use super::{Action, Channels, Command, Lowered, Schedule, ScheduleError, Updates, Verb, grid};
 use crate::weave::ast::{Block, Name, Row, ScheduleBody, ScheduleDef};
 
 /// What one rank does in one step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Cell {
     /// Waits: `.`
     Wait,
     /// `2F0`
     One(Action),
-    /// Two actions overlapped: `2F3+5B1`
-    Pair(Action, Action),
+    /// A communication or memory action: `2SEND_F0`
+    Other(Command),
+    /// Two actions overlapped, with the communication and memory actions between them: `2F3+5B1`,
+    /// `2F3+2SEND_F3+5B1`
+    Pair(Action, Vec<Command>, Action),
 }
 
 impl Cell {
-    /// Reads `.`, `2F0` or `2F3+5B1`; nothing may follow.
+    /// Reads `.`, `2F0`, `2SEND_F0` or `2F3+5B1`; nothing may follow.
     pub fn parse(text: &str) -> Option<Self> {
         if text == "." {
             return Some(Self::Wait);
         }
-        match text.split_once('+') {
-            Some((first, second)) => {
-                Some(Self::Pair(Action::parse(first)?, Action::parse(second)?))
+        let commands: Option<Vec<Command>> = text.split('+').map(Command::parse).collect();
+        Self::joined(&commands?)
+    }
+
+    /// The cell of commands that are joined by `+`: one, or two actions with others between.
+    pub fn joined(commands: &[Command]) -> Option<Self> {
+        match commands {
+            [command] => Some(match command.action() {
+                Some(action) => Self::One(action),
+                None => Self::Other(*command),
+            }),
+            [first, between @ .., second] => {
+                let is_plain = between.iter().all(|command| command.action().is_none());
+                let pair = || Some((first.action()?, second.action()?));
+                let (first, second) = pair().filter(|_| is_plain)?;
+                Some(Self::Pair(first, between.to_vec(), second))
             }
-            None => Action::parse(text).map(Self::One),
+            [] => None,
         }
     }
 
-    fn actions(self) -> impl Iterator<Item = Action> {
+    /// Whether it holds a communication or memory action.
+    pub fn is_lowered(&self) -> bool {
+        match self {
+            Self::Wait | Self::One(_) => false,
+            Self::Other(_) => true,
+            Self::Pair(_, between, _) => !between.is_empty(),
+        }
+    }
+
+    fn actions(&self) -> impl Iterator<Item = Action> + use<> {
         let (first, second) = match self {
-            Self::Wait => (None, None),
-            Self::One(action) => (Some(action), None),
-            Self::Pair(first, second) => (Some(first), Some(second)),
+            Self::Wait | Self::Other(_) => (None, None),
+            Self::One(action) => (Some(*action), None),
+            Self::Pair(first, _, second) => (Some(*first), Some(*second)),
         };
         first.into_iter().chain(second)
+    }
+
+    fn commands(&self) -> Vec<Command> {
+        match self {
+            Self::Wait => Vec::new(),
+            Self::One(action) => vec![(*action).into()],
+            Self::Other(command) => vec![*command],
+            Self::Pair(first, between, second) => {
+                let ends = [(*first).into(), (*second).into()];
+                [&ends[..1], between.as_slice(), &ends[1..]].concat()
+            }
+        }
     }
 }
 
@@ -53,7 +91,14 @@ impl fmt::Display for Cell {
         match self {
             Self::Wait => f.write_str("."),
             Self::One(action) => action.fmt(f),
-            Self::Pair(first, second) => write!(f, "{first}+{second}"),
+            Self::Other(command) => command.fmt(f),
+            Self::Pair(first, between, second) => {
+                write!(f, "{first}+")?;
+                for command in between {
+                    write!(f, "{command}+")?;
+                }
+                second.fmt(f)
+            }
         }
     }
 }
@@ -75,6 +120,8 @@ impl From<Cell> for String {
 impl Schedule {
     /// The schedule of these rows, one a rank: its stages, their ranks, the microbatches and slices
     /// are those that occur. Linear.
+    ///
+    /// Communication and memory actions are left out; [`Lowered::from_cells`] keeps them.
     ///
     /// Rows in which the lower half of the stages has even microbatches only and the upper half odd
     /// ones only are of two copies of the model; a complete schedule of one copy has no such rows.
@@ -126,7 +173,7 @@ impl Schedule {
             while let Some(action) = row.get(at) {
                 match row.get(at + 1).filter(|_| pairs.contains(&at)) {
                     Some(second) => {
-                        cells.push(Cell::Pair(*action, *second));
+                        cells.push(Cell::Pair(*action, Vec::new(), *second));
                         at += 2;
                     }
                     None => {
@@ -145,8 +192,7 @@ impl Schedule {
     /// # Errors
     /// As [`Schedule::from_cells`].
     pub fn from_block(name: &Name, block: &Block<Row>) -> Result<Self, ScheduleError> {
-        let cells: Vec<Vec<Cell>> = block.items().map(|row| row.cells.clone()).collect();
-        Self::from_cells(name.as_str(), &cells)
+        Self::from_cells(name.as_str(), &cells_of(block))
     }
 
     /// The statement `schedule NAME = rows { … }`.
@@ -154,9 +200,99 @@ impl Schedule {
         let rows = self.cells().into_iter().map(|cells| Row { cells });
         ScheduleDef {
             name: name.into(),
-            body: ScheduleBody::Rows(Block::of(rows)),
+            body: ScheduleBody::Rows {
+                channels: None,
+                rows: Block::of(rows),
+            },
         }
     }
+}
+
+impl Lowered {
+    /// The rows of these cells as they stand; their compute actions are the schedule, and an update of
+    /// a microbatch (`0UPDATE3`) says that there is one after every microbatch. Linear.
+    ///
+    /// # Errors
+    /// As [`Schedule::from_cells`].
+    pub fn from_cells(
+        name: impl Into<String>,
+        cells: &[Vec<Cell>],
+        channels: Channels,
+    ) -> Result<Self, ScheduleError> {
+        let row = |cells: &Vec<Cell>| cells.iter().flat_map(Cell::commands).collect();
+        let rows: Vec<Vec<Command>> = cells.iter().map(row).collect();
+        let mut schedule = Schedule::from_cells(name, cells)?;
+        let mut commands = rows.iter().flatten();
+        if commands.any(|command| command.verb == Verb::Update && command.microbatch.is_some()) {
+            schedule.updates = Updates::EveryMicrobatch;
+        }
+        Ok(Self {
+            schedule,
+            channels,
+            rows,
+        })
+    }
+
+    /// One row of cells a rank; overlapped pairs are one cell with what stands between them.
+    pub fn cells(&self) -> Vec<Vec<Cell>> {
+        let row_cells = |(row, pairs): (&Vec<Command>, &Vec<usize>)| {
+            let mut cells = Vec::with_capacity(row.len());
+            // Of a pair that has begun: its first action, and what followed.
+            let mut begun: Option<(Action, Vec<Command>)> = None;
+            let mut nth = 0;
+            for command in row {
+                let Some(action) = command.action() else {
+                    match &mut begun {
+                        Some((_, between)) => between.push(*command),
+                        None => cells.push(Cell::Other(*command)),
+                    }
+                    continue;
+                };
+                match begun.take() {
+                    Some((first, between)) => cells.push(Cell::Pair(first, between, action)),
+                    None if pairs.contains(&nth) => begun = Some((action, Vec::new())),
+                    None => cells.push(Cell::One(action)),
+                }
+                nth += 1;
+            }
+            cells
+        };
+        let rows = self.rows.iter().zip(&self.schedule.pairs);
+        rows.map(row_cells).collect()
+    }
+
+    /// The schedule of a `rows` block of the language, with its communication and memory actions;
+    /// none where it has compute actions only.
+    ///
+    /// # Errors
+    /// As [`Schedule::from_cells`].
+    pub fn from_block(
+        name: &Name,
+        block: &Block<Row>,
+        channels: Channels,
+    ) -> Result<Option<Self>, ScheduleError> {
+        let cells = cells_of(block);
+        if !cells.iter().flatten().any(Cell::is_lowered) {
+            return Ok(None);
+        }
+        Self::from_cells(name.as_str(), &cells, channels).map(Some)
+    }
+
+    /// The statement `schedule NAME = rows channels … { … }`.
+    pub fn to_statement(&self, name: Name) -> ScheduleDef {
+        let rows = self.cells().into_iter().map(|cells| Row { cells });
+        ScheduleDef {
+            name: name.into(),
+            body: ScheduleBody::Rows {
+                channels: Some(self.channels),
+                rows: Block::of(rows),
+            },
+        }
+    }
+}
+
+fn cells_of(block: &Block<Row>) -> Vec<Vec<Cell>> {
+    block.items().map(|row| row.cells.clone()).collect()
 }
 
 /// Whether microbatches run alternately through the two halves of the stages.
@@ -236,4 +372,4 @@ fn places(cells: &[Vec<Cell>]) -> Result<Vec<usize>, ScheduleError> {
 }
 
 /// Far above any pipeline; keeps a mistyped stage from asking for memory.
-const MAX_STAGES: usize = 1 << 16;
+pub(super) const MAX_STAGES: usize = 1 << 16;

@@ -16,7 +16,8 @@ pub use layout::{
 };
 pub use name::{Name, Pattern};
 pub use schedule::{
-    BinaryOp, Expr, ExprError, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef, Var,
+    BinaryOp, Expr, ExprError, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef, StreamLine,
+    Var,
 };
 pub use select::{Index, IndexItem, Segment, Selector, Target, TensorClass};
 pub use statement::{

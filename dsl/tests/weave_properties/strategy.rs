@@ -1,5 +1,6 @@
 //! Random syntax trees: every tree that the grammar allows, comments included.
 
+use meshweave_dsl::schedule::{Channels, Command, Event, Item, StreamKind, Verb, Wire};
 use meshweave_dsl::units::{Measure, Number, Quantity, Unit};
 use meshweave_dsl::weave::Document;
 use meshweave_dsl::weave::ast::*;
@@ -441,13 +442,95 @@ fn schedule() -> impl Strategy<Value = ScheduleDef> {
     let cell = prop_oneof![
         1 => Just(Cell::Wait),
         3 => action().prop_map(Cell::One),
-        1 => (action(), action()).prop_map(|(first, second)| Cell::Pair(first, second)),
+        1 => other().prop_map(Cell::Other),
+        1 => (action(), vec(other(), 0..3), action())
+            .prop_map(|(first, between, second)| Cell::Pair(first, between, second)),
     ];
     let row = vec(cell, 0..6).prop_map(|cells| Row { cells });
-    let rows = block(vec(row, 0..4), true).prop_map(ScheduleBody::Rows);
+    let rows = (option::of(channels()), block(vec(row, 0..4), true))
+        .prop_map(|(channels, rows)| ScheduleBody::Rows { channels, rows });
+    let command = prop_oneof![action().prop_map(Command::from), other()];
+    let item = (0usize..99, command, vec((0usize..99).prop_map(Event), 0..3)).prop_map(
+        |(event, command, waits)| Item {
+            command,
+            event: Event(event),
+            waits,
+        },
+    );
+    let stream = (0usize..9, stream_kind(), vec(item, 0..5), any::<bool>()).prop_map(
+        |(rank, kind, items, is_joined)| StreamLine {
+            rank,
+            kind,
+            pairs: if is_joined && items.len() > 1 {
+                vec![items.len() - 2]
+            } else {
+                Vec::new()
+            },
+            items,
+        },
+    );
+    let streams = (option::of(channels()), block(vec(stream, 0..4), true))
+        .prop_map(|(channels, streams)| ScheduleBody::Streams { channels, streams });
     let csv = spanned(text()).prop_map(ScheduleBody::Csv);
-    (spanned(name()), prop_oneof![keys, rows, csv])
+    (spanned(name()), prop_oneof![keys, rows, streams, csv])
         .prop_map(|(name, body)| ScheduleDef { name, body })
+}
+
+fn channels() -> impl Strategy<Value = Channels> {
+    prop_oneof![
+        Just(Channels::Blocking),
+        Just(Channels::PerPair),
+        Just(Channels::PerDirection),
+        (1usize..99).prop_map(Channels::Buffered),
+    ]
+}
+
+fn stream_kind() -> impl Strategy<Value = StreamKind> {
+    let rank = || 0usize..9;
+    prop_oneof![
+        Just(StreamKind::Compute),
+        rank().prop_map(|to| StreamKind::Send { to }),
+        rank().prop_map(|from| StreamKind::Recv { from }),
+        option::of(rank()).prop_map(|with| StreamKind::Exchange { with }),
+        Just(StreamKind::Collective),
+        Just(StreamKind::ToHost),
+        Just(StreamKind::FromHost),
+    ]
+}
+
+/// A communication or memory action.
+fn other() -> impl Strategy<Value = Command> {
+    let of_microbatch = select(
+        &[
+            Verb::Send(Wire::F),
+            Verb::Send(Wire::B),
+            Verb::Recv(Wire::F),
+            Verb::Recv(Wire::B),
+            Verb::Offload,
+            Verb::Prefetch,
+            Verb::Update,
+        ][..],
+    );
+    let of_stage = select(
+        &[
+            Verb::Unshard,
+            Verb::Reshard,
+            Verb::ReduceGrad,
+            Verb::Barrier,
+            Verb::Update,
+        ][..],
+    );
+    prop_oneof![
+        (any::<u32>(), of_microbatch, any::<u32>(), 0u32..3).prop_map(
+            |(stage, verb, microbatch, slice)| Command {
+                stage,
+                verb,
+                microbatch: Some(microbatch),
+                slice,
+            },
+        ),
+        (any::<u32>(), of_stage).prop_map(|(stage, verb)| Command::of_stage(stage, verb)),
+    ]
 }
 
 fn pipeline() -> impl Strategy<Value = Pipeline> {

@@ -11,6 +11,7 @@ fn program() -> Program {
         sources: Vec::new(),
         outputs: Vec::new(),
         channels: Vec::new(),
+        statements: Default::default(),
         ranks: Vec::new(),
     }
 }

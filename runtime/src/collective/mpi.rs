@@ -339,17 +339,16 @@ impl Communicator for MpiCommunicator {
         } = self.member(group)?;
         let (size, member_idx, n) = (ranks.len(), *member_idx, dst.len());
         let whole = vec![n; size];
-        let mut received = sized(&mut self.received, 0);
-        let outcome = if n <= SMALL || size == 1 {
-            received.resize(size * n, 0);
+        let is_small = n <= SMALL || size == 1;
+        let counts: Vec<usize> = (0..size)
+            .map(|i| n / size + usize::from(i < n % size))
+            .collect();
+        let n_own = if is_small { n } else { counts[member_idx] };
+        let mut received = sized(&mut self.received, size * n_own);
+        let outcome = if is_small {
             let own = words(src.unwrap_or(dst));
             self.gather_words(CALL, group, own, &mut received, &whole)
         } else {
-            let counts: Vec<usize> = (0..size)
-                .map(|i| n / size + usize::from(i < n % size))
-                .collect();
-            let n_own = counts[member_idx];
-            received.resize(size * n_own, 0);
             let own = words(src.unwrap_or(dst));
             let arrived = (&mut received[..], &vec![n_own; size][..]);
             self.exchange_words(CALL, group, (own, &counts), arrived)
@@ -361,7 +360,7 @@ impl Communicator for MpiCommunicator {
                     outcome
                 })
         };
-        if outcome.is_ok() && (n <= SMALL || size == 1) {
+        if outcome.is_ok() && is_small {
             fold(kind, &received, dst);
         }
         self.received = received;

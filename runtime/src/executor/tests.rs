@@ -212,6 +212,7 @@ fn program(n_ranks: usize) -> Program {
         name: "rows".into(),
         kernels: vec![symbol("descend", N_COLUMNS), symbol("sum", 1)],
         channels: Vec::new(),
+        statements: Default::default(),
         sources: vec![
             global(
                 "x",

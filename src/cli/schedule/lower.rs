@@ -6,13 +6,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 use meshweave_compiler::schedule::{
-    CommandCosts, DeviceRun, Lowering, WaitFor, check_lowered, lower, run_devices, simulate,
-    streams,
+    CommandCosts, DeviceRun, Lowering, WaitFor, check_lowered, lower, run_queues, simulate, streams,
 };
 use meshweave_dsl::schedule::{Command, DeviceStreams, Lowered, StreamKind, Verb, Wire};
+use meshweave_dsl::weave::Document;
+use meshweave_dsl::weave::ast::{Block, Name, Statement};
 use serde_json::json;
 
-use super::{PipelineArgs, channels, columns, load, pipeline_error};
+use super::{PipelineArgs, channels, columns, invalid, load, pipeline_error, written};
 use crate::cli::{Format, write_atomically};
 use crate::error::Result;
 
@@ -50,23 +51,46 @@ pub(super) struct LowerArgs {
     /// Also write the rows as CSV, as PyTorch does.
     #[arg(long)]
     csv: Option<PathBuf>,
+    /// Also write what is printed, rows or queues, as a document.
+    #[arg(long)]
+    weave: Option<PathBuf>,
     /// Columns of the picture; the terminal's where absent.
     #[arg(long)]
     width: Option<usize>,
 }
 
 pub(super) fn show_lowered(args: &LowerArgs, format: Format) -> Result<()> {
-    let (schedule, costs) = load(&args.pipeline)?;
-    let lowering = Lowering {
-        channels: channels(&args.channels)?,
-        unsharded_stages: args.unshard,
-        reduce_gradients: args.reduce.is_some(),
-        offloaded_stages: args.offload.clone(),
-        barrier: args.pipeline.costs.barrier,
-        update: args.update.is_some(),
+    let channels = channels(&args.channels)?;
+    let (lowered, devices) = match written(&args.pipeline.name, channels)? {
+        Some(found) => {
+            if args.unshard.is_some() || !args.offload.is_empty() {
+                return Err(invalid(format!(
+                    "{} has its communication and memory actions already; leave `--unshard` and \
+                     `--offload` out, or its actions",
+                    args.pipeline.name
+                )));
+            }
+            found
+        }
+        None => {
+            let (schedule, _) = load(&args.pipeline)?;
+            let lowering = Lowering {
+                channels,
+                unsharded_stages: args.unshard,
+                reduce_gradients: args.reduce.is_some(),
+                offloaded_stages: args.offload.clone(),
+                barrier: args.pipeline.costs.barrier,
+                update: args.update.is_some(),
+            };
+            let lowered = lower(&schedule, &lowering).map_err(pipeline_error)?;
+            check_lowered(&lowered).map_err(pipeline_error)?;
+            let devices = streams(&lowered);
+            (lowered, devices)
+        }
     };
-    let lowered = lower(&schedule, &lowering).map_err(pipeline_error)?;
-    check_lowered(&lowered).map_err(pipeline_error)?;
+    let schedule = &lowered.schedule;
+    let stage_rank = &schedule.stage_rank[..schedule.n_stages];
+    let costs = args.pipeline.costs.of(stage_rank, schedule.n_ranks)?;
     // A rank's seconds and bytes are shared by its stages.
     let share = schedule.n_ranks as f64 / schedule.n_stages.max(1) as f64;
     let of_stage = CommandCosts {
@@ -77,21 +101,19 @@ pub(super) fn show_lowered(args: &LowerArgs, format: Format) -> Result<()> {
         update_s: args.update.unwrap_or(0.0) * share,
     };
     let commands = vec![of_stage; schedule.n_stages];
-    let run = run_devices(&lowered, &costs, &commands).map_err(pipeline_error)?;
-    let alone = simulate(&schedule, &costs).map_err(pipeline_error)?;
+    let run = run_queues(&lowered, &devices, &costs, &commands).map_err(pipeline_error)?;
+    let alone = simulate(schedule, &costs).map_err(pipeline_error)?;
     if let Some(path) = &args.csv {
         write_atomically(path, lowered.to_csv().as_bytes())?;
     }
-    let devices = streams(&lowered);
+    let text = document(&lowered, args.streams.then_some(devices.as_slice()));
+    if let Some(path) = &args.weave {
+        write_atomically(path, text.as_bytes())?;
+    }
     match format {
         Format::Text => {
-            let rows = if args.streams {
-                stream_text(&devices)
-            } else {
-                lowered.to_csv()
-            };
             print!(
-                "{rows}\n{}{}",
+                "{text}\n{}{}",
                 lanes(&lowered, &devices, &run, args.width.unwrap_or_else(columns)),
                 figures(&run, alone.step_s, alone.peak())
             );
@@ -121,37 +143,22 @@ fn figures(run: &DeviceRun, alone_s: f64, alone_peak: f64) -> String {
     text
 }
 
-fn stream_name(kind: StreamKind) -> String {
-    match kind {
-        StreamKind::Compute => "compute".into(),
-        StreamKind::Send { to } => format!("to {to}"),
-        StreamKind::Recv { from } => format!("from {from}"),
-        StreamKind::Exchange { with: Some(with) } => format!("with {with}"),
-        StreamKind::Exchange { with: None } => "messages".into(),
-        StreamKind::Collective => "collective".into(),
-        StreamKind::ToHost => "to host".into(),
-        StreamKind::FromHost => "from host".into(),
-    }
-}
-
-/// A line a queue: every command with its event, and those it waits for in brackets.
-fn stream_text(devices: &[DeviceStreams]) -> String {
-    let mut text = String::new();
-    for device in devices {
-        for stream in &device.streams {
-            let name = stream_name(stream.kind);
-            let _ = write!(text, "rank {} {name:<10}", device.rank);
-            for item in &stream.items {
-                let _ = write!(text, " {}:{}", item.event.0, item.command);
-                if !item.waits.is_empty() {
-                    let waits = item.waits.iter().map(|event| event.0.to_string());
-                    let _ = write!(text, "[{}]", waits.collect::<Vec<_>>().join(","));
-                }
-            }
-            text.push('\n');
-        }
-    }
-    text
+/// A document that defines the schedule: its rows, or the queues of its devices.
+fn document(lowered: &Lowered, devices: Option<&[DeviceStreams]>) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    let name: String = lowered
+        .schedule
+        .name
+        .chars()
+        .filter(|c| is_plain(*c))
+        .collect();
+    let name = Name::new(&name).unwrap_or_else(|_| Name::literal("lowered"));
+    let definition = match devices {
+        Some(devices) => lowered.streams_statement(devices, name),
+        None => lowered.to_statement(name),
+    };
+    let body = Block::of([Statement::Schedule(definition)]);
+    meshweave_dsl::weave::print(&Document { body })
 }
 
 /// A line a queue that takes time, time across.
@@ -179,7 +186,7 @@ fn lanes(lowered: &Lowered, devices: &[DeviceStreams], run: &DeviceRun, width: u
                 }
             }
             let line: String = line.into_iter().collect();
-            let name = stream_name(stream.kind);
+            let name = stream.kind.to_string();
             let _ = writeln!(text, "rank {:>2} {name:<10} {line}", device.rank);
         }
     }

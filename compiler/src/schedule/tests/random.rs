@@ -1,6 +1,7 @@
 //! Random schedules: what the checks accept, a machine finishes; what they refuse, it does not.
 
 use meshweave_dsl::schedule::{Action, ActionKind, Channels, Lowered, Schedule, Verb};
+use meshweave_dsl::weave::ast::ScheduleDef;
 use proptest::prelude::*;
 
 use super::*;
@@ -85,6 +86,22 @@ fn some_schedule() -> impl Strategy<Value = Schedule> {
         .prop_map(|((p, v, m, k, is_v), choices)| random_schedule(p, v, m, k, is_v, &choices))
 }
 
+/// A definition, printed and parsed.
+fn reparsed(definition: ScheduleDef) -> ScheduleDef {
+    let document = meshweave_dsl::weave::ast::Document {
+        body: meshweave_dsl::weave::ast::Block::of([Statement::Schedule(definition)]),
+    };
+    let text = meshweave_dsl::weave::print(&document);
+    let parsed = meshweave_dsl::weave::parse(&text, SourceId(0));
+    assert!(
+        parsed.diagnostics.is_empty(),
+        "{text}{:?}",
+        parsed.diagnostics
+    );
+    let mut found = definitions(&parsed.document);
+    found.next().unwrap().clone()
+}
+
 fn some_channels() -> impl Strategy<Value = Channels> {
     prop_oneof![
         Just(Channels::Blocking),
@@ -162,19 +179,61 @@ proptest! {
         let json = serde_json::to_string(&schedule).unwrap();
         prop_assert_eq!(&serde_json::from_str::<Schedule>(&json).unwrap(), &schedule);
         let name = meshweave_dsl::weave::ast::Name::new("random").unwrap();
-        let statement = schedule.to_statement(name);
-        let document = meshweave_dsl::weave::ast::Document {
-            body: meshweave_dsl::weave::ast::Block::of([Statement::Schedule(statement)]),
-        };
-        let text = meshweave_dsl::weave::print(&document);
-        let parsed = meshweave_dsl::weave::parse(&text, SourceId(0));
-        let Some(Statement::Schedule(definition)) = parsed.document.statements().map(|s| &s.node).next() else {
-            panic!("{text}");
-        };
-        let ScheduleBody::Rows(rows) = &definition.body else {
-            panic!("{text}");
+        let definition = reparsed(schedule.to_statement(name));
+        let ScheduleBody::Rows { rows, .. } = &definition.body else {
+            panic!("{definition:?} has rows");
         };
         prop_assert_eq!(&Schedule::from_block(&definition.name.node, rows).unwrap(), &schedule);
+    }
+
+    /// The second and the third level are printed, parsed and checked again; a queue that does not wait
+    /// for what it needs is refused.
+    #[test]
+    fn lowered_forms_keep_every_command(
+        schedule in some_schedule(),
+        channels in some_channels(),
+        options in any::<[bool; 4]>(),
+        pick in any::<proptest::sample::Index>(),
+    ) {
+        let [reduce_gradients, update, barrier, offload] = options;
+        let lowering = Lowering {
+            channels,
+            unsharded_stages: update.then_some(1),
+            reduce_gradients,
+            offloaded_stages: if offload { vec![0] } else { Vec::new() },
+            barrier,
+            update,
+        };
+        let lowered = lower(&schedule, &lowering).unwrap();
+        let devices = streams(&lowered);
+        let name = || meshweave_dsl::weave::ast::Name::new("random").unwrap();
+        let read = |statement| {
+            let definition = reparsed(statement);
+            lowered_definition(&definition, std::path::Path::new("."))
+        };
+        if lowered.rows.iter().flatten().any(|command| command.action().is_none()) {
+            let found = read(lowered.to_statement(name())).unwrap();
+            prop_assert_eq!(found, Some((lowered.clone(), devices.clone())));
+        }
+        let found = read(lowered.streams_statement(&devices, name())).unwrap();
+        prop_assert_eq!(found, Some((lowered.clone(), devices.clone())));
+        let mut wrong = devices.clone();
+        let mut waiting: Vec<_> = wrong
+            .iter_mut()
+            .flat_map(|device| &mut device.streams)
+            .flat_map(|stream| &mut stream.items)
+            .filter(|item| !item.waits.is_empty())
+            .collect();
+        if !waiting.is_empty() {
+            let at = pick.index(waiting.len());
+            waiting[at].waits.clear();
+            // What other events and the order of queues say already may be left out.
+            let seed = pick.index(1 << 16) as u64;
+            match read(lowered.streams_statement(&wrong, name())) {
+                Ok(_) => prop_assert!(machine::finishes(&lowered, &wrong, seed)),
+                Err(error) => prop_assert!(error.to_string().contains("does not wait for"), "{}", error),
+            }
+        }
     }
 
     #[test]

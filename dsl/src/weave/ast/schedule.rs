@@ -3,10 +3,12 @@
 //! Invariant: the numbers in an [`Expr`] are not negative ([`Expr::Neg`] is), its depth is at most
 //! [`Expr::MAX_DEPTH`].
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Block, Name, Spanned};
-use crate::schedule::{ActionKind, Cell};
+use crate::schedule::{ActionKind, Cell, Channels, Item, StreamKind};
 
 /// `schedule NAME = …`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -15,14 +17,24 @@ pub struct ScheduleDef {
     pub body: ScheduleBody,
 }
 
-/// The three ways to write a schedule.
+/// The ways to write a schedule.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleBody {
     /// `key F:(mb,0) B:(mb+P-r,-1)`: each rank sorts its actions by these keys.
     Key(Vec<Spanned<OrderKey>>),
-    /// `rows { row 0F0 0F1 … }`: one row a rank, from rank 0.
-    Rows(Block<Row>),
+    /// `rows [channels pair] { row 0F0 0F1 … }`: one row a rank, from rank 0.
+    Rows {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        channels: Option<Channels>,
+        rows: Block<Row>,
+    },
+    /// `streams [channels pair] { rank 0 compute 0:0F0 4:0B0[3] … }`: the queues of every device.
+    Streams {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        channels: Option<Channels>,
+        streams: Block<StreamLine>,
+    },
     /// `csv "file"`
     Csv(Spanned<String>),
 }
@@ -40,6 +52,29 @@ pub struct OrderKey {
 #[serde(transparent)]
 pub struct Row {
     pub cells: Vec<Cell>,
+}
+
+/// One queue of a rank's device, in order: `rank 0 compute 0:0F0 4:0B0[3]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamLine {
+    pub rank: usize,
+    pub kind: StreamKind,
+    pub items: Vec<Item>,
+    /// Ascending: `i` where the items `i` and `i + 1` run overlapped, written `4:2F3+6:5B1`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pairs: Vec<usize>,
+}
+
+impl fmt::Display for StreamLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} {}", self.rank, self.kind)?;
+        for (nth, item) in self.items.iter().enumerate() {
+            let is_second = nth > 0 && self.pairs.contains(&(nth - 1));
+            f.write_str(if is_second { "+" } else { " " })?;
+            item.fmt(f)?;
+        }
+        Ok(())
+    }
 }
 
 /// What an order key may depend on.

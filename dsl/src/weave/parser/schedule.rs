@@ -1,11 +1,12 @@
-//! Schedules: order keys with their expressions, rows of actions.
+//! Schedules: order keys with their expressions, rows of actions, queues of devices.
 
 use super::block::BlockKind;
 use super::{Empty, Parse, Parser, Stop};
 use crate::diagnostics::{Diagnostic, did_you_mean};
+use crate::schedule::{Channels, Command, Event, Item, StreamKind};
 use crate::weave::ast::{
-    Action, ActionKind, BinaryOp, Cell, Expr, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef,
-    Var,
+    ActionKind, BinaryOp, Cell, Expr, ExtremumOp, OrderKey, Row, ScheduleBody, ScheduleDef,
+    StreamLine, Var,
 };
 use crate::weave::lexer::Tok;
 
@@ -14,8 +15,13 @@ const ROWS: BlockKind = BlockKind {
     keywords: &["row"],
 };
 
+const STREAMS: BlockKind = BlockKind {
+    name: "streams",
+    keywords: &["rank"],
+};
+
 impl<'a> Parser<'a> {
-    /// `NAME = key … | rows { … } | csv "file"`
+    /// `NAME = key … | rows { … } | streams { … } | csv "file"`
     pub(in crate::weave) fn schedule(&mut self) -> Parse<ScheduleDef> {
         let name = self.spanned(|p| p.name_as("the name of the schedule"))?;
         if !self.is_sign("=") {
@@ -45,11 +51,17 @@ impl<'a> Parser<'a> {
             }
             ScheduleBody::Key(keys)
         } else if self.eat_word("rows") {
-            ScheduleBody::Rows(self.block(ROWS, Self::row)?)
+            let channels = self.channels()?;
+            let rows = self.block(ROWS, Self::row)?;
+            ScheduleBody::Rows { channels, rows }
+        } else if self.eat_word("streams") {
+            let channels = self.channels()?;
+            let streams = self.block(STREAMS, Self::stream)?;
+            ScheduleBody::Streams { channels, streams }
         } else if self.eat_word("csv") {
             ScheduleBody::Csv(self.spanned(|p| p.text_value("the file in quotes"))?)
         } else {
-            return Err(self.unexpected_word("a schedule", &["key", "rows", "csv"]));
+            return Err(self.unexpected_word("a schedule", &["key", "rows", "streams", "csv"]));
         };
         Ok(ScheduleDef { name, body })
     }
@@ -74,27 +86,119 @@ impl<'a> Parser<'a> {
         Ok(Row { cells })
     }
 
+    /// `channels blocking`, `pair`, `direction`, or the depth of buffers.
+    fn channels(&mut self) -> Parse<Option<Channels>> {
+        if !self.eat_word("channels") {
+            return Ok(None);
+        }
+        let Some(channels) = Channels::parse(self.here()) else {
+            let words = "`blocking`, `pair`, `direction`, or the depth of buffers from 1";
+            return Err(self.unexpected(words));
+        };
+        self.advance();
+        Ok(Some(channels))
+    }
+
     fn cell(&mut self) -> Parse<Cell> {
         if self.eat(".") {
             return Ok(Cell::Wait);
         }
-        let first = self.action()?;
-        if self.eat("+") {
-            return Ok(Cell::Pair(first, self.action()?));
+        let start = self.span();
+        let mut commands = vec![self.command()?];
+        while self.eat("+") {
+            commands.push(self.command()?);
         }
-        Ok(Cell::One(first))
+        let span = start.to(self.last_span());
+        Cell::joined(&commands).ok_or_else(|| {
+            let message = "`+` joins two compute actions, with communication and memory actions \
+                           between them";
+            self.fail("W002", message, span)
+        })
     }
 
-    fn action(&mut self) -> Parse<Action> {
-        let Some(action) = Action::parse(self.here()) else {
+    fn command(&mut self) -> Parse<Command> {
+        let Some(command) = Command::parse(self.here()) else {
             let diagnostic = self.unexpected_diagnostic("an action").help(
                 "`2F0` is stage 2, forward, microbatch 0; kinds are F, B, I, W, R; `.` waits; \
-                 `2F3+5B1` overlaps two",
+                 `2F3+5B1` overlaps two; `2SEND_F0`, `2RECV_B0`, `2OFFLOAD0` and `2PREFETCH0` are of \
+                 a microbatch, `2UNSHARD`, `2RESHARD`, `2REDUCE_GRAD`, `2BARRIER` and `2UPDATE` of a \
+                 stage",
             );
             return Err(self.report(diagnostic));
         };
         self.advance();
-        Ok(action)
+        Ok(command)
+    }
+
+    /// `rank 0 compute 0:0F0 4:0B0[3]`
+    fn stream(&mut self) -> Parse<StreamLine> {
+        if !self.eat_word("rank") {
+            return Err(self.unknown_line(STREAMS));
+        }
+        let rank = self.count("a rank")? as usize;
+        let kind = self.stream_kind()?;
+        let (mut items, mut pairs) = (Vec::new(), Vec::new());
+        while !self.at_end_of_statement() {
+            items.push(self.item()?);
+            if self.eat("+") {
+                pairs.push(items.len() - 1);
+                items.push(self.item()?);
+            }
+        }
+        Ok(StreamLine {
+            rank,
+            kind,
+            items,
+            pairs,
+        })
+    }
+
+    fn stream_kind(&mut self) -> Parse<StreamKind> {
+        Ok(if self.eat_word("compute") {
+            StreamKind::Compute
+        } else if self.eat_word("messages") {
+            StreamKind::Exchange { with: None }
+        } else if self.eat_word("collective") {
+            StreamKind::Collective
+        } else if self.eat_word("with") {
+            let with = Some(self.count("a rank")? as usize);
+            StreamKind::Exchange { with }
+        } else if self.eat_word("to") {
+            if self.eat_word("host") {
+                StreamKind::ToHost
+            } else {
+                let to = self.count("a rank, or `host`")? as usize;
+                StreamKind::Send { to }
+            }
+        } else if self.eat_word("from") {
+            if self.eat_word("host") {
+                StreamKind::FromHost
+            } else {
+                let from = self.count("a rank, or `host`")? as usize;
+                StreamKind::Recv { from }
+            }
+        } else {
+            let words = ["compute", "to", "from", "with", "messages", "collective"];
+            return Err(self.unexpected_word("a queue", &words));
+        })
+    }
+
+    /// `4:0B0[1,3]`
+    fn item(&mut self) -> Parse<Item> {
+        let event = Event(self.count("the number of an event")? as usize);
+        self.expect(":")?;
+        let command = self.command()?;
+        let mut waits = Vec::new();
+        if self.is_sign("[") {
+            let opened = self.expect("[")?;
+            waits = self.comma_list(|p| Ok(Event(p.count("the number of an event")? as usize)))?;
+            self.close("]", opened)?;
+        }
+        Ok(Item {
+            command,
+            event,
+            waits,
+        })
     }
 
     /// Sums of products.

@@ -1,9 +1,11 @@
 //! How each kind of line looks: its columns, and its block if it has one.
 
+use crate::schedule::Channels;
+
 use super::super::ast::{
     Apply, Block, Cell, Choice, Comment, Definition, ExpertsItem, Forbid, Keep, MemoryItem, Pin,
     Pipeline, PipelineItem, Place, Prefer, Row, ScheduleBody, ScheduleDef, Selector, SettingLine,
-    Shard, Spanned, Statement, TacticDef, TacticItem,
+    Shard, Spanned, Statement, StreamLine, TacticDef, TacticItem,
 };
 use super::block_lines;
 use super::node::{choice_text, join, quoted};
@@ -138,9 +140,19 @@ fn schedule_form(schedule: &ScheduleDef) -> Form {
     let head = format!("schedule {} =", schedule.name);
     match &schedule.body {
         ScheduleBody::Key(keys) => Form::plain(format!("{head} key {}", join(keys, " "))),
-        ScheduleBody::Rows(rows) => Form::with_block(format!("{head} rows"), rows),
+        ScheduleBody::Rows { channels, rows } => {
+            Form::with_block(format!("{head} rows{}", channels_text(*channels)), rows)
+        }
+        ScheduleBody::Streams { channels, streams } => {
+            let head = format!("{head} streams{}", channels_text(*channels));
+            Form::with_block(head, streams)
+        }
         ScheduleBody::Csv(file) => Form::plain(format!("{head} csv {}", quoted(file))),
     }
+}
+
+fn channels_text(channels: Option<Channels>) -> String {
+    channels.map_or_else(String::new, |channels| format!(" channels {channels}"))
 }
 
 fn pipeline_form(pipeline: &Pipeline) -> Form {
@@ -250,6 +262,12 @@ impl Show for Row {
         let mut columns = vec!["row".to_owned()];
         columns.extend(self.cells.iter().map(Cell::to_string));
         Form::columns(Family::Row, columns)
+    }
+}
+
+impl Show for StreamLine {
+    fn form(&self) -> Form {
+        Form::plain(self.to_string())
     }
 }
 

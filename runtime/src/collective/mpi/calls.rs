@@ -16,6 +16,13 @@ use crate::mpi::{Handle, Mpi, Status};
 /// Between two looks at what the other ranks say, while waiting.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// So long a wait only yields its core between tests: MPI moves a message piece by piece, some with each
+/// test, so that sleeping between them is what a large message would wait for.
+const EAGER: Duration = Duration::from_millis(20);
+
+/// Tests between two sleeps of a longer wait.
+const N_TESTS: u32 = 16;
+
 /// How long a rank still waits after the job was told to end.
 const LAST_WAIT: Duration = Duration::from_millis(700);
 
@@ -71,14 +78,14 @@ impl MpiCommunicator {
         let mut looked = started;
         let mut waiting: Option<Waiting> = None;
         while !self.test(request)? {
-            n_tests += 1;
+            n_tests = n_tests.wrapping_add(1);
             if n_tests < 64 {
                 std::hint::spin_loop();
                 continue;
             }
             let now = Instant::now();
             let waited = now - started;
-            if waited < Duration::from_millis(1) {
+            if waited < EAGER || !n_tests.is_multiple_of(N_TESTS) {
                 std::thread::yield_now();
                 continue;
             }

@@ -37,7 +37,7 @@ impl World {
             depth,
             n_bytes,
         } = *channel;
-        if depth == 0 || from == to || from.max(to) >= self.n_ranks {
+        if depth == 0 || from.max(to) >= self.n_ranks {
             return Err(Error::Invalid(format!(
                 "damaged program: a channel of depth {depth} from rank {from} to rank {to} of {}; \
                  compile again",
