@@ -165,7 +165,7 @@ fn a_rank_that_stops_is_named_and_the_run_goes_on_from_its_checkpoint() {
         if !drill.ends_with("diverge") {
             // The statements of the document about the axes of the call, with their lines.
             assert!(
-                error.contains("mesh main = dp:2 > tp:2` (tp2-dp2.weave:8)"),
+                error.contains("mesh main = dp:2 > tp:2` (tp2-dp2.weave:9)"),
                 "{error}"
             );
         }

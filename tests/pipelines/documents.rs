@@ -216,7 +216,7 @@ fn documents_ask_for_a_search() {
         ("pp:2 > dp:2", "  schedule search\n  microbatches 4"),
         (
             "pp:2 > dp:2",
-            "  chunks 2\n  schedule auto{1f1b, search}\n  microbatches 8",
+            "  chunks 2\n  schedule auto{interleaved, search}\n  microbatches 4",
         ),
         (
             "pp:2 > dp:2",
@@ -230,7 +230,7 @@ fn documents_ask_for_a_search() {
             all.find(|one| one.candidate.name == name)?.simulated_s
         };
         let searched_s = simulated("search").unwrap();
-        assert!(simulated("1f1b").is_none_or(|one_s| searched_s <= one_s));
+        assert!(simulated("interleaved").is_none_or(|other_s| searched_s <= other_s));
         let loss = first_loss(&case, &session).unwrap();
         assert!(
             (loss - case.truth.loss()).abs() < TOLERANCE * loss,

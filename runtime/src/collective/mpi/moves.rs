@@ -132,18 +132,21 @@ pub(super) fn rows(division: &Division, part_idx: usize) -> (CopyPlan, CopyPlan)
 /// Folds the members' values, which stand one after another in `received`, into `dst`, in their order.
 pub(super) fn fold(kind: ReduceKind, received: &[u32], dst: &mut [f32]) {
     let n = dst.len();
-    for (member_idx, part) in received.chunks_exact(n.max(1)).enumerate() {
-        let part = part.iter().map(|word| f32::from_bits(*word));
-        match (member_idx, kind) {
-            (0, _) => dst.iter_mut().zip(part).for_each(|(x, y)| *x = y),
-            (_, ReduceKind::Sum) => dst.iter_mut().zip(part).for_each(|(x, y)| *x += y),
-            _ => dst
-                .iter_mut()
-                .zip(part)
-                .for_each(|(x, y)| *x = combine(kind, *x, y)),
+    for (block_idx, block) in dst.chunks_mut(BLOCK).enumerate() {
+        for (member_idx, part) in received.chunks_exact(n.max(1)).enumerate() {
+            let part = part[block_idx * BLOCK..].iter();
+            let both = block.iter_mut().zip(part.map(|word| f32::from_bits(*word)));
+            match (member_idx, kind) {
+                (0, _) => both.for_each(|(x, y)| *x = y),
+                (_, ReduceKind::Sum) => both.for_each(|(x, y)| *x += y),
+                _ => both.for_each(|(x, y)| *x = combine(kind, *x, y)),
+            }
         }
     }
 }
+
+/// Elements that stay in the nearest cache while all members' are folded into them.
+const BLOCK: usize = 4096;
 
 /// A buffer of this many words, taken from where it is kept.
 pub(super) fn sized(kept: &mut Vec<u32>, n_words: usize) -> Vec<u32> {
