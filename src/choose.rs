@@ -65,7 +65,7 @@ impl Choice {
             let planned_s = self.planned_s.get(idx).copied().flatten();
             let _ = writeln!(
                 text,
-                "  {} {:<44}{}{}{} (predicted){}",
+                "  {} {:<48}{}{}{} (predicted){}",
                 if idx == self.chosen { "→" } else { " " },
                 named(&one.candidate),
                 price("closed form", one.closed_form_s),
@@ -151,7 +151,7 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
         error.diagnostics = findings.map(|finding| finding.at(open.span, "")).collect();
         error
     })?;
-    let mut planned_s = Vec::new();
+    let mut planned_s: Vec<Option<f64>> = Vec::new();
     let mut best: Option<(f64, usize, Session)> = None;
     let mut why_not = None;
     let mut not_planned = BTreeMap::new();
@@ -163,7 +163,8 @@ pub(crate) fn chosen(session: &Session, open: &OpenPipeline, base: &Path) -> Res
     for (idx, one) in simulated {
         // What a degree costs within stages is known with their plan only; and it takes one plan.
         let is_first = degrees.insert(one.candidate.shape.n_ranks);
-        if idx >= N_PLANNED && !is_first && best.is_some() {
+        let n_planned = planned_s.iter().flatten().count();
+        if n_planned >= N_PLANNED && !is_first && best.is_some() {
             continue;
         }
         let candidate = &open.candidates[one.nth];

@@ -508,6 +508,26 @@ fn sequences_are_sliced() {
     assert_eq!(case.check(&schedule, &[("pp", 2)]), Vec::<String>::new());
 }
 
+/// A weight's gradient is one buffer, however many slices give to it.
+#[test]
+fn slices_share_gradients() {
+    let case = Case::small(2, 8);
+    let arena = |n_slices| {
+        let schedule = build(Builtin::TeraPipe, &Shape::new(2, 4).slices(n_slices), None).unwrap();
+        case.start(&schedule, &[("pp", 2)]).arena_bytes()
+    };
+    let (two, eight) = (arena(2), arena(8));
+    let params = case.whole.params();
+    let weights: usize = params.map(|id| case.whole.ty(id).n_bytes()).sum();
+    for rank in 0..2 {
+        // Six more buffers of half of the weights would be three times these.
+        assert!(
+            eight[rank] < two[rank] + weights / 2,
+            "{eight:?} {two:?} {weights}"
+        );
+    }
+}
+
 /// PipeDream against the serial model that updates after every microbatch: a microbatch's gradient is
 /// taken with the weights that each stage had at its forward, and applied to the newest.
 #[test]

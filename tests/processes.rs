@@ -108,6 +108,13 @@ fn processes_give_the_bits_of_threads() {
             "capacity 2",
             "mesh main = dp:2 > ep:2\napply dp(dp)\napply ep(ep)",
         ),
+        // The rows that tokens fill, counted and sent.
+        (
+            "ep4-dropless",
+            4,
+            "capacity 0",
+            "mesh main = ep:4\napply ep(ep)",
+        ),
         (
             "tp4-dp2",
             8,
@@ -303,6 +310,34 @@ fn what_cannot_be_written_leaves_what_there_was() {
     std::fs::remove_file(case.path("kept/.step-00000004.unfinished")).unwrap();
     assert_eq!(listing(Path::new(&kept)), before);
     losses(&common);
+}
+
+/// A file that may not grow any further is what a full disk is to a write: the checkpoint before stays
+/// whole, and is gone on from.
+#[test]
+#[cfg(unix)]
+fn a_full_disk_leaves_what_there_was() {
+    let case = Case::new();
+    let artifact = case.compile("one", 2, "", "mesh main = dp:2\napply dp(dp)");
+    let kept = case.text("kept");
+    let whole = losses(&["run", &artifact, "--steps", "4"]);
+    losses(&["run", &artifact, "--steps", "2", "--checkpoint", &kept]);
+    let before = listing(Path::new(&kept));
+    let going_on = ["--steps", "2", "--checkpoint", &kept, "--resume", &kept];
+    // Blocks of 512 bytes; the signal that would end the process is ignored.
+    let limited = "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"";
+    let output = Command::new("sh")
+        .args(["-c", limited, env!("CARGO_BIN_EXE_meshweave")])
+        .args(["--format", "json", "run", &artifact])
+        .args(going_on)
+        .output()
+        .unwrap();
+    let error = json(&output)["error"].to_string();
+    assert_eq!(output.status.code(), Some(4), "{error}");
+    assert!(error.contains("could not be made"), "{error}");
+    assert_eq!(listing(Path::new(&kept)), before);
+    let resumed = losses(&[&["run", &artifact], &going_on[..]].concat());
+    assert_eq!(resumed, whole[2..]);
 }
 
 fn listing(folder: &Path) -> Vec<String> {

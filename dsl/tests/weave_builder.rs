@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use meshweave_dsl::diagnostics::SourceId;
+use meshweave_dsl::schedule::Channels;
 use meshweave_dsl::units::{Quantity, Unit};
 use meshweave_dsl::weave::ast::{Choice, Dispatch, Init, OffloadTo, RecomputePolicy};
 use meshweave_dsl::weave::{
@@ -119,6 +120,12 @@ fn definitions_witnesses_and_overrides() {
         .overriding()
         .schedule_key("mine", "F:(mb,0) B:(mb+P-r,-1)")
         .schedule_rows("literal", ["0F0 0F1 . 0B0 0B1", ". 1F0 1B0 1F1 1B1"])
+        .schedule_rows_over(
+            "lowered",
+            Channels::Buffered(2),
+            ["0F0 0SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"],
+        )
+        .schedule_streams("queued", Channels::PerPair, ["rank 0 compute 0:0F0 1:0B0"])
         .schedule_csv("file", "order.csv")
         .memory(|m| {
             m.budget(Quantity::new(1, Unit::Gibibyte))
@@ -154,6 +161,13 @@ fn definitions_witnesses_and_overrides() {
       row 0F0 0F1 .   0B0 0B1
       row .   1F0 1B0 1F1 1B1
     }
+    schedule lowered = rows channels 2 {
+      row 0F0      0SEND_F0 0RECV_B0 0B0
+      row 1RECV_F0 1F0      1B0      1SEND_B0
+    }
+    schedule queued = streams channels pair {
+      rank 0 compute 0:0F0 1:0B0
+    }
     schedule file = csv "order.csv"
     memory {
       budget 1 GiB
@@ -186,6 +200,13 @@ fn definitions_witnesses_and_overrides() {
     schedule literal = rows {
       row 0F0 0F1 .   0B0 0B1
       row .   1F0 1B0 1F1 1B1
+    }
+    schedule lowered = rows channels 2 {
+      row 0F0      0SEND_F0 0RECV_B0 0B0
+      row 1RECV_F0 1F0      1B0      1SEND_B0
+    }
+    schedule queued = streams channels pair {
+      rank 0 compute 0:0F0 1:0B0
     }
     schedule file = csv "order.csv"
     memory {

@@ -5,7 +5,7 @@
 //! output is to the others.
 //! Invariants: a value that passes between pieces has one layout, the same for its maker and all its
 //! readers; sums over microbatches keep the partial values of their makers, so that they are reduced
-//! once a step, in the update.
+//! once a step, in the update; what several slices give to one gradient is one sum.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,7 +17,7 @@ use meshweave_dsl::name::Axis;
 use meshweave_dsl::op::{BinaryFn, OpKind, PARTIAL_FACTOR};
 use meshweave_dsl::pipeline::{OpPart, Phase, PipelinePlan};
 use meshweave_dsl::plan::{Placement, Plan};
-use meshweave_dsl::schedule::ActionKind;
+use meshweave_dsl::schedule::{ActionKind, Updates};
 
 use super::{PipelineError, Result, name};
 use crate::codegen::fuse::{Item, fuse};
@@ -82,6 +82,8 @@ pub(super) struct Pieces<'a> {
     layouts: BTreeMap<TensorId, Layout>,
     /// What the update of a stage gives: outputs, and gradients when they are kept.
     results: BTreeMap<TensorId, usize>,
+    /// Of what slices give to one gradient, and of its sum: the one that stands for all of them.
+    joined: BTreeMap<TensorId, TensorId>,
     compiled: BTreeMap<Key, Piece>,
 }
 
@@ -103,6 +105,7 @@ impl<'a> Pieces<'a> {
             consumers: graph.consumers(),
             layouts: BTreeMap::new(),
             results: BTreeMap::new(),
+            joined: BTreeMap::new(),
             compiled: BTreeMap::new(),
         };
         let mut results: Vec<TensorId> = graph.outputs.clone();
@@ -122,6 +125,7 @@ impl<'a> Pieces<'a> {
                 }
             }
         }
+        pieces.join_slices();
         for id in graph.tensor_ids() {
             if pieces.passes(id) {
                 let layout = pieces.passing_layout(id);
@@ -129,6 +133,69 @@ impl<'a> Pieces<'a> {
             }
         }
         pieces
+    }
+
+    /// Finds the additions in updates of what the slices of a sequence give to one gradient: they are
+    /// summed as microbatches are, into one buffer.
+    fn join_slices(&mut self) {
+        let schedule = &self.pipeline.schedule;
+        // Where every microbatch begins anew, its slices would, too.
+        if schedule.n_slices < 2 || schedule.updates == Updates::EveryMicrobatch {
+            return;
+        }
+        let mut members: BTreeMap<TensorId, Vec<TensorId>> = BTreeMap::new();
+        for (op, part) in self.graph.ops.iter().zip(&self.pipeline.parts) {
+            let is_addition = op.kind == OpKind::Binary(BinaryFn::Add);
+            let ([x, y], [sum]) = (op.inputs.as_slice(), op.results.as_slice()) else {
+                continue;
+            };
+            if part.phase != Phase::Update || !is_addition {
+                continue;
+            }
+            // A sum goes into a further one where nothing else reads it.
+            let is_passed_on = |id: &TensorId| {
+                self.consumers[id.index()].len() == 1 && !self.results.contains_key(id)
+            };
+            let of = |id: &TensorId| {
+                let sum = members.get(id).filter(|_| is_passed_on(id));
+                sum.cloned().unwrap_or_else(|| vec![*id])
+            };
+            let all = [of(x), of(y)].concat();
+            if all.iter().all(|id| self.is_given_by_slice(*id)) && self.are_alike(&all) {
+                members.insert(*sum, all);
+            }
+        }
+        for (sum, all) in members {
+            let first = all.iter().min().copied().unwrap_or(sum);
+            self.joined
+                .extend(all.into_iter().chain([sum]).map(|id| (id, first)));
+        }
+    }
+
+    /// Whether an action gives it to one addition in an update and to nothing else.
+    fn is_given_by_slice(&self, id: TensorId) -> bool {
+        let is_made = self
+            .maker(id)
+            .is_some_and(|part| part.phase != Phase::Update);
+        is_made && self.consumers[id.index()].len() == 1 && !self.results.contains_key(&id)
+    }
+
+    /// Whether they can share a buffer: of one stage, of a slice each, of one type and layout.
+    fn are_alike(&self, all: &[TensorId]) -> bool {
+        let parts: Vec<OpPart> = all.iter().filter_map(|id| self.maker(*id)).collect();
+        let slices: BTreeSet<usize> = parts.iter().map(|part| part.slice).collect();
+        let first = all[0];
+        slices.len() == all.len()
+            && parts.iter().all(|part| part.stage == parts[0].stage)
+            && all.iter().all(|id| {
+                self.graph.ty(*id) == self.graph.ty(first)
+                    && self.sum_layout(*id) == self.sum_layout(first)
+            })
+    }
+
+    /// The sum that a value is added to, or is: its own, or that of all slices.
+    pub(super) fn sum_of(&self, id: TensorId) -> TensorId {
+        self.joined.get(&id).copied().unwrap_or(id)
     }
 
     /// The part that makes a tensor; none for sources.
@@ -188,6 +255,7 @@ impl<'a> Pieces<'a> {
                     .is_some_and(|part| is_part_of(&part, stage, work, slice))
                     && self.is_summed(*id)
             })
+            .map(|id| self.sum_of(id))
             .collect()
     }
 
@@ -374,11 +442,17 @@ impl<'a> Draft<'a> {
         };
         let whole = pieces.graph;
         let parts = &pieces.pipeline.parts;
+        let is_update = key.work == Work::Update;
+        // What is summed already is not added again.
+        let is_joined = |op: &Op| {
+            let mut results = op.results.iter();
+            is_update && results.any(|id| pieces.joined.contains_key(id))
+        };
         let ops: Vec<(OpId, &Op)> = whole
             .ops()
             .filter(|(op_id, _)| is_part_of(&parts[op_id.index()], key.stage, key.work, key.slice))
+            .filter(|(_, op)| !is_joined(op))
             .collect();
-        let is_update = key.work == Work::Update;
         let results = pieces
             .results
             .iter()
@@ -394,12 +468,22 @@ impl<'a> Draft<'a> {
             .flat_map(|(_, op)| op.results.iter().copied())
             .collect();
         read.retain(|id| !made.contains(id));
+        let renamed: Vec<TensorId> = read
+            .iter()
+            .copied()
+            .filter(|id| is_update && pieces.sum_of(*id) != *id)
+            .collect();
+        for id in &renamed {
+            read.remove(id);
+            read.insert(pieces.sum_of(*id));
+        }
         for id in &read {
             draft.add_input(*id)?;
         }
         if !is_update {
             made.retain(|id| pieces.is_summed(*id) && key.work != Work::Action(ActionKind::R));
-            for id in made.iter().filter(|id| !key.first.contains(id)) {
+            let begun = |id: &&TensorId| !key.first.contains(&pieces.sum_of(**id));
+            for id in made.iter().filter(begun) {
                 draft.add_sum_input(*id, 0, "summed_before.");
             }
         }
@@ -407,6 +491,11 @@ impl<'a> Draft<'a> {
             // After all sources, which partitioning wants first.
             for id in &read {
                 draft.join_copies(*id)?;
+            }
+            for id in renamed {
+                if let Some(sum) = draft.ids.get(&pieces.sum_of(id)).copied() {
+                    draft.ids.insert(id, sum);
+                }
             }
         }
         for (op_id, op) in &ops {
@@ -455,7 +544,8 @@ impl<'a> Draft<'a> {
 
     fn add_sum_input(&mut self, id: TensorId, copy: usize, prefix: &str) {
         let sum = format!("{prefix}{}", name(self.pieces.graph, id));
-        self.add_source(id, &sum, Role::Input, Slot::Sum(id, copy));
+        let slot = Slot::Sum(self.pieces.sum_of(id), copy);
+        self.add_source(id, &sum, Role::Input, slot);
     }
 
     fn add_source(&mut self, id: TensorId, name: &str, role: Role, slot: Slot) {
@@ -548,7 +638,7 @@ impl<'a> Draft<'a> {
                     None => *own,
                 };
                 self.graph.outputs.push(sum);
-                self.outputs.push(Slot::Sum(*id, 0));
+                self.outputs.push(Slot::Sum(self.pieces.sum_of(*id), 0));
             }
         }
         Ok(())

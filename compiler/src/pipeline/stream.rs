@@ -355,7 +355,8 @@ impl<'a, 'b> Sender<'a, 'b> {
                 .pieces
                 .maker(id)
                 .is_some_and(|part| part.stage == stage)
-                && self.pieces.is_summed(id);
+                && self.pieces.is_summed(id)
+                && self.pieces.sum_of(id) == id;
             let Some(updated_at) = self.pieces.summed_at(id).filter(|_| is_made_here) else {
                 continue;
             };

@@ -59,6 +59,7 @@ use super::ast::{
 use super::parser::{Parse, Parser};
 use super::{parse, print};
 use crate::diagnostics::{Diagnostic, SourceId};
+use crate::schedule::Channels;
 
 /// Everything that was wrong with the calls of a builder.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -403,6 +404,32 @@ impl PlanBuilder {
     pub fn schedule_rows<'a>(self, name: &str, rows: impl IntoIterator<Item = &'a str>) -> Self {
         let rows: Vec<String> = rows.into_iter().map(|row| format!("row {row}\n")).collect();
         self.schedule_text(name, &format!("rows {{\n{}}}", rows.concat()))
+    }
+
+    /// `schedule NAME = rows channels CHANNELS { … }`, each row such as `0F0 0SEND_F0 0RECV_B0 0B0`.
+    #[must_use]
+    pub fn schedule_rows_over<'a>(
+        self,
+        name: &str,
+        channels: Channels,
+        rows: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
+        let rows: Vec<String> = rows.into_iter().map(|row| format!("row {row}\n")).collect();
+        let body = format!("rows channels {channels} {{\n{}}}", rows.concat());
+        self.schedule_text(name, &body)
+    }
+
+    /// `schedule NAME = streams channels CHANNELS { … }`, each line such as `rank 0 compute 0:0F0 3:0B0[2]`.
+    #[must_use]
+    pub fn schedule_streams<'a>(
+        self,
+        name: &str,
+        channels: Channels,
+        lines: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
+        let lines: Vec<&str> = lines.into_iter().collect();
+        let body = format!("streams channels {channels} {{\n{}\n}}", lines.join("\n"));
+        self.schedule_text(name, &body)
     }
 
     /// `schedule NAME = csv "FILE"`

@@ -344,7 +344,8 @@ fn join(
             keys.insert((group.ranks.clone(), TeamKey::Group(group.ranks.clone())));
         }
     }
-    for (channel_idx, channel) in program.channels.iter().enumerate() {
+    let channels = program.channels.iter().enumerate();
+    for (channel_idx, channel) in channels.filter(|(_, channel)| channel.from != channel.to) {
         let ends = vec![channel.from, channel.to];
         keys.insert((ends, TeamKey::Channel(channel_idx)));
     }

@@ -145,11 +145,12 @@ impl<'a> Site<'a> {
         match &program.ranks[at.0].instructions[at.1].action {
             Action::Collective { .. } if apart => Ok(Outcome::Items(vec![self.take_part(at)?])),
             Action::Collective { .. } => self.meet(at, next),
-            Action::Send { to, src } if apart => {
+            // A rank's channel to itself stays here.
+            Action::Send { to, src } if apart && *to != at.0 => {
                 Ok(Outcome::Items(self.send_apart(at, *to, *src)?))
             }
             Action::Send { to, src } => self.send(at, *to, *src, queues),
-            Action::Recv { from, dst } if apart => {
+            Action::Recv { from, dst } if apart && *from != at.0 => {
                 Ok(Outcome::Items(vec![self.recv_apart(at, *from, *dst)?]))
             }
             Action::Recv { from, dst } => self.recv(at, *from, *dst, queues),
