@@ -8,6 +8,7 @@ use std::sync::Arc;
 use meshweave::compile::{CompileOptions, Compiled, compile};
 use meshweave::session::Session as Request;
 use meshweave_compiler::partition::Keep;
+use meshweave_compiler::schedule::{Builtin, Lowering, Shape, build, lower};
 use meshweave_dsl::cluster::{Cluster, Host};
 use meshweave_dsl::device_code::DeviceCode;
 use meshweave_dsl::graph::{Graph, Role};
@@ -15,6 +16,7 @@ use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Category;
+use meshweave_dsl::weave::ast::{Block, Name, Statement};
 use meshweave_runtime::artifact;
 use meshweave_runtime::collective::threads::{WaitOptions, World};
 use meshweave_runtime::executor::{Session, SessionOptions};
@@ -261,12 +263,37 @@ fn check_apart(graph: &Graph, program: &Program, code: &DeviceCode) {
 /// Stages of a pipeline, which send each other messages: on one device, and on one each.
 #[test]
 fn stages_send_messages() {
-    let document = "plan \"p\" model small cluster \"local:2\"\n\
+    check_pipeline("zb-h1", "");
+}
+
+/// Activations that leave the arena between forward and backward.
+#[test]
+fn activations_rest_in_a_channel() {
+    let gpipe = build(Builtin::GPipe, &Shape::new(2, 4), None).unwrap();
+    let lowering = Lowering {
+        offloaded_stages: vec![0, 1],
+        ..Lowering::default()
+    };
+    let statement = lower(&gpipe, &lowering)
+        .unwrap()
+        .to_statement(Name::literal("mine"));
+    let body = Block::of([Statement::Schedule(statement)]);
+    let rows = meshweave_dsl::weave::print(&meshweave_dsl::weave::Document { body });
+    let program = check_pipeline("mine", &rows);
+    let mut channels = program.channels.iter();
+    assert!(channels.any(|channel| channel.from == channel.to));
+}
+
+/// Three steps of a pipeline with a schedule, on one device and on one each.
+fn check_pipeline(schedule: &str, definition: &str) -> Program {
+    let document = format!(
+        "plan \"p\" model small cluster \"local:2\"\n\
         train batch 8 seq 8 steps 1 optimizer adamw\ndata golden\ninit golden\n\
-        model small = llama {\n  layers 2\n  embed 16\n  heads 4\n  kv_heads 2\n  ffn 24\n  vocab 40\n}\n\
-        mesh main = pp:2\n\
-        pipeline main.pp {\n  cut before layers[1]\n  schedule zb-h1\n  microbatches 4\n}\n";
-    let request = Request::from_text("p.weave", document, Path::new("."), None).unwrap();
+        model small = llama {{\n  layers 2\n  embed 16\n  heads 4\n  kv_heads 2\n  ffn 24\n  vocab 40\n}}\n\
+        mesh main = pp:2\n{definition}\
+        pipeline main.pp {{\n  cut before layers[1]\n  schedule {schedule}\n  microbatches 4\n}}\n"
+    );
+    let request = Request::from_text("p.weave", &document, Path::new("."), None).unwrap();
     let model = request.model().unwrap();
     let solution = request.plan(&model).unwrap();
     let compiled = request.compile(&model, &solution.plan, &options()).unwrap();
@@ -276,4 +303,5 @@ fn stages_send_messages() {
     let session = start(model.whole(), &program, &code, gpu);
     check_steps(model.whole(), session);
     check_apart(model.whole(), &program, &code);
+    program
 }
