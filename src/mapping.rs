@@ -616,13 +616,13 @@ fn certificate_lines(
     let mut lines: Vec<String> = simulated.into_iter().collect();
     lines.extend(why_schedule(&certificate.schedules));
     let bound_s = show(certificate.lower_bound_s);
-    let gap = 100.0 * certificate.gap;
+    let gap = gap_of(mapped, certificate);
     lines.push(match mapped.request.open_batch {
         None => format!(
-            "bound: {bound_s} (no mapping of the space is faster under these prices), gap {gap:.2} %"
+            "bound: {bound_s} (no mapping of the space is faster under these prices), {gap}"
         ),
         Some(_) => format!(
-            "bound: {bound_s} for a step of this batch, {} tokens/s (no mapping and no batch of the space makes more under these prices), gap {gap:.2} %",
+            "bound: {bound_s} for a step of this batch, {} tokens/s (no mapping and no batch of the space makes more under these prices), {gap}",
             grouped(certificate.most_tokens_per_s.round() as u64)
         ),
     });
@@ -641,6 +641,24 @@ fn certificate_lines(
     );
     lines
 }
+
+/// How far the plan is from its bound, and what makes it so where that is far.
+fn gap_of(mapped: &Mapped, certificate: &Certificate) -> String {
+    let percent = |part: f64| format!("{:.2} %", 100.0 * part);
+    let gap = format!("gap {}", percent(certificate.gap));
+    let closed_s = mapped.estimate.step_s;
+    match certificate.simulated_s {
+        Some(simulated_s) if certificate.gap > EXPLAINED_GAP && simulated_s > closed_s => format!(
+            "{gap}: {} of closed forms over the bound, {} of the simulated schedule over its closed form",
+            percent(closed_s / certificate.lower_bound_s - 1.0),
+            percent((simulated_s - closed_s) / certificate.lower_bound_s)
+        ),
+        _ => gap,
+    }
+}
+
+/// The gap from which on a plan says what makes it.
+const EXPLAINED_GAP: f64 = 0.02;
 
 /// The plan's key figures, for people.
 pub fn summary(mapped: &Mapped) -> String {

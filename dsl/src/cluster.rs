@@ -182,11 +182,24 @@ impl Cluster {
             Some(preset) => Ok(preset.cluster(text, n_devices)),
             None => {
                 let known = Self::preset_names();
-                let near = crate::diagnostics::nearest(name, known.iter().copied());
-                let hint = near.map_or_else(
-                    || format!("known are {}", known.join(", ")),
-                    |near| format!("did you mean `{near}:{count}`?"),
-                );
+                let mut near: Vec<&str> = known
+                    .iter()
+                    .copied()
+                    .filter(|preset| preset.starts_with(&format!("{name}-")))
+                    .collect();
+                if near.is_empty() {
+                    near.extend(crate::diagnostics::nearest(name, known.iter().copied()));
+                }
+                let hint = match near.as_slice() {
+                    [] => format!("known are {}", known.join(", ")),
+                    near => {
+                        let near: Vec<_> = near
+                            .iter()
+                            .map(|near| format!("`{near}:{count}`"))
+                            .collect();
+                        format!("did you mean {}?", near.join(" or "))
+                    }
+                };
                 Err(ClusterError::Invalid(format!(
                     "cluster `{text}` is unknown: {hint}"
                 )))
@@ -302,6 +315,10 @@ mod tests {
         assert_eq!(
             message("h10:8"),
             "cluster `h10:8` is unknown: did you mean `h100:8`?"
+        );
+        assert_eq!(
+            message("a100:8"),
+            "cluster `a100:8` is unknown: did you mean `a100-40:8` or `a100-80:8`?"
         );
         assert_eq!(
             message("h100:many"),

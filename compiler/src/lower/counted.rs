@@ -231,21 +231,7 @@ impl<'a> Analysis<'a> {
             let op = self.graph.op(self.producers[origin.index()]?);
             match &op.kind {
                 OpKind::MoeSlots { n_experts, .. } => break *n_experts,
-                OpKind::Slice { dim, start, .. } => starts[at(dim)?] += *start as i64,
-                OpKind::AllGather { dim, counts, group } => {
-                    starts[at(dim)?] -= self.before(counts, group)?;
-                }
-                OpKind::AllToAll {
-                    split,
-                    split_counts,
-                    concat,
-                    concat_counts,
-                    group,
-                } => {
-                    starts[at(split)?] += self.before(split_counts, group)?;
-                    starts[at(concat)?] -= self.before(concat_counts, group)?;
-                }
-                _ => return None,
+                kind => self.shift(kind, &mut starts, at)?,
             }
             origin = *op.inputs.first()?;
         };
@@ -266,6 +252,34 @@ impl<'a> Analysis<'a> {
             starts,
             tensor: None,
         }))
+    }
+
+    /// Where this rank's groups start after an op; `at`: the place of a dim among those of groups. `None`
+    /// of an op that is no move.
+    fn shift(
+        &self,
+        kind: &OpKind,
+        starts: &mut [i64],
+        at: impl Fn(&Dim) -> Option<usize>,
+    ) -> Option<()> {
+        match kind {
+            OpKind::Slice { dim, start, .. } => starts[at(dim)?] += *start as i64,
+            OpKind::AllGather { dim, counts, group } => {
+                starts[at(dim)?] -= self.before(counts, group)?;
+            }
+            OpKind::AllToAll {
+                split,
+                split_counts,
+                concat,
+                concat_counts,
+                group,
+            } => {
+                starts[at(split)?] += self.before(split_counts, group)?;
+                starts[at(concat)?] -= self.before(concat_counts, group)?;
+            }
+            _ => return None,
+        }
+        Some(())
     }
 
     /// Elements of the members before this rank.
@@ -343,23 +357,7 @@ impl<'a> Analysis<'a> {
         };
         let mut starts = before.starts.clone();
         let at = |dim: &Dim| groups.position(dim);
-        match &kind {
-            OpKind::AllToAll {
-                split,
-                split_counts,
-                concat,
-                concat_counts,
-                group,
-            } => {
-                starts[at(split)?] += self.before(split_counts, group)?;
-                starts[at(concat)?] -= self.before(concat_counts, group)?;
-            }
-            OpKind::AllGather { dim, counts, group } => {
-                starts[at(dim)?] -= self.before(counts, group)?;
-            }
-            OpKind::Slice { dim, start, .. } => starts[at(dim)?] += *start as i64,
-            _ => return None,
-        }
+        self.shift(&kind, &mut starts, at)?;
         let counts = Counts {
             make: Make::Moved(from, kind),
             ty: TensorType {

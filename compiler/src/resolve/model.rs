@@ -349,33 +349,35 @@ fn gpt_config(definition: &Definition, s: &mut Settings<'_>) -> Option<DecoderCo
     })
 }
 
+/// What is said of experts.
+const OF_EXPERTS: [&str; 8] = [
+    "topk",
+    "capacity",
+    "subsequences",
+    "shared_ffn",
+    "balance",
+    "z",
+    "router",
+    "bias_rate",
+];
+
 /// A Llama or, with experts, a Mixtral.
 fn llama(definition: &Definition, diagnostics: &mut Vec<Diagnostic>) -> Option<DecoderConfig> {
-    let mut s = settings(
-        definition,
-        &[
-            "layers",
-            "embed",
-            "heads",
-            "kv_heads",
-            "head",
-            "ffn",
-            "vocab",
-            "rope_theta",
-            "norm_eps",
-            "tied",
-            "dtype",
-            "experts",
-            "topk",
-            "capacity",
-            "subsequences",
-            "shared_ffn",
-            "balance",
-            "z",
-            "router",
-            "bias_rate",
-        ],
-    );
+    let of_layers = [
+        "layers",
+        "embed",
+        "heads",
+        "kv_heads",
+        "head",
+        "ffn",
+        "vocab",
+        "rope_theta",
+        "norm_eps",
+        "tied",
+        "dtype",
+        "experts",
+    ];
+    let mut s = settings(definition, &[of_layers.as_slice(), &OF_EXPERTS].concat());
     let config = llama_config(definition, &mut s);
     diagnostics.append(&mut s.diagnostics);
     config
@@ -461,16 +463,7 @@ fn experts(
     let router = s.word("router", &["softmax", "sigmoid"]);
     let bias_rate = s.number("bias_rate", "from 0 (which moves nothing) on", |r| r >= 0.0);
     if !s.has("experts") {
-        for key in [
-            "topk",
-            "capacity",
-            "subsequences",
-            "shared_ffn",
-            "balance",
-            "z",
-            "router",
-            "bias_rate",
-        ] {
+        for key in OF_EXPERTS {
             if s.has(key) {
                 s.diagnostics.push(
                     Diagnostic::invalid(format!(

@@ -46,9 +46,8 @@ impl GroupShape {
         }
     }
 
-    /// The shape of the groups of an axis of a mapping: of the first one, in closed form where nodes
-    /// are whole multiples of the stride. Where there are levels or slow links, what is far is that of
-    /// the worst group of all.
+    /// The shape of the groups of an axis of a mapping: of the first one, in closed form. Where there are
+    /// levels or slow links, what is far is that of the worst group of all.
     pub fn of_axis(groups: AxisGroups, cluster: &Cluster) -> Self {
         let AxisGroups { size, stride } = groups;
         let node = cluster.devices_per_node.max(1);
@@ -56,6 +55,13 @@ impl GroupShape {
             1
         } else if node.is_multiple_of(stride) {
             (node / stride).min(size)
+        } else if cluster.is_flat() {
+            return Self {
+                n_ranks: size,
+                n_nodes: (size.max(1) - 1) * stride / node + 1,
+                per_node: fewest_on_a_node(size, stride, node),
+                far: Far::default(),
+            };
         } else {
             return Self::of(&groups.of(0), cluster);
         };
@@ -71,6 +77,17 @@ impl GroupShape {
             far,
         }
     }
+}
+
+/// The fewest of the ranks `0, stride, …` on any node that has some; `stride` is below `node`, the ranks
+/// of a node.
+fn fewest_on_a_node(size: usize, stride: usize, node: usize) -> usize {
+    let before = |node_idx: usize| (node_idx * node).div_ceil(stride).min(size);
+    let on = |node_idx: usize| before(node_idx + 1) - before(node_idx);
+    let last = (size.max(1) - 1) * stride / node;
+    // Every `stride` nodes the places are the same.
+    let fewest = (0..last.min(stride)).map(on).min();
+    fewest.map_or(on(last), |fewest| fewest.min(on(last)))
 }
 
 /// What a collective does, for its price.
@@ -266,4 +283,27 @@ pub fn send_seconds(n_bytes: f64, between_nodes: bool, cluster: &Cluster) -> f64
         part
     };
     cluster.device.launch_s + link.latency_s + n_bytes / (link.bytes_per_s * part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_that_straddle_nodes_are_as_counted() {
+        for node in [4, 8, 72] {
+            let cluster = Cluster {
+                n_nodes: 64,
+                devices_per_node: node,
+                ..Cluster::preset("h100:8").unwrap()
+            };
+            for stride in (2..node).filter(|stride| !node.is_multiple_of(*stride)) {
+                for size in [1, 2, 3, 5, 8, 13, 20] {
+                    let groups = AxisGroups { size, stride };
+                    let counted = GroupShape::of(&groups.of(0), &cluster);
+                    assert_eq!(GroupShape::of_axis(groups, &cluster), counted, "{groups:?}");
+                }
+            }
+        }
+    }
 }

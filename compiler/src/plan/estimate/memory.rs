@@ -319,10 +319,21 @@ impl<'a> Memories<'a> {
         let parameters = divided(f64::from(precision.parameter_bytes), 3);
         // Host optimizers of ZeRO-2 and up take the gradients with them (ZeRO-Offload, arXiv 2101.06840).
         let gradients_leave = mapping.offload.optimizer && zero.stage >= 2;
-        let accumulated = match gradients_leave {
-            true => 0.0,
-            false => divided(f64::from(precision.gradient_bytes), 2),
+        let gradient_bytes = f64::from(precision.gradient_bytes);
+        // The part that stage 2 adds up whole: a layer's gradients are reduced when its backward pass ends,
+        // a stage's when its rank turns to another.
+        let whole_part = match zero.stage == 2 && mapping.pp > 1 {
+            true => {
+                let chunks = mapping.pipeline.chunks;
+                1.0 / schedules::stages_of_rank(&mapping.pipeline.schedule, chunks) as f64
+            }
+            false => 0.0,
         };
+        let shards = match gradients_leave {
+            true => 0.0,
+            false => (1.0 - whole_part) * divided(gradient_bytes, 2),
+        };
+        let accumulated = shards + whole_part * gradient_bytes * whole_parameters;
         let buckets = if is_replicated {
             f64::from(framework.bucket_bytes) * whole_parameters
         } else {
@@ -357,9 +368,9 @@ impl<'a> Memories<'a> {
                 .max(framework.gathered_elements);
             let unreduced = held.layer.max(held.head).max(framework.gathered_elements);
             compute_bytes(mapping) * (live.min(whole_parameters) + unreduced.min(whole_parameters))
-        } else if gradients_leave || (zero.stage == 2 && is_replicated) {
+        } else if whole_part == 0.0 && (gradients_leave || (zero.stage == 2 && is_replicated)) {
             let unreduced = held.layer.max(framework.gathered_elements);
-            f64::from(precision.gradient_bytes) * unreduced.min(whole_parameters)
+            gradient_bytes * unreduced.min(whole_parameters)
         } else {
             0.0
         };

@@ -7,6 +7,7 @@
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::mapping::{AxisGroups, GridAxis, Mapping};
 
+use super::memory::schedules::runs_of_backward;
 use super::workload::Workload;
 use crate::plan::cost::compute::stream_seconds;
 use crate::plan::cost::links::{GroupShape, Traffic, traffic_seconds};
@@ -76,8 +77,10 @@ pub fn data_parallel_s(
         0.0
     };
     let mut total = pieces * workload.software.piece_s;
-    // Both groups' messages run under the same passes.
+    let n_reductions = reductions(workload, mapping, cover);
+    // Both groups' messages run under the same passes: the last reduction's are those of one microbatch.
     let (mut forward_s, mut backward_s) = (cover.forward_s, cover.backward_s);
+    let mut between_s = cover.n_microbatches / n_reductions * cover.backward_s;
     for (group, weights) in groups {
         let shape = GroupShape::of_axis(group, cluster);
         let gradient_bytes = f64::from(mapping.precision.gradient_bytes);
@@ -103,19 +106,37 @@ pub fn data_parallel_s(
                 0.0,
             )
         };
-        // Stage 2 keeps no whole gradients: those of every microbatch are reduced into the shards
-        // (Rajbhandari et al. 2020, arXiv 1910.02054, §5.2).
-        let n_reductions = match mapping.zero.stage {
-            2 if !workload.software.reduces_whole => cover.n_microbatches,
-            _ => 1.0,
-        };
+        let earlier = n_reductions - 1.0;
         total += if workload.software.overlap_dp {
-            n_reductions * exposed(reduce, &mut backward_s) + exposed(gather, &mut forward_s)
+            earlier * exposed(reduce, &mut between_s)
+                + exposed(reduce, &mut backward_s)
+                + exposed(gather, &mut forward_s)
         } else {
             n_reductions * reduce + gather
         };
     }
     total
+}
+
+/// Reductions of every gradient a step.
+///
+/// Stage 2 keeps no whole gradients but of what is in work. Without a pipeline that is a layer, whose
+/// gradients are reduced every microbatch (Rajbhandari et al. 2020, arXiv 1910.02054, §5.2); in one, a
+/// stage, whose gradients are reduced when its rank turns to another (Lamy-Poirier 2023, arXiv
+/// 2211.05953, §3.2).
+fn reductions(workload: &Workload, mapping: &Mapping, cover: Cover) -> f64 {
+    let pipeline = &mapping.pipeline;
+    match mapping.zero.stage {
+        2 if workload.software.reduces_whole => 1.0,
+        2 if mapping.pp == 1 => cover.n_microbatches,
+        2 => runs_of_backward(
+            &pipeline.schedule,
+            mapping.pp,
+            pipeline.chunks,
+            cover.n_microbatches as usize,
+        ) as f64,
+        _ => 1.0,
+    }
 }
 
 /// What stays of a collective that runs in buckets under a pass, of which it leaves the rest to others.
@@ -128,7 +149,7 @@ fn exposed(seconds: f64, under_s: &mut f64) -> f64 {
 }
 
 /// Layers are gathered before they run, forward and backward, and their gradients scattered, every
-/// microbatch; each under the layer before it. Of stage 2 (`SHARD_GRAD_OP`) the weights stay.
+/// microbatch; each under the layer before it.
 fn fsdp_s(
     workload: &Workload,
     mapping: &Mapping,

@@ -10,6 +10,7 @@
 //! own (degrees, microbatch size, context), the pipeline's degree, its schedule with chunks and cuts,
 //! ZeRO. With all of them the price without recomputation and offloading bounds everything with them.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Instant;
@@ -26,7 +27,8 @@ use super::space::{Cuts, MAX_CHUNKS, Space, Whole};
 use super::stages::{balanced_in_memory, cuts_by_device};
 use super::{Options, Problem};
 use crate::plan::estimate::sites::{Sites, ranks_of};
-use crate::plan::estimate::{Estimate, Memories, Passes, Unpriced, estimate, family};
+use crate::plan::estimate::stages::Stages;
+use crate::plan::estimate::{Estimate, Memories, Passes, Unpriced, family};
 use crate::schedule::{Builtin, Shape};
 
 /// A mapping with its price.
@@ -112,13 +114,13 @@ enum Step {
     Grid(Grid, LayerKey),
     Cut(Grid, LayerKey, Pipeline),
     /// A whole mapping with nothing saved, which does not fit or must save something.
-    Point(Box<Mapping>),
+    Point(Mapping),
 }
 
 struct Entry {
     bound_s: f64,
     order: u64,
-    step: Step,
+    step: Box<Step>,
 }
 
 impl PartialEq for Entry {
@@ -205,7 +207,7 @@ pub(super) fn search(
     search.outcome.counts.n_layer_prices = (search.layers.len() - n_before) as u64;
     if let Some(warm) = &options.warm_start
         && warm.n_ranks() == n_ranks
-        && search.fits(warm)
+        && search.fits(warm, &Stages::new(problem.workload, warm))
     {
         search.offer(warm.clone());
     }
@@ -223,7 +225,7 @@ impl Search<'_> {
         self.queue.push(Entry {
             bound_s,
             order,
-            step,
+            step: Box::new(step),
         });
     }
 
@@ -282,7 +284,7 @@ impl Search<'_> {
                 break;
             }
             let bound_s = entry.bound_s;
-            match entry.step {
+            match *entry.step {
                 Step::Layers(family_idx, key) => self.lay_out(family_idx, &key, bound_s),
                 Step::Grid(grid, key) => self.cut(grid, &key, bound_s),
                 Step::Cut(grid, key, pipeline) => self.divide(grid, &key, &pipeline, bound_s),
@@ -383,17 +385,13 @@ impl Search<'_> {
             self.outcome.counts.n_priced += 1;
             return self.prune(floor_s);
         }
-        let bytes = worst_of(self.problem, &mapping, &passes.memories(&mapping));
         let space = self.problem.space;
-        let fits = bytes <= space.budget_bytes;
-        if !fits {
-            self.note_unfit(bytes, || mapping.clone());
-        }
+        let fits = self.fits_in(&mapping, &passes.memories(&mapping));
         if fits && space.may_save_nothing() {
             self.offer_with(mapping, passes, parts.total());
         } else {
             self.outcome.counts.n_priced += 1;
-            self.push(floor_s, Step::Point(Box::new(mapping)));
+            self.push(floor_s, Step::Point(mapping));
         }
     }
 
@@ -419,6 +417,7 @@ impl Search<'_> {
     fn complete(&mut self, point: &Mapping, spare_s: f64) {
         let space = self.problem.space;
         let key = key_of(point);
+        let stages = Stages::new(self.problem.workload, point);
         // Of the same mapping, the less leaves the faster it is: the least part that fits will do.
         let mut parts = space.offload_activations.clone();
         parts.sort_by(f64::total_cmp);
@@ -448,7 +447,7 @@ impl Search<'_> {
                         recompute: recompute.clone(),
                         ..with(activations)
                     };
-                    if self.fits(&mapping) {
+                    if self.fits(&mapping, &stages) {
                         self.offer(mapping);
                         break;
                     }
@@ -459,8 +458,9 @@ impl Search<'_> {
 
     /// Whether a mapping's price is below the best one's.
     fn may_be_best(&mut self, mapping: &Mapping) -> bool {
-        match estimate(self.problem.workload, mapping, self.problem.cluster) {
-            Ok(found) => found.step_s < self.best_s,
+        let passes = Passes::new(self.problem.workload, mapping, self.problem.cluster);
+        match passes.and_then(|passes| passes.parts(mapping)) {
+            Ok(parts) => parts.total() < self.best_s,
             Err(error) => {
                 self.note_unpriced(&error);
                 false
@@ -490,19 +490,29 @@ impl Search<'_> {
         balanced_in_memory(self.problem, self.layers.costs(self.problem, *key), base)
     }
 
-    fn fits(&mut self, mapping: &Mapping) -> bool {
+    /// Whether a mapping of these stages fits its devices and their hosts.
+    fn fits(&mut self, mapping: &Mapping, stages: &Stages) -> bool {
         self.outcome.counts.n_weighed += 1;
         let host = self.problem.cluster.device.host_memory_bytes;
-        let memories = Memories::new(self.problem.workload, mapping);
+        let memories = Memories::with_stages(self.problem.workload, mapping, Cow::Borrowed(stages));
         if host > 0 && (0..mapping.pp).any(|rank| memories.on_host(rank).0 > host) {
             return false;
         }
-        let bytes = worst_bytes(self.problem, mapping);
-        if bytes > self.problem.space.budget_bytes {
+        self.fits_in(mapping, &memories)
+    }
+
+    /// Whether a mapping fits its devices; the closest of those that do not is remembered.
+    fn fits_in(&mut self, mapping: &Mapping, memories: &Memories<'_>) -> bool {
+        let budget_bytes = self.problem.space.budget_bytes;
+        let closest = self.outcome.closest.as_ref();
+        // What needs more than the closest one is of no interest.
+        let enough = closest.map_or(u64::MAX, |(least, _)| (*least).max(budget_bytes + 1));
+        let bytes = worst_of(self.problem, mapping, memories, enough);
+        let fits = bytes <= budget_bytes;
+        if !fits {
             self.note_unfit(bytes, || mapping.clone());
-            return false;
         }
-        true
+        fits
     }
 
     fn offer(&mut self, mapping: Mapping) {
@@ -610,25 +620,29 @@ pub(super) fn budget_of_rank(problem: &Problem<'_>, mapping: &Mapping, rank: usi
 /// Bytes of the rank that needs most. Where devices differ, what a rank's devices have less than the
 /// budget counts as used.
 pub(super) fn worst_bytes(problem: &Problem<'_>, mapping: &Mapping) -> u64 {
-    worst_of(problem, mapping, &Memories::new(problem.workload, mapping))
+    let memories = Memories::new(problem.workload, mapping);
+    worst_of(problem, mapping, &memories, u64::MAX)
 }
 
-fn worst_of(problem: &Problem<'_>, mapping: &Mapping, memories: &Memories<'_>) -> u64 {
+/// The same, or those of the first rank that needs `enough`.
+fn worst_of(problem: &Problem<'_>, mapping: &Mapping, memories: &Memories<'_>, enough: u64) -> u64 {
     let sites = problem
         .cluster
         .is_mixed()
         .then(|| Sites::new(problem.cluster, mapping));
-    (0..mapping.pp)
-        .map(|rank| {
-            let own = memories.of(rank, problem.cluster);
-            let missing = sites.as_ref().map_or(0, |sites| {
-                let space = problem.space;
-                space.budget_bytes - space.budget_of(sites.of(rank), problem.cluster)
-            });
-            own.total().0.saturating_add(missing)
-        })
-        .max()
-        .unwrap_or(0)
+    let mut worst = 0;
+    for rank in 0..mapping.pp {
+        let own = memories.of(rank, problem.cluster);
+        let missing = sites.as_ref().map_or(0, |sites| {
+            let space = problem.space;
+            space.budget_bytes - space.budget_of(sites.of(rank), problem.cluster)
+        });
+        worst = worst.max(own.total().0.saturating_add(missing));
+        if worst >= enough {
+            break;
+        }
+    }
+    worst
 }
 
 pub(super) fn grid_of(mapping: &Mapping) -> Grid {

@@ -1,6 +1,6 @@
-//! How many microbatches' activations a pipeline rank holds at once.
+//! What a schedule means for memory: microbatches that a rank holds at once, stages that it works for by turns.
 //!
-//! Enters: the name of a schedule and its sizes. Leaves: microbatches of all layers of one rank.
+//! Enters: the name of a schedule and its sizes. Leaves: microbatches of all layers of one rank, turns.
 //! Invariant: never more than there are microbatches, never less than one.
 
 use crate::schedule::{Builtin, RankCosts, Shape, closed_form};
@@ -35,4 +35,25 @@ pub fn in_flight(
 /// Whether the losses of all microbatches wait for the first backward pass.
 pub fn keeps_losses(schedule: &str) -> bool {
     matches!(schedule, "gpipe" | "looped-bfs")
+}
+
+/// Stages of one pipeline rank, whose gradients it adds up by turns.
+pub fn stages_of_rank(schedule: &str, chunks: usize) -> usize {
+    chunks.max(1) * Builtin::find(schedule).map_or(1, Builtin::n_copies)
+}
+
+/// Backward passes that follow each other in one stage of a rank before it turns to another: runs a step
+/// and stage.
+///
+/// One, where the rank has one stage or takes all microbatches through a chunk (Lamy-Poirier 2023, arXiv
+/// 2211.05953); `microbatches / pp`, where chunks take turns every `pp` microbatches (Megatron-LM SC21,
+/// arXiv 2104.04473); at most every microbatch, where two stages alternate.
+pub fn runs_of_backward(schedule: &str, pp: usize, chunks: usize, n_microbatches: usize) -> usize {
+    let n_microbatches = n_microbatches.max(1);
+    match Builtin::find(schedule) {
+        _ if stages_of_rank(schedule, chunks) == 1 => 1,
+        Some(Builtin::LoopedBfs) => 1,
+        Some(Builtin::Interleaved | Builtin::InterleavedZb) => (n_microbatches / pp.max(1)).max(1),
+        family => n_microbatches.div_ceil(family.map_or(1, Builtin::n_copies)),
+    }
 }

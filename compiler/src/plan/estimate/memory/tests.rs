@@ -234,6 +234,43 @@ fn schedules_hold_what_their_papers_say() {
     assert_eq!(in_flight("1f1b", 1, 1, 0, 64), 1.0);
 }
 
+/// What [`runs_of_backward`](super::schedules::runs_of_backward) says, counted in the schedules themselves.
+#[test]
+fn ranks_turn_between_stages_as_often_as_said() {
+    use super::schedules::{runs_of_backward, stages_of_rank};
+    use crate::schedule::{Builtin, Placement, Shape, build};
+    use meshweave_dsl::schedule::ActionKind;
+
+    let mut n_checked = 0;
+    for family in Builtin::families() {
+        for (pp, n_microbatches) in [(2, 4), (4, 8), (4, 10), (4, 16), (8, 32)] {
+            for chunks in family.fixed_chunks().map_or(vec![1, 2, 4], |n| vec![n]) {
+                let shape = Shape::new(pp, n_microbatches).chunks(chunks);
+                let Ok(schedule) = build(family, &shape, None) else {
+                    continue;
+                };
+                let said = runs_of_backward(family.name(), pp, chunks, n_microbatches);
+                for (rank, row) in schedule.rows.iter().enumerate() {
+                    let n_stages = schedule.stages_of(rank).count();
+                    assert_eq!(n_stages, stages_of_rank(family.name(), chunks));
+                    let makes_gradients = row
+                        .iter()
+                        .filter(|action| matches!(action.kind, ActionKind::B | ActionKind::W));
+                    let mut stages: Vec<u32> = makes_gradients.map(|action| action.stage).collect();
+                    stages.dedup();
+                    let case = format!("{} of {pp} × {n_microbatches} × {chunks}", family.name());
+                    match family.placement() {
+                        Placement::Loop => assert_eq!(stages.len(), n_stages * said, "{case}"),
+                        _ => assert!(stages.len() <= n_stages * said, "{case}"),
+                    }
+                    n_checked += 1;
+                }
+            }
+        }
+    }
+    assert!(n_checked > 200);
+}
+
 #[test]
 fn latent_attention_caches_one_latent_a_token() {
     // DeepSeek-V3: 576 elements a token and layer, against 2 · 8 · 128 of Llama 3 8B.
