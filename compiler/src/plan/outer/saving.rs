@@ -16,15 +16,14 @@ use super::space::Whole;
 use crate::plan::estimate::memory;
 use crate::plan::estimate::stages::Stages;
 
-/// What may be computed again in this mapping, least first; its own recomputation included. Parts that
-/// take more than the seconds to spare are left out.
+/// What may be computed again in this mapping, least first, its own recomputation included; with the
+/// seconds that it takes at least.
 pub(super) fn savings(
     problem: &Problem<'_>,
     layers: &mut Layers,
     key: &LayerKey,
     base: &Mapping,
-    spare_s: f64,
-) -> Vec<Recompute> {
+) -> Vec<(f64, Recompute)> {
     let space = problem.space;
     let mut found = Vec::new();
     if space.whole.contains(&Whole::None) {
@@ -33,27 +32,31 @@ pub(super) fn savings(
         let least_s = sets.first().map_or(0.0, |(seconds, _)| *seconds);
         // The slowest rank computes its fair share again, in every microbatch.
         let share = base.n_microbatches(problem.workload.batch) as f64 / base.pp as f64;
-        let affordable = sets.iter().filter(|(seconds, _)| {
+        found.extend(sets.iter().map(|(seconds, set)| {
             // Where devices differ, the seconds are those of some, not of the slowest rank.
-            share * (seconds - least_s) < spare_s || problem.cluster.is_mixed()
-        });
-        found.extend(affordable.map(|(_, set)| match set.is_empty() {
-            true => Recompute::None,
-            false => Recompute::Modules(set.clone()),
+            let at_least_s = match problem.cluster.is_mixed() {
+                true => 0.0,
+                false => share * (seconds - least_s),
+            };
+            let recompute = match set.is_empty() {
+                true => Recompute::None,
+                false => Recompute::Modules(set.clone()),
+            };
+            (at_least_s, recompute)
         }));
     }
     for whole in &space.whole {
         match whole {
             Whole::None => {}
-            Whole::Full => found.push(Recompute::Full),
-            Whole::First(Some(count)) => found.push(Recompute::Layers(*count)),
+            Whole::Full => found.push((0.0, Recompute::Full)),
+            Whole::First(Some(count)) => found.push((0.0, Recompute::Layers(*count))),
             // Beside offloading, more than the fewest could be faster: that is not searched.
             Whole::First(None) if space.again.is_empty() && base.offload.activations == 0.0 => {
-                found.extend(fewest_layers(problem, base));
+                found.extend(fewest_layers(problem, base).map(|fewest| (0.0, fewest)));
             }
             Whole::First(None) => {}
             Whole::Ranks(counts) if counts.len() == base.pp => {
-                found.push(Recompute::LayersByRank(counts.clone()));
+                found.push((0.0, Recompute::LayersByRank(counts.clone())));
             }
             Whole::Ranks(_) => {}
         }

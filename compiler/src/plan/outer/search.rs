@@ -288,10 +288,7 @@ impl Search<'_> {
                 Step::Layers(family_idx, key) => self.lay_out(family_idx, &key, bound_s),
                 Step::Grid(grid, key) => self.cut(grid, &key, bound_s),
                 Step::Cut(grid, key, pipeline) => self.divide(grid, &key, &pipeline, bound_s),
-                Step::Point(mapping) => {
-                    let spare_s = self.best_s - bound_s;
-                    self.complete(&mapping, spare_s);
-                }
+                Step::Point(mapping) => self.complete(&mapping, bound_s),
             }
         }
     }
@@ -413,8 +410,8 @@ impl Search<'_> {
 
     /// The best completion of a point that must save something: whatever fits first.
     ///
-    /// `spare_s`: seconds by which the point's own price is below the best.
-    fn complete(&mut self, point: &Mapping, spare_s: f64) {
+    /// `bound_s`: the point's own price.
+    fn complete(&mut self, point: &Mapping, bound_s: f64) {
         let space = self.problem.space;
         let key = key_of(point);
         let stages = Stages::new(self.problem.workload, point);
@@ -437,7 +434,10 @@ impl Search<'_> {
             if let Some(cut) = self.cut_by_memory(&least, &key) {
                 self.offer(cut);
             }
-            for recompute in savings(self.problem, self.layers, &key, &least, spare_s) {
+            for (at_least_s, recompute) in savings(self.problem, self.layers, &key, &least) {
+                if at_least_s > 0.0 && bound_s + at_least_s >= self.best_s {
+                    continue;
+                }
                 let is_of_some_layers =
                     matches!(recompute, Recompute::Layers(_) | Recompute::LayersByRank(_));
                 // As many layers as fit are those that fit without it.
