@@ -94,9 +94,9 @@ pub fn check_streams(lowered: &Lowered, given: &[DeviceStreams]) -> Result<(), P
                     .find(|wait| !is_behind(&before, event, wait.0));
                 if let Some(wait) = missing {
                     return invalid(format!(
-                        "`{item}` of rank {rank} does not wait for `{}`, which it needs; write \
-                         `{event}:{}[{}]`",
-                        lowered.rows[rank][wait.0], item.command, wait.0
+                        "`{event}:{}` of rank {rank} does not wait for `{}`, which it needs; let it wait \
+                         for event {}, as in `{item}`",
+                        item.command, lowered.rows[rank][wait.0], wait.0
                     ));
                 }
             }
