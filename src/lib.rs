@@ -13,6 +13,7 @@ pub use meshweave_runtime as runtime;
 pub mod error;
 pub mod compile;
 pub mod choose;
+pub mod exchanges;
 pub mod session;
 pub mod mapping;
 pub mod report;

@@ -128,6 +128,9 @@ fn explanation(shown: &Shown, pipeline: Option<&PipelinePlan>, bound_s: f64) -> 
     if let Some(choice) = &shown.session.choice {
         text += &choice.text();
     }
+    if let Some(exchanges) = &shown.session.exchanges {
+        text += &exchanges.text();
+    }
     if let Some(pipeline) = pipeline {
         text += &format!(
             "step       at least {} (bound): schedule {} over these {} stages, every product at the devices' peak and all else free; the figures above and below are of one microbatch\n",
@@ -169,8 +172,8 @@ pub fn predicted_timeline(program: &Program) -> Timeline {
             let mut members = vec![rank];
             let mut ready_s = 0.0;
             match &instruction.action {
-                Action::Collective { op, .. } => {
-                    let group = op.group().map(|group| group.ranks.clone());
+                action if action.group().is_some() => {
+                    let group = action.group().map(|group| group.ranks.clone());
                     if let Some(ranks) = group.filter(|ranks| ranks.len() > 1) {
                         let waiting = arrived.entry(ranks.clone()).or_default();
                         // A message may have woken a rank that waits here already.
@@ -287,6 +290,7 @@ impl Messages {
 
 fn category(action: &Action) -> Category {
     match action {
+        Action::Routine { .. } if action.group().is_some() => Category::Collective,
         Action::Kernel { .. } => Category::Kernel,
         Action::Contract { .. } => Category::Contract,
         Action::Attention { .. } | Action::AttentionGrad { .. } => Category::Attention,

@@ -37,6 +37,7 @@ use crate::compile::{
     CompileOptions, Compiled, compile, compile_pipeline, outline, pipeline_error,
 };
 use crate::error::{Error, Result};
+use crate::exchanges::{self, ExchangeChoice};
 
 /// A document that was read and resolved.
 #[derive(Clone, Debug)]
@@ -48,6 +49,8 @@ pub struct Session {
     pub warnings: Vec<Diagnostic>,
     /// Why this pipeline, where the document left it open; `document` has the witnesses.
     pub choice: Option<Choice>,
+    /// Why so many exchanges a layer, where the document left it open.
+    pub exchanges: Option<ExchangeChoice>,
 }
 
 /// The graph of a request.
@@ -119,9 +122,13 @@ impl Session {
             request,
             warnings: findings,
             choice: None,
+            exchanges: None,
         };
         match &session.request.open_pipeline {
             Some(open) => chosen(&session, open, base),
+            None if session.request.experts.open_exchanges.is_some() => {
+                exchanges::chosen(&session, base)
+            }
             None => Ok(session),
         }
     }
@@ -146,6 +153,7 @@ impl Session {
             request,
             warnings: findings,
             choice: None,
+            exchanges: None,
         })
     }
 
@@ -339,17 +347,17 @@ impl Session {
         batch: usize,
     ) -> Result<(Graph, Option<WeightMap>, Option<PathBuf>)> {
         let (_, seq) = self.request.job.sizes();
-        let goal = self.request.job.goal();
+        let goal = self.request.goal();
         match &self.request.model {
-            ModelSource::Decoder(config) => Ok((
-                build_decoder(config, batch, seq, goal).map_err(model_error)?,
-                None,
-                None,
-            )),
+            ModelSource::Decoder(config) => {
+                let config = self.dropping(config)?;
+                let graph = build_decoder(&config, batch, seq, goal).map_err(model_error)?;
+                Ok((graph, None, None))
+            }
             ModelSource::Config(path) => {
                 let imported = read_decoder(path)?;
-                let graph =
-                    build_decoder(&imported.config, batch, seq, goal).map_err(model_error)?;
+                let config = self.dropping(&imported.config)?;
+                let graph = build_decoder(&config, batch, seq, goal).map_err(model_error)?;
                 Ok((
                     graph,
                     Some(imported.weights),
@@ -369,6 +377,23 @@ impl Session {
                 Ok((parsed.graph, None, None))
             }
         }
+    }
+
+    /// The model, dropping the tokens that the document says.
+    fn dropping(&self, config: &DecoderConfig) -> Result<DecoderConfig> {
+        let mut config = config.clone();
+        match (self.request.experts.capacity, &mut config.moe) {
+            (Some(capacity), Some(moe)) => moe.capacity_factor = capacity,
+            (Some(_), None) => {
+                let message = format!(
+                    "model `{}` has no experts whose tokens the `experts` block could dispatch: remove `dispatch`",
+                    config.name
+                );
+                return Err(Error::plain(Class::Invalid, message));
+            }
+            (None, _) => {}
+        }
+        Ok(config)
     }
 
     /// What the document demands of a plan of this graph.

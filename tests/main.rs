@@ -5,6 +5,8 @@
 
 mod analysis;
 mod cli;
+#[cfg(feature = "mlir")]
+mod coherent;
 mod cuda;
 mod decode;
 mod differentiate;

@@ -65,6 +65,10 @@ pub fn kernels_of(
             indices,
             accumulate,
         } => contract::of_buffers(&buffers, [*a, *b, *c], indices, *accumulate, precision),
+        Action::Attention { seen: Some(_), .. } => Err(unsupported(
+            "attention",
+            "queries that say how many keys they see run on the host only",
+        )),
         Action::Attention {
             dims,
             q,

@@ -356,6 +356,9 @@ impl<'a> RankLowering<'a> {
                     v: self.buffer(input(op, 2)?)?,
                     o: self.buffer(result(op, 0)?)?,
                     lse: self.buffer(result(op, 1)?)?,
+                    seen: (op.inputs.get(3))
+                        .map(|seen| self.buffer(*seen))
+                        .transpose()?,
                     scratch: self.scratch(item_idx, op)?,
                     kernel: self.kernels.id_of(softmax, "attention softmax"),
                 }
@@ -397,15 +400,15 @@ impl<'a> RankLowering<'a> {
                 }
             }
         };
-        let (n_flops, n_bytes, predicted_s) = self.price(item);
         let name = self.item_name(item);
         let share = rows.map_or(1.0, |rows| rows.share);
+        let (n_flops, n_bytes, predicted_s) = self.price(item, share);
         instructions.push(Instruction {
             name,
             action,
-            n_flops: n_flops * share,
-            n_bytes: n_bytes * share,
-            predicted_s: predicted_s * share,
+            n_flops,
+            n_bytes,
+            predicted_s,
             live_bytes,
             rows: rows.map(|rows| self.counted_rows(item, rows)).transpose()?,
         });
@@ -434,8 +437,8 @@ impl<'a> RankLowering<'a> {
         })
     }
 
-    /// (flops, bytes, seconds) of one execution.
-    fn price(&self, item: &Item) -> (f64, f64, f64) {
+    /// (flops, bytes, seconds) of one execution on this share of the rows.
+    fn price(&self, item: &Item, share: f64) -> (f64, f64, f64) {
         let types = |ids: &[TensorId]| {
             ids.iter()
                 .map(|id| self.local.ty(*id))
@@ -444,20 +447,18 @@ impl<'a> RankLowering<'a> {
         let flops = |op: &Op| op.kind.n_flops(&types(&op.inputs), &types(&op.results));
         match item {
             Item::Fragment(fragment) => {
-                let n_flops = fragment
+                let n_flops: f64 = fragment
                     .ops
                     .iter()
                     .map(|op| flops(self.local.op(*op)))
                     .sum();
-                let n_bytes = types(&fragment.args)
+                let n_bytes: f64 = types(&fragment.args)
                     .iter()
                     .map(|ty| ty.n_bytes() as f64)
                     .sum();
-                (
-                    n_flops,
-                    n_bytes,
-                    fragment_seconds(n_flops, n_bytes, self.cluster),
-                )
+                let (n_flops, n_bytes) = (share * n_flops, share * n_bytes);
+                let seconds = fragment_seconds(n_flops, n_bytes, self.cluster);
+                (n_flops, n_bytes, seconds)
             }
             Item::Collective { op } => {
                 let op = self.local.op(*op);
@@ -468,6 +469,7 @@ impl<'a> RankLowering<'a> {
                     .map(|ty| ty.n_bytes())
                     .max()
                     .unwrap_or(0) as f64;
+                let n_bytes = share * n_bytes;
                 (
                     0.0,
                     n_bytes,
@@ -481,8 +483,15 @@ impl<'a> RankLowering<'a> {
             | Item::View { op } => {
                 let op = self.local.op(*op);
                 let (inputs, results) = (types(&op.inputs), types(&op.results));
-                let seconds = op_seconds(&op.kind, &inputs, &results, self.cluster);
-                (flops(op), op.kind.n_bytes_moved(&inputs, &results), seconds)
+                let (launch_s, n_rows) = (self.cluster.device.launch_s, share);
+                let whole_s = op_seconds(&op.kind, &inputs, &results, self.cluster);
+                let mut seconds = launch_s.min(whole_s) + n_rows * (whole_s - launch_s).max(0.0);
+                if op.kind.group().is_some() {
+                    let n_bytes = share * types(&op.results[..1])[0].n_bytes() as f64;
+                    seconds += collective_seconds(&op.kind, n_bytes, self.cluster);
+                }
+                let n_bytes = op.kind.n_bytes_moved(&inputs, &results);
+                (share * flops(op), share * n_bytes, seconds)
             }
         }
     }

@@ -11,6 +11,7 @@
 //! `final.{norm, head}`; a bias is named like its weight with `b` for `w`, the bias of a norm `norm_bias`.
 
 mod attention;
+mod coherent;
 mod config;
 mod ffn;
 mod golden;
@@ -26,6 +27,7 @@ pub use config::{
 };
 pub use golden::GoldenSize;
 
+use coherent::Stand;
 use golden::Stream;
 
 /// What the graph computes.
@@ -35,6 +37,9 @@ pub enum Goal {
     Training,
     /// Output `logits[batch, seq, vocab]`; input `tokens`.
     Logits,
+    /// The same, with tokens that stay with their experts from layer to layer: one exchange of tokens a
+    /// layer instead of two, and keys and values everywhere.
+    CoherentLogits,
 }
 
 /// Why a model cannot be built.
@@ -84,22 +89,31 @@ pub fn build_decoder(
             config.name, moe.subsequences
         )));
     }
+    if goal == Goal::CoherentLogits {
+        coherent::check(config)?;
+    }
     let mut b = GraphBuilder::new(&config.name);
     let b = &mut b;
     let tokens = b.input("tokens", DType::I32, [("batch", batch), ("seq", seq)])?;
     let targets = match goal {
         Goal::Training => Some(b.input("targets", DType::I32, [("batch", batch), ("seq", seq)])?),
-        Goal::Logits => None,
+        Goal::Logits | Goal::CoherentLogits => None,
     };
     let rope = rope_tables(b, config, seq)?;
     let model = Model { config, seq, rope };
     let (wte, mut h) = b.within("embed", |b| model.embed(b, tokens))?;
     let mut router_losses = Vec::new();
+    let mut stand = Stand::home(rope);
     for layer_idx in 0..config.n_layers {
         h = b.within(format!("layers[{layer_idx}]"), |b| {
-            let h = b.within("attn", |b| model.attention(b, layer_idx, h))?;
+            let h = b.within("attn", |b| model.attention(b, layer_idx, h, &stand))?;
             match &config.moe {
                 Some(moe) if !moe.dense_layers.contains(&layer_idx) => b.within("moe", |b| {
+                    if goal == Goal::CoherentLogits {
+                        let moved = model.moe_where_experts_are(b, layer_idx, moe, h, &stand)?;
+                        stand = moved.1;
+                        return Ok(moved.0);
+                    }
                     let (h, scores) = model.moe(b, layer_idx, moe, h)?;
                     if goal == Goal::Training {
                         router_losses.extend(model.router_losses(b, moe, &scores)?);
@@ -107,11 +121,17 @@ pub fn build_decoder(
                     }
                     Ok(h)
                 }),
-                _ => b.within("mlp", |b| model.mlp(b, layer_idx, h)),
+                _ => b.within("mlp", |b| model.mlp(b, layer_idx, h, &stand)),
             }
         })?;
     }
-    let logits = b.within("final", |b| model.logits(b, wte, h))?;
+    let logits = b.within("final", |b| {
+        let h = match stand.seats {
+            None => h,
+            Some(seats) => model.at_home(b, "home", h, seats)?,
+        };
+        model.logits(b, wte, h)
+    })?;
     let output = match targets {
         None => logits,
         Some(targets) => {
@@ -168,6 +188,13 @@ struct Model<'a> {
 
 type Built = Result<TensorId, ModelError>;
 
+/// The parameters of a norm.
+#[derive(Clone, Copy, Debug)]
+struct NormWeights {
+    weight: TensorId,
+    bias: Option<TensorId>,
+}
+
 impl Model<'_> {
     /// (table, h[batch, seq, embed]).
     fn embed(
@@ -197,15 +224,31 @@ impl Model<'_> {
 
     /// The norm `name` (with its weights) of h over `embed`, as `result`.
     fn norm(&self, b: &mut GraphBuilder, name: &str, result: &str, h: TensorId) -> Built {
-        let Norm { kind, eps } = self.config.norm;
+        let weights = self.norm_weights(b, name)?;
+        self.normed(b, result, h, weights)
+    }
+
+    fn norm_weights(&self, b: &mut GraphBuilder, name: &str) -> Result<NormWeights, ModelError> {
         let (dtype, shape) = (self.config.dtype, [("embed", self.config.embed)]);
         let weight = b.param(name, dtype, shape, Init::Ones)?;
-        Ok(match kind {
-            NormKind::Rms => b.rms_norm(result, h, weight, "embed", eps)?,
-            NormKind::Layer => {
-                let bias = b.param(&format!("{name}_bias"), dtype, shape, Init::Zeros)?;
-                b.layer_norm(result, h, weight, bias, "embed", eps)?
-            }
+        let bias = match self.config.norm.kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(b.param(&format!("{name}_bias"), dtype, shape, Init::Zeros)?),
+        };
+        Ok(NormWeights { weight, bias })
+    }
+
+    fn normed(
+        &self,
+        b: &mut GraphBuilder,
+        result: &str,
+        h: TensorId,
+        NormWeights { weight, bias }: NormWeights,
+    ) -> Built {
+        let eps = self.config.norm.eps;
+        Ok(match bias {
+            None => b.rms_norm(result, h, weight, "embed", eps)?,
+            Some(bias) => b.layer_norm(result, h, weight, bias, "embed", eps)?,
         })
     }
 

@@ -17,7 +17,7 @@ use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::{Graph, Op, OpId, Role, TensorId, TensorType};
 use meshweave_dsl::layout::{Interval, Layout, Mesh};
 use meshweave_dsl::name::{Axis, Dim};
-use meshweave_dsl::op::{Group, OpKind};
+use meshweave_dsl::op::{Group, OpKind, Shares};
 use meshweave_dsl::plan::{OpLayouts, Plan};
 
 use crate::reshard::{Step, local_type, reshard_path};
@@ -245,6 +245,7 @@ impl<'a> Partitioner<'a> {
             let kind = op
                 .kind
                 .localize(|dim, size| self.interval(op, &layouts, dim, size, rank));
+            let kind = self.among_members(kind, op, &layouts, rank);
             let local_inputs: Vec<TensorId> = inputs.iter().map(|locals| locals[rank]).collect();
             let local = &mut self.locals[rank];
             let local_results = local
@@ -276,6 +277,31 @@ impl<'a> Partitioner<'a> {
             });
         }
         Ok(())
+    }
+
+    /// A move of tokens, among the ranks that divide its experts.
+    fn among_members(&self, kind: OpKind, op: &Op, layouts: &OpLayouts, rank: usize) -> OpKind {
+        let OpKind::MoeMove(mut moved) = kind else {
+            return kind;
+        };
+        let expert = moved.dims.expert.clone();
+        let (Some(rows), Some(layout)) = (op.inputs.first(), layouts.inputs.first()) else {
+            return OpKind::MoeMove(moved);
+        };
+        let axes = layout.axes_of(&expert);
+        if !moved.stays && !axes.is_empty() {
+            let ranks = self.mesh().group(rank, axes);
+            let size = self.graph.ty(*rows).size_of(&expert).unwrap_or(0);
+            let share = |member: &usize| layout.interval(&expert, size, self.mesh(), *member).len;
+            moved.over = Some(Box::new(Shares {
+                counts: ranks.iter().map(share).collect(),
+                group: Group {
+                    axes: axes.to_vec(),
+                    ranks,
+                },
+            }));
+        }
+        OpKind::MoeMove(moved)
     }
 
     /// The part of a dim of an op's iteration space that a rank works on.

@@ -16,6 +16,7 @@ mod pipeline;
 mod select;
 mod tactics;
 mod direct;
+mod experts;
 mod replay;
 mod mapping;
 
@@ -24,12 +25,13 @@ use std::path::{Path, PathBuf};
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Diagnostic, Sources, Span, has_errors};
 use meshweave_dsl::weave::ast::{
-    Document, Header, Init as InitStatement, MemoryItem, OffloadTo, RecomputePolicy, Reference,
-    Spanned, Statement,
+    Document, Exchanges, Header, Init as InitStatement, MemoryItem, OffloadTo, RecomputePolicy,
+    Reference, Spanned, Statement,
 };
 
 pub use cluster::{cluster_of_text, print_cluster};
 pub use direct::direct;
+pub use experts::Experts;
 pub use mapping::{
     MappingRequest, Planner, Restriction, Rule, mapping_request, planner, print_mapping, remarks,
 };
@@ -60,9 +62,22 @@ pub struct Request {
     pub pipeline: Option<Pipeline>,
     /// What the document leaves open of its pipeline; then there is none yet.
     pub open_pipeline: Option<OpenPipeline>,
+    /// What it says about experts.
+    pub experts: Experts,
 }
 
 impl Request {
+    /// What the forward graph must end in, and how tokens get there.
+    pub fn goal(&self) -> Goal {
+        match self.job {
+            Job::Train { .. } => Goal::Training,
+            Job::Infer { .. } => match self.experts.exchanges {
+                Some(Exchanges::One) => Goal::CoherentLogits,
+                Some(Exchanges::Two) | None => Goal::Logits,
+            },
+        }
+    }
+
     /// What the devices are that the ops of the graph are divided over: all, or those of a stage.
     pub fn stage_cluster(&self) -> Cluster {
         match &self.pipeline {
@@ -101,14 +116,6 @@ pub enum Job {
 }
 
 impl Job {
-    /// What the forward graph must end in.
-    pub fn goal(&self) -> Goal {
-        match self {
-            Self::Train { .. } => Goal::Training,
-            Self::Infer { .. } => Goal::Logits,
-        }
-    }
-
     /// (sequences, tokens per sequence).
     pub fn sizes(&self) -> (usize, usize) {
         match self {
@@ -312,6 +319,16 @@ fn request(
                 .help("remove the block, or train"),
         );
     }
+    let block = document
+        .statements()
+        .find_map(|statement| match &statement.node {
+            Statement::Experts(block) => Some(block),
+            _ => None,
+        });
+    let experts = match (block, planner) {
+        (Some(block), Planner::Ops) => experts::resolve_experts(block, &job, base_dir, diagnostics),
+        _ => Experts::default(),
+    };
     Some(Request {
         name: header.name.node.clone(),
         model,
@@ -324,6 +341,7 @@ fn request(
         solve,
         pipeline,
         open_pipeline,
+        experts,
     })
 }
 
@@ -497,13 +515,7 @@ fn refuse_mapping_statements(document: &Document, diagnostics: &mut Vec<Diagnost
         );
     };
     for statement in document.statements() {
-        let span = statement.span;
         match &statement.node {
-            Statement::Experts(_) => refuse(
-                span,
-                "the `experts` block is",
-                "remove it; `capacity` in the model says what is dropped",
-            ),
             Statement::Memory(block) => {
                 for item in block.items() {
                     match &item.node {
@@ -566,6 +578,7 @@ fn refuse_mapping_statements(document: &Document, diagnostics: &mut Vec<Diagnost
             | Statement::Keep(_)
             | Statement::Pipeline(_)
             | Statement::Schedule(_)
+            | Statement::Experts(_)
             | Statement::Solve(_) => {}
         }
     }

@@ -371,7 +371,9 @@ fn stages() {
 /// The softmax kernels of blockwise attention against the formulas, block after block.
 #[test]
 fn attention_softmax_blocks() {
-    use meshweave_compiler::codegen::attention::{attention_softmax, attention_softmax_grad};
+    use meshweave_compiler::codegen::attention::{
+        Sight, attention_softmax, attention_softmax_grad,
+    };
     use meshweave_dsl::dtype::{DType, Scalar};
     use meshweave_dsl::graph::TensorType;
     use meshweave_dsl::op::{ATTENTION_BLOCK_ROWS, AttentionDims};
@@ -400,7 +402,7 @@ fn attention_softmax_blocks() {
         let seq = kv_len - offset;
         let k = TensorType::new(DType::F32, [("kv_seq", kv_len), ("heads", 3), ("head", 4)]);
         let lse = TensorType::new(DType::F32, [("seq", seq), ("heads", 3)]);
-        kernels.push(attention_softmax(&dims, &k, &lse).unwrap());
+        kernels.push(attention_softmax(&dims, &k, &lse, Sight::ByPlace).unwrap());
         kernels.push(attention_softmax_grad(&dims, &k, &lse).unwrap());
         cases.push((kv_len, seq, offset, causal));
     }

@@ -29,7 +29,7 @@ fn graph_of(request: &Request) -> Option<Graph> {
         return None;
     };
     let (batch, seq) = request.job.sizes();
-    let forward = build_decoder(config, batch, seq, request.job.goal()).unwrap();
+    let forward = build_decoder(config, batch, seq, request.goal()).unwrap();
     Some(match &request.job {
         Job::Train { optimizer, .. } => differentiate(&forward, optimizer).unwrap(),
         Job::Infer { .. } => forward,

@@ -123,6 +123,8 @@ pub enum OpKind {
     /// `(q[b.., seq, g.., head], k[b.., kv_seq, head], v[b.., kv_seq, value]) -> (o, lse)`:
     /// softmax(scale · q kᵀ) v, causal when said: query i sees keys 0..=i + offset.
     /// Dims of q that k lacks (besides `seq`) share the keys (grouped-query attention).
+    /// With a fourth input `seen: i32[.., seq]`, over dims of q, a query sees its first `seen` keys
+    /// instead; queries that see none stand behind all others, and what comes of them is 0.
     /// o has the dims of q with `value` in place of `head`; lse has those of q without `head`.
     Attention(AttentionDims),
     /// `(q, k, v, o, lse, do) -> (dq, dk, dv)`.
@@ -177,6 +179,11 @@ pub enum OpKind {
     /// `(expert[b.., seq, choice], slot) -> [expert:n_experts, b..]`: how many of an expert's slots are
     /// taken. Whole sequences: the slots taken are the first ones.
     MoeCounts(MoeDims),
+    /// `(y[expert, b.., slot, d], expert[b.., seq, from], slot, expert'[b.., seq, choice], slot'[, gate])
+    /// -> [expert:n_experts, b.., slot:capacity, d]`: tokens from the slots where they stand into those
+    /// that they are sent to: a combination (by the gates `[b.., seq, from]`, when given) and a
+    /// dispatch in one, in which only rows whose device changes travel.
+    MoeMove(MoeMove),
     /// `(p, g, m, v, step[]) -> (p, m, v)`; step counts from 1. Bias-corrected, decoupled decay:
     /// p −= lr (m̂ / (√v̂ + eps) + decay p).
     Adamw {
@@ -251,6 +258,42 @@ pub struct MoeDims {
     /// First expert of this rank.
     #[serde(default)]
     pub offset: usize,
+}
+
+/// A move of tokens from slots to slots.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct MoeMove {
+    /// Where tokens go. Both sides have the same experts.
+    #[serde(flatten)]
+    pub dims: MoeDims,
+    /// The dim of the choices that tokens come from, in place of `choice`.
+    pub from: Dim,
+    /// No token leaves its expert, or at least its expert's rank: nothing is exchanged.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stays: bool,
+    /// Local: the ranks that divide the experts among them; none where all of a token is here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over: Option<Box<Shares>>,
+}
+
+/// The members of a group and how many experts each of them has, in their order.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Shares {
+    pub counts: Vec<usize>,
+    pub group: Group,
+}
+
+impl MoeMove {
+    /// The move of all members together: the same for each of them.
+    #[must_use]
+    pub fn whole(&self) -> Self {
+        let mut whole = self.clone();
+        if let Some(shares) = whole.over.take() {
+            whole.dims.n_experts = shares.counts.iter().sum();
+            whole.dims.offset = 0;
+        }
+        whole
+    }
 }
 
 impl OpKind {
@@ -328,6 +371,7 @@ impl OpKind {
             Self::MoeCombine(_) => "moe_combine",
             Self::MoeGateGrad(_) => "moe_gate_grad",
             Self::MoeCounts(_) => "moe_counts",
+            Self::MoeMove(_) => "moe_move",
             Self::Adamw { .. } => "adamw",
             Self::Sgd { .. } => "sgd",
             Self::AllGather { .. } => "all_gather",
@@ -348,6 +392,7 @@ impl OpKind {
             | Self::AllToAll { group, .. }
             | Self::CollectivePermute { group, .. }
             | Self::Broadcast { group } => Some(group),
+            Self::MoeMove(moved) => moved.over.as_ref().map(|shares| &shares.group),
             _ => None,
         }
     }
@@ -369,9 +414,25 @@ impl OpKind {
             | Self::Broadcast { group } => {
                 group.ranks.iter_mut().for_each(|one| *one = rank(*one));
             }
+            Self::MoeMove(moved) => {
+                if let Some(Shares { group, .. }) = moved.over.as_deref_mut() {
+                    group.ranks.iter_mut().for_each(|one| *one = rank(*one));
+                }
+            }
             _ => {}
         }
         moved
+    }
+
+    /// Whether two members of one group come to one and the same collective.
+    pub fn meets(&self, other: &Self) -> bool {
+        match (self, other) {
+            // Each member has its own partners.
+            (Self::CollectivePermute { .. }, Self::CollectivePermute { .. }) => true,
+            // And its own experts.
+            (Self::MoeMove(a), Self::MoeMove(b)) => a.over == b.over && a.whole() == b.whole(),
+            _ => self == other,
+        }
     }
 
     /// Results that may be written over an input: pairs (result, input).
@@ -415,6 +476,10 @@ impl OpKind {
             | Self::MoeCombine(dims)
             | Self::MoeGateGrad(dims)
             | Self::MoeCounts(dims) => {
+                let part = interval(&dims.expert, dims.n_experts);
+                (dims.n_experts, dims.offset) = (part.len, part.start);
+            }
+            Self::MoeMove(MoeMove { dims, .. }) => {
                 let part = interval(&dims.expert, dims.n_experts);
                 (dims.n_experts, dims.offset) = (part.len, part.start);
             }

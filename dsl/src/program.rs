@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::graph::{Role, TensorType};
 use crate::layout::{Interval, Layout, Mesh};
 use crate::name::{Axis, Dim};
-use crate::op::{AttentionDims, OpKind};
+use crate::op::{AttentionDims, Group, OpKind};
 
 /// Version of the program form; an artifact of another version is refused.
 pub const PROGRAM_VERSION: u32 = 2;
@@ -71,7 +71,54 @@ pub struct Channel {
     pub n_bytes: usize,
 }
 
+impl Action {
+    /// The ranks that do it together; `None` for what a rank does alone, and for messages.
+    pub fn group(&self) -> Option<&Group> {
+        match self {
+            Self::Collective { op, .. } | Self::Routine { op, .. } => op.group(),
+            _ => None,
+        }
+    }
+}
+
 impl Program {
+    /// Whether tokens go from expert to expert without coming home.
+    pub fn moves_tokens(&self) -> bool {
+        let mut all = self.ranks.iter().flat_map(|rank| &rank.instructions);
+        all.any(|instruction| match &instruction.action {
+            Action::Routine { op, .. } => matches!(op, OpKind::MoeMove(_)),
+            _ => false,
+        })
+    }
+
+    /// Whether an instruction gathers what everybody needs of tokens that do not come home.
+    pub fn gathers_context(&self, instruction: &Instruction) -> bool {
+        let gathers = matches!(
+            &instruction.action,
+            Action::Collective {
+                op: OpKind::AllGather { .. },
+                ..
+            }
+        );
+        instruction.rows.is_some() && gathers && self.moves_tokens()
+    }
+
+    /// Exchanges of tokens in a step: all_to_alls of rows, and moves among ranks.
+    pub fn n_token_exchanges(&self) -> usize {
+        let first = self
+            .ranks
+            .first()
+            .map_or(&[][..], |rank| &rank.instructions);
+        let exchanges = first.iter().filter(|one| match &one.action {
+            Action::Collective { op, .. } => {
+                one.rows.is_some() && matches!(op, OpKind::AllToAll { .. })
+            }
+            Action::Routine { op, .. } => matches!(op, OpKind::MoeMove(_)) && op.group().is_some(),
+            _ => false,
+        });
+        exchanges.count()
+    }
+
     /// Bytes of the channels that end at a rank, besides its arena.
     pub fn channel_bytes(&self, rank: usize) -> usize {
         let ending = self.channels.iter().filter(|channel| channel.to == rank);
@@ -204,6 +251,9 @@ pub enum Action {
         v: BufferId,
         o: BufferId,
         lse: BufferId,
+        /// How many keys each query sees, where that does not follow from its place.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<BufferId>,
         scratch: BufferId,
         kernel: KernelId,
     },

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::program::Program;
+use crate::program::{Instruction, Program};
 
 /// Where numbers come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -77,12 +77,27 @@ impl Timeline {
     /// Bytes of tokens that were dispatched to experts and brought back from another rank than their
     /// own, over all ranks; `None` where bytes were not counted, or no rows are.
     pub fn dispatched_bytes(&self, program: &Program) -> Option<u64> {
+        let is_context = |instruction: &Instruction| program.gathers_context(instruction);
+        self.received_bytes(program, &|one| one.rows.is_some() && !is_context(one))
+    }
+
+    /// Bytes of keys, values and routes that every rank was given of tokens which stand with their
+    /// experts, over all ranks; `None` as above, or where tokens come home.
+    pub fn context_bytes(&self, program: &Program) -> Option<u64> {
+        self.received_bytes(program, &|one| program.gathers_context(one))
+    }
+
+    fn received_bytes(
+        &self,
+        program: &Program,
+        is_one: &dyn Fn(&Instruction) -> bool,
+    ) -> Option<u64> {
         let mut total = None;
         for event in &self.events {
             let of_rank = program.ranks.get(event.rank);
             let instruction = of_rank.and_then(|rank| rank.instructions.get(event.instruction));
-            let counts_rows = instruction.is_some_and(|instruction| instruction.rows.is_some());
-            if let Some(bytes) = event.received_bytes.filter(|_| counts_rows) {
+            let counts = instruction.is_some_and(is_one);
+            if let Some(bytes) = event.received_bytes.filter(|_| counts) {
                 *total.get_or_insert(0) += bytes;
             }
         }

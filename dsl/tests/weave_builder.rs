@@ -5,7 +5,7 @@
 use meshweave_dsl::diagnostics::SourceId;
 use meshweave_dsl::schedule::Channels;
 use meshweave_dsl::units::{Quantity, Unit};
-use meshweave_dsl::weave::ast::{Choice, Dispatch, Init, OffloadTo, RecomputePolicy};
+use meshweave_dsl::weave::ast::{Choice, Dispatch, Exchanges, Init, OffloadTo, RecomputePolicy};
 use meshweave_dsl::weave::{
     BuildError, PlanBuilder, auto, auto_of, axis, minimize, name, parse, print, solved,
 };
@@ -79,6 +79,19 @@ fn the_sample_of_the_design() {
     let text = include_str!("../../tests/cases/parse/design_sample.weave");
     assert_eq!(built, parse(text, SourceId(0)).document);
     assert_eq!(print(&built), text);
+}
+
+#[test]
+fn exchanges_of_experts() {
+    let built = PlanBuilder::new("decoder")
+        .model("config.json")
+        .cluster("local:4")
+        .experts(|e| e.exchanges(auto_of([Exchanges::One, Exchanges::Two])))
+        .build()
+        .unwrap();
+    let text = print(&built);
+    assert!(text.contains("  exchanges auto{one, two}\n"), "{text}");
+    assert_eq!(parse(&text, SourceId(0)).document, built);
 }
 
 #[test]

@@ -9,7 +9,8 @@
 //! The kernels' arguments (stride of a row of scores: |kv_seq|; `place` = first visible-by-offset
 //! position of the block, and number of leading columns in use):
 //! - forward: scores `f32[rows, kv_seq]` (products in, probabilities out), lse (address of the block's
-//!   first value), place `i32[2]`;
+//!   first value), place `i32[2]`, and where queries say how many keys they see, these counts
+//!   `i32[rows]`;
 //! - gradient: scores (products in, probabilities out), dP (in) and dS (out), lse, D = Σ o ∘ do
 //!   `f32[rows]`, place `i32[2]`.
 //!
@@ -61,6 +62,10 @@ pub struct AttentionPlan {
     v: Operand,
     o: Operand,
     lse: Operand,
+    /// How many keys each query sees, where the operands say so.
+    seen: Option<Operand>,
+    /// What comes of queries that see no key is left as it is instead of being 0.
+    leaves_rest: bool,
 }
 
 /// The types of an attention op's operands. Gradients lie as what they are the gradient of.
@@ -86,6 +91,8 @@ pub struct ForwardArgs {
     pub v: *const f32,
     pub o: *mut f32,
     pub lse: *mut f32,
+    /// Null unless the plan is [`AttentionPlan::seeing`].
+    pub seen: *const i32,
 }
 
 /// Addresses of a backward execution.
@@ -190,6 +197,57 @@ impl AttentionPlan {
             value,
             causal: dims.causal,
             offset: dims.offset,
+            seen: None,
+            leaves_rest: false,
+        })
+    }
+
+    /// The same, leaving what comes of queries that see no key as it is.
+    #[must_use]
+    pub fn leaving_rest(self) -> AttentionPlan {
+        AttentionPlan {
+            leaves_rest: true,
+            ..self
+        }
+    }
+
+    /// The same, where `seen: i32[.., seq]`, over dims of q, says how many keys each query sees. Queries
+    /// that see none stand at the end of a row of `seq` and are passed over.
+    ///
+    /// # Errors
+    /// `Invalid` when the type does not fit.
+    pub fn seeing(
+        self,
+        dims: &AttentionDims,
+        types: AttentionTypes<'_>,
+        seen: &TensorType,
+    ) -> Result<AttentionPlan> {
+        let AttentionTypes { q, k, .. } = types;
+        let is_innermost = seen.position(&dims.seq) == Some(seen.shape.len().wrapping_sub(1));
+        let fits = (seen.shape.iter()).all(|(dim, size)| q.size_of(dim) == Some(*size));
+        if !is_innermost || !fits {
+            return Err(Error::Invalid(format!(
+                "attention: the keys that {q} sees are counted by {seen}, along `{}`",
+                dims.seq
+            )));
+        }
+        let strides = seen.strides();
+        let over = |is: &dyn Fn(&Dim) -> bool, ty: &TensorType| -> Vec<usize> {
+            let dims = ty.shape.iter().map(|(dim, _)| dim).filter(|dim| is(dim));
+            dims.map(|dim| seen.position(dim).map_or(0, |at| strides[at]))
+                .collect()
+        };
+        let batch = over(&|dim| ![&dims.kv_seq, &dims.head].contains(&dim), k);
+        let is_group = |dim: &Dim| *dim != dims.seq && *dim != dims.head && !k.has(dim);
+        let group = over(&is_group, q);
+        Ok(AttentionPlan {
+            seen: Some(Operand {
+                batch,
+                group,
+                row: 1,
+                column: 0,
+            }),
+            ..self
         })
     }
 
@@ -284,13 +342,37 @@ impl AttentionPlan {
             let v = args.v.add(self.at(&self.v, batch, group));
             let o = args.o.add(self.at(&self.o, batch, group));
             let lse = args.lse.add(self.at(&self.lse, batch, group));
+            let seen = self.seen.as_ref().map(|at| {
+                std::slice::from_raw_parts(args.seen.add(self.at(at, batch, group)), self.seq)
+            });
             for block in self.blocks() {
+                let mut block = block;
+                if let Some(seen) = seen {
+                    let seen = &seen[block.first..block.first + block.rows];
+                    block.rows = seen.iter().take_while(|n| **n > 0).count();
+                    let most = seen[..block.rows].iter().max().copied().unwrap_or(0);
+                    block.columns = self.kv_seq.min(usize::try_from(most).unwrap_or(0));
+                    block.place[1] = block.columns as i32;
+                    if !self.leaves_rest {
+                        for row in block.first + block.rows..block.first + seen.len() {
+                            *lse.add(row * self.lse.row) = 0.0;
+                            for column in 0..self.value {
+                                *o.add(row * self.o.row + column * self.o.column) = 0.0;
+                            }
+                        }
+                    }
+                    if block.rows == 0 {
+                        continue;
+                    }
+                }
                 let q = q.add(block.first * self.q.row);
                 self.scores(&block, (q, &self.q), (k, &self.k), self.head, scores);
-                let kernel_args: [*mut c_void; 3] = [
+                let seen = seen.map_or(std::ptr::null(), |seen| seen[block.first..].as_ptr());
+                let kernel_args: [*mut c_void; 4] = [
                     scores.cast(),
                     lse.add(block.first * self.lse.row).cast(),
                     block.place.as_ptr().cast_mut().cast(),
+                    seen.cast_mut().cast(),
                 ];
                 kernel(kernel_args.as_ptr(), 0, block.rows as i64);
                 product(

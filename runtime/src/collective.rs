@@ -306,9 +306,8 @@ pub(crate) fn describe(call: &str, program: Option<&Program>, rank: usize, place
         text += &format!(", action {}", span.label);
     }
     let ranks = match &instruction.action {
-        Action::Collective { op, .. } => op.group().map(|group| group.ranks.clone()),
         Action::Send { to: peer, .. } | Action::Recv { from: peer, .. } => Some(vec![rank, *peer]),
-        _ => None,
+        action => action.group().map(|group| group.ranks.clone()),
     };
     let axes = axes_of(program, &ranks.unwrap_or_default());
     if !axes.is_empty() {

@@ -31,6 +31,7 @@ use crate::collective::{CollectiveStats, Communicator, Place, exchange_texts};
 use crate::device::host::Arena;
 use crate::error::{Error, Result};
 use crate::pool::WorkerPool;
+use crate::routine::moved::Traveling;
 use crate::tensor::{Elements, HostTensor};
 use crate::weights;
 use drill::PlacedDrill;
@@ -100,6 +101,8 @@ struct Rank {
     scratch: Vec<Vec<f32>>,
     clocks: Vec<Clock>,
     packed: Packed,
+    /// Rows that move from slots to slots.
+    traveling: Traveling,
     drill: Option<PlacedDrill>,
     /// After what points into it.
     arena: Arena,
@@ -526,6 +529,7 @@ impl Rank {
             names,
             clocks: vec![now; prepared.len()],
             packed: Packed::default(),
+            traveling: Traveling::default(),
             drill: None,
             prepared,
             communicator,
@@ -628,14 +632,42 @@ impl Rank {
                 // SAFETY: as above.
                 unsafe { plan.backward(&self.pool, *kernel, *args, &scratch) }
             }
+            Prepared::Move {
+                plan,
+                group,
+                inputs,
+                result,
+            } => {
+                let communicator = self.communicator.as_mut();
+                let mut exchange = |traveling: &mut Traveling| match group {
+                    Some(group) => rows::travel(communicator, *group, traveling),
+                    None => {
+                        std::mem::swap(&mut traveling.sent, &mut traveling.received);
+                        Ok(())
+                    }
+                };
+                // SAFETY: `prepare` made the plan from the buffers' types and checked that the result
+                // is disjoint from the rest.
+                unsafe { plan.run(inputs, *result, &mut self.traveling, &mut exchange) }
+            }
             Prepared::Routine {
                 routine,
                 inputs,
                 results,
+                rows,
             } => {
                 // SAFETY: `prepare` made the routine from the buffers' types and checked that results
-                // are disjoint from the rest.
-                unsafe { routine.run(inputs, results) }.map_err(|error| {
+                // are disjoint from the rest; the counts lie in this rank's arena.
+                let ran = unsafe {
+                    match rows {
+                        None => routine.run(inputs, results),
+                        Some(rows) => rows.ranges().and_then(|ranges| {
+                            let mut ranges = ranges.into_iter();
+                            ranges.try_for_each(|range| routine.run_rows(inputs, results, range))
+                        }),
+                    }
+                };
+                ran.map_err(|error| {
                     let rank = self.communicator.rank();
                     let name = self.names.get(instruction_idx).map_or("?", String::as_str);
                     match error {
@@ -749,6 +781,16 @@ fn per_thread(first: *mut f32, others: &mut [Vec<f32>]) -> Vec<*mut f32> {
 fn as_f32(words: &[u32]) -> &[f32] {
     // SAFETY: f32 and u32 have one size and alignment, and all bits are legal in both.
     unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
+}
+
+fn as_words(floats: &[f32]) -> &[u32] {
+    // SAFETY: both have four bytes, and every pattern is a value of both.
+    unsafe { std::slice::from_raw_parts(floats.as_ptr().cast(), floats.len()) }
+}
+
+fn as_words_mut(floats: &mut [f32]) -> &mut [u32] {
+    // SAFETY: as above.
+    unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), floats.len()) }
 }
 
 fn as_f32_mut(words: &mut [u32]) -> &mut [f32] {

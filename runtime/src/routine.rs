@@ -5,6 +5,7 @@
 //! checks each before it uses it, so that no value can lead outside of a buffer.
 
 mod moe;
+pub(crate) mod moved;
 #[cfg(test)]
 mod tests;
 
@@ -160,6 +161,39 @@ impl Routine {
         }
     }
 
+    /// Rows that may be run by ranges, for routines that have some.
+    pub fn n_rows(&self) -> Option<usize> {
+        match &self.0 {
+            Kind::TopK(top_k) => Some(top_k.rows.len()),
+            _ => None,
+        }
+    }
+
+    /// Runs some of the rows on raw memory; those of a routine without rows all at once.
+    ///
+    /// # Errors
+    /// As for [`Self::run`].
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    pub unsafe fn run_rows(
+        &self,
+        inputs: &[*const u32],
+        results: &[*mut u32],
+        (first, end): (usize, usize),
+    ) -> Result<()> {
+        // SAFETY: as for this function.
+        unsafe {
+            match &self.0 {
+                Kind::TopK(top_k) => {
+                    let rows = first.min(end)..end.min(top_k.rows.len());
+                    top_k.run(inputs[0].cast(), results[0].cast(), results[1].cast(), rows)
+                }
+                _ => self.run(inputs, results),
+            }
+        }
+    }
+
     /// Runs on raw memory.
     ///
     /// # Errors
@@ -179,7 +213,8 @@ impl Routine {
                     }
                 }
                 Kind::TopK(top_k) => {
-                    top_k.run(inputs[0].cast(), results[0].cast(), results[1].cast())?;
+                    let rows = 0..top_k.rows.len();
+                    top_k.run(inputs[0].cast(), results[0].cast(), results[1].cast(), rows)?;
                 }
                 Kind::TopKGrad(grad) => {
                     grad.run(inputs[0].cast(), inputs[1].cast(), results[0].cast());
@@ -194,9 +229,16 @@ impl Routine {
 impl TopK {
     /// # Safety
     /// As for [`Routine::run`].
-    unsafe fn run(&self, x: *const f32, values: *mut f32, indices: *mut i32) -> Result<()> {
+    unsafe fn run(
+        &self,
+        x: *const f32,
+        values: *mut f32,
+        indices: *mut i32,
+        rows: std::ops::Range<usize>,
+    ) -> Result<()> {
         let mut row_values = vec![0.0f32; self.size];
-        for (row, [at_x, at_values, at_indices]) in self.rows.iter().enumerate() {
+        for row in rows {
+            let [at_x, at_values, at_indices] = &self.rows[row];
             for (i, value) in row_values.iter_mut().enumerate() {
                 // SAFETY: an element of the row.
                 *value = unsafe { *x.add(at_x + i * self.stride) };

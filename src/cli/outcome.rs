@@ -28,6 +28,9 @@ pub(super) struct Outcome {
     pub(super) timeline: Option<Timeline>,
     /// Bytes of tokens that every step dispatched to experts of other devices and brought back.
     pub(super) dispatched_bytes: Vec<u64>,
+    /// Bytes of keys, values and routes that every step gave to all devices, where tokens stand with
+    /// their experts.
+    pub(super) context_bytes: Vec<u64>,
     /// Experts moved between steps, where it was asked for.
     #[serde(skip)]
     pub(super) rebalanced: Option<Rebalanced>,
@@ -85,6 +88,8 @@ pub(super) fn print(
                 "step_s": {"predicted": predicted_s, "measured_median": median_s, "measured": outcome.step_s},
                 "memory_bytes": {"predicted": planned_bytes, "measured": arena_bytes},
                 "dispatched_bytes": {"measured": outcome.dispatched_bytes},
+                "context_bytes": {"measured": outcome.context_bytes},
+                "token_exchanges": program.n_token_exchanges(),
                 "rebalanced": outcome.rebalanced.as_ref().map(|done| json!({
                     "moved": done.moved,
                     "balancedness": {"measured": done.balancedness},
@@ -155,8 +160,22 @@ pub(super) fn print(
     if n_dispatches > 0 {
         let total: u64 = outcome.dispatched_bytes.iter().sum();
         println!(
-            "dispatch   {} of tokens a step between devices, there and back (measured, mean of {n_dispatches})",
-            bytes(total as f64 / n_dispatches as f64)
+            "dispatch   {} of tokens a step between devices{} (measured, mean of {n_dispatches}), in {} exchanges",
+            bytes(total as f64 / n_dispatches as f64),
+            if outcome.context_bytes.is_empty() {
+                ", there and back"
+            } else {
+                ", from expert to expert"
+            },
+            program.n_token_exchanges()
+        );
+    }
+    let n_contexts = outcome.context_bytes.len();
+    if n_contexts > 0 {
+        let total: u64 = outcome.context_bytes.iter().sum();
+        println!(
+            "context    {} of keys, values and routes a step between devices (measured, mean of {n_contexts})",
+            bytes(total as f64 / n_contexts as f64)
         );
     }
     if let Some(done) = &outcome.rebalanced

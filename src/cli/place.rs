@@ -13,6 +13,7 @@ use meshweave_compiler::placement::search::SearchOptions;
 use meshweave_compiler::placement::solve::{
     Evidence, Method, Objective, Placed, Report, Request, Share, place as place_by, place_trace,
 };
+use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::placement::Placement;
@@ -250,6 +251,41 @@ fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {
         exact_steps,
         coupled_steps,
     })
+}
+
+/// The placement by affinity of a trace's experts on so many devices of a cluster.
+///
+/// # Errors
+/// The trace cannot be read, or its experts do not divide.
+pub(super) fn placed_by_routes(
+    path: &Path,
+    n_devices: usize,
+    cluster: &Cluster,
+) -> Result<Placement> {
+    let trace = file::read(path).map_err(trace_error)?;
+    let request = Request {
+        devices: n_devices,
+        per_node: n_devices.min(cluster.devices_per_node.max(1)),
+        slots: None,
+        objective: Objective::Affinity,
+        costs: Costs {
+            expert_s: 0.0,
+            within_node_s: 1.0 / cluster.within_node.bytes_per_s,
+            between_nodes_s: 1.0 / cluster.between_nodes.bytes_per_s,
+        },
+        expert_bytes: None,
+        present: None,
+        held_out: 0.2,
+        search: SearchOptions {
+            rounds: 2,
+            threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            ..SearchOptions::default()
+        },
+        exact_steps: 3e8,
+        coupled_steps: 0,
+    };
+    let placed = place_trace(&trace, &request).map_err(placement_error)?;
+    Ok(placed.placement)
 }
 
 fn check_model(shape: &meshweave_dsl::trace::TraceShape, model: &DecoderConfig) -> Result<()> {

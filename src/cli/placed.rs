@@ -41,7 +41,14 @@ impl Relabeling {
     /// The placement cannot be read, is of another model, has replicas, or is for other devices than
     /// the plan divides the experts over.
     pub fn read(path: &Path, graph: &Graph, plan: &Plan) -> Result<Self> {
-        let placement = read_placement(path)?;
+        Self::of(&read_placement(path)?, path, graph, plan)
+    }
+
+    /// The relabeling of a placement that was read or made from a file.
+    ///
+    /// # Errors
+    /// As for [`Relabeling::read`].
+    pub fn of(placement: &Placement, path: &Path, graph: &Graph, plan: &Plan) -> Result<Self> {
         let layers = movable_layers(graph)?;
         let invalid = |what: String| {
             Err(Error::plain(
@@ -89,7 +96,7 @@ impl Relabeling {
                     .into_iter()
                     .map(|id| (graph.tensor(id).name.clone(), expert.clone()))
                     .collect(),
-                order: order(&placement, layer_idx, path)?,
+                order: order(placement, layer_idx, path)?,
             });
         }
         Ok(Self { layers: found })
@@ -232,7 +239,9 @@ fn movable_layers(graph: &Graph) -> Result<Vec<(String, Dim)>> {
     let layers = layers_of(graph);
     let limited = graph.ops.iter().find(|op| {
         let dims = layers.iter().map(|(_, expert)| expert);
-        matches!(&op.kind, OpKind::Split { dim, .. } if dims.into_iter().any(|one| one == dim))
+        // Where tokens stand by their experts, those they choose from are called targets.
+        let is_chosen = |dim: &Dim| dim.as_str() == "target" || dims.clone().any(|one| one == dim);
+        matches!(&op.kind, OpKind::Split { dim, .. } if is_chosen(dim))
     });
     match limited {
         None => Ok(layers),
@@ -250,12 +259,15 @@ fn movable_layers(graph: &Graph) -> Result<Vec<(String, Dim)>> {
 fn layers_of(graph: &Graph) -> Vec<(String, Dim)> {
     let mut layers: Vec<(String, Dim)> = Vec::new();
     for op in &graph.ops {
-        let OpKind::MoeDispatch(dims) = &op.kind else {
-            continue;
+        let dims = match &op.kind {
+            OpKind::MoeDispatch(dims) => dims,
+            OpKind::MoeMove(moved) => &moved.dims,
+            _ => continue,
         };
         let name = graph.op_name(op);
         // Gradients dispatch, too.
-        if let Some(prefix) = name.strip_suffix("dispatched")
+        let prefix = name.strip_suffix("dispatched");
+        if let Some(prefix) = prefix.or_else(|| name.strip_suffix("moved"))
             && !layers.iter().any(|(known, _)| known == prefix)
         {
             layers.push((prefix.to_owned(), dims.expert.clone()));

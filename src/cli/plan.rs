@@ -67,6 +67,9 @@ fn plan_ops(args: &PlanArgs, session: &Session, format: Format) -> Result<String
             if let Some(choice) = &session.choice {
                 eprint!("{}", choice.text());
             }
+            if let Some(exchanges) = &session.exchanges {
+                eprint!("{}", exchanges.text());
+            }
             if args.out.is_none() {
                 print!("{text}");
             }
@@ -77,6 +80,7 @@ fn plan_ops(args: &PlanArgs, session: &Session, format: Format) -> Result<String
                 "plan": solution.plan,
                 "certificate": solution.certificate,
                 "pipelines": session.choice,
+                "exchanges": session.exchanges,
                 "document": text,
             })
         ),

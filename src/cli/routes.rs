@@ -41,6 +41,8 @@ pub(super) fn add_outputs(graph: &mut Graph) -> Result<(Vec<String>, TraceShape)
             },
             &[chosen],
         ) = (&op.kind, op.inputs.as_slice())
+            // Seats are numbered, too.
+            && graph.op_name(op).ends_with("slots")
         {
             let top_k = graph.ty(chosen).size_of(choice).unwrap_or(1);
             found.push((chosen, *n_experts, top_k));

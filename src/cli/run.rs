@@ -9,6 +9,7 @@ use meshweave_compiler::partition::Keep;
 use meshweave_compiler::resolve::{Init, Job};
 use meshweave_compiler::show::{perfetto, report};
 use meshweave_dsl::diagnostics::Class;
+use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
 use meshweave_runtime::device::cuda::{Cuda, Precision};
@@ -21,6 +22,7 @@ use super::calibrate::{Origin, calibrated};
 use super::evidence::Evidence;
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
+use super::place::placed_by_routes;
 use super::placed::Relabeling;
 use super::rebalance::{Rebalancer, Rhythm};
 use super::render::{plan_summary, seconds};
@@ -30,7 +32,7 @@ use super::{Format, launch, runtime_error, write_atomically};
 use crate::compile::{CompileOptions, Compiled, target_features};
 use crate::error::{Error, Result};
 use crate::report::{Shown, predicted_timeline, report_input};
-use crate::session::Session;
+use crate::session::{Model, Session};
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -485,9 +487,12 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
         }
         None => None,
     };
-    let relabeling = match &args.placement {
-        Some(path) => Some(Relabeling::read(path, &model.graph, &solution.plan)?),
-        None => None,
+    let relabeling = match (&args.placement, &session.request.experts.routes) {
+        (Some(path), _) => Some(Relabeling::read(path, &model.graph, &solution.plan)?),
+        (None, Some(trace)) if !rebalances => {
+            Some(placed_by_document(trace, &session, &model, &solution.plan)?)
+        }
+        _ => None,
     };
     let routes = match recorded {
         Some((path, routes)) => Some(Recorder::new(
@@ -502,6 +507,9 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
         eprint!("{}", plan_summary(&session.request, &solution));
         if let Some(choice) = &session.choice {
             eprint!("{}", choice.text());
+        }
+        if let Some(exchanges) = &session.exchanges {
+            eprint!("{}", exchanges.text());
         }
     }
     let keep = if args.verify {
@@ -545,6 +553,18 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
         relabeling,
         rebalancer,
     })
+}
+
+/// The experts where the routes of the document's `experts` block put them.
+fn placed_by_document(
+    trace: &Path,
+    session: &Session,
+    model: &Model,
+    plan: &Plan,
+) -> Result<Relabeling> {
+    let (_, n_devices) = Relabeling::in_order(&model.graph, plan)?;
+    let placement = placed_by_routes(trace, n_devices, &session.request.cluster)?;
+    Relabeling::of(&placement, trace, &model.graph, plan)
 }
 
 fn n_steps(job: &Job) -> usize {

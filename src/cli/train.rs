@@ -268,6 +268,8 @@ impl Training {
             // cannot see which one that was on all of them, take the last one.
             let dispatched = timeline.dispatched_bytes(execution.program());
             outcome.dispatched_bytes.extend(dispatched);
+            let context = timeline.context_bytes(execution.program());
+            outcome.context_bytes.extend(context);
             let best = outcome.timeline.as_ref();
             if self.shared || best.is_none_or(|best| timeline.step_s() < best.step_s()) {
                 outcome.timeline = Some(timeline);

@@ -84,6 +84,7 @@ impl Case {
             v,
             o,
             lse,
+            seen: None,
             scratch: BufferId(u32::MAX),
             kernel: KernelId(0),
         };

@@ -167,6 +167,7 @@ fn attentions(cases: &mut Vec<Case>) {
                 v,
                 o,
                 lse,
+                seen: None,
                 scratch,
                 kernel,
             };

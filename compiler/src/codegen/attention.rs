@@ -15,7 +15,8 @@
 //! - `args[1]` lse, `f32`: the address of the block's first value; row `r` is written
 //!   `r · stride` elements on, the stride being that of `seq` in the lse tensor;
 //! - `args[2]` `i32[2]`: `base`, and the number of leading columns to write (`extent`, at least the
-//!   largest visible count of the block; the product with v needs no more).
+//!   largest visible count of the block; the product with v needs no more);
+//! - `args[3]` `i32[rows]`, where queries bring counts of their own: the keys that each of them sees.
 //!
 //! Gradient, `void softmax_grad(args, 0, rows)`:
 //! - `args[0]` scores, as above; out: the probabilities P;
@@ -39,6 +40,15 @@ use super::kernel::{
     Val,
 };
 
+/// Which keys a query sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// As the dims say.
+    ByPlace,
+    /// As many as a further argument says of each row.
+    Counted,
+}
+
 /// The forward kernel; `lse` is the type of the log-sum-exp result.
 ///
 /// # Errors
@@ -47,13 +57,22 @@ pub fn attention_softmax(
     dims: &AttentionDims,
     k: &TensorType,
     lse: &TensorType,
+    sight: Sight,
 ) -> Result<Kernel, KernelError> {
     let kv_len = size_of(k, &dims.kv_seq)?;
     let mut b = KernelBuilder::new("attention_softmax", &[ATTENTION_BLOCK_ROWS], kv_len);
     let scores_arg = b.arg(Elem::F32, Mutability::ReadWrite);
     let lse_arg = b.arg(Elem::F32, Mutability::Write);
     let place_arg = b.arg(Elem::I32, Mutability::Read);
-    limit_lanes(&mut b, dims, place_arg, kv_len);
+    let seen = match sight {
+        Sight::ByPlace => None,
+        Sight::Counted => {
+            let seen_arg = b.arg(Elem::I32, Mutability::Read);
+            let access = b.per_row(seen_arg);
+            Some(b.load(access))
+        }
+    };
+    limit_lanes(&mut b, dims, place_arg, seen, kv_len);
     let access = b.dense(scores_arg);
     let product = b.load(access.clone());
     let score = b.scale(product, dims.scale.0 as f32);
@@ -85,7 +104,7 @@ pub fn attention_softmax_grad(
     let lse_arg = b.arg(Elem::F32, Mutability::Read);
     let d_arg = b.arg(Elem::F32, Mutability::Read);
     let place_arg = b.arg(Elem::I32, Mutability::Read);
-    limit_lanes(&mut b, dims, place_arg, kv_len);
+    limit_lanes(&mut b, dims, place_arg, None, kv_len);
     let scale = b.f32(dims.scale.0 as f32);
     let access = lse_access(&b, dims, lse_arg, lse)?;
     let lse = b.load(access);
@@ -123,13 +142,18 @@ fn limit_lanes(
     b: &mut KernelBuilder,
     dims: &AttentionDims,
     place: super::kernel::ArgId,
+    seen: Option<Val>,
     kv_len: usize,
 ) {
     let access = b.single(place, 1);
     let extent = b.load(access);
     let last = b.i32(kv_len as i32);
     let extent = b.binary(BinaryOp::Min, extent, last);
-    let visible = if dims.causal {
+    let visible = if let Some(seen) = seen {
+        let one = b.i32(1);
+        let seen = b.binary(BinaryOp::Min, seen, last);
+        b.binary(BinaryOp::Max, seen, one)
+    } else if dims.causal {
         let access = b.single(place, 0);
         let base = b.load(access);
         let row = b.row_index(0);

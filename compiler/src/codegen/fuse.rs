@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
 use meshweave_dsl::op::OpKind;
 
-use super::attention::{attention_softmax, attention_softmax_grad};
+use super::attention::{Sight, attention_softmax, attention_softmax_grad};
 use super::group::{Draft, Group, Grouping};
 use super::kernel::{Kernel, KernelError};
 use super::row_ops::lower_group;
@@ -183,9 +183,15 @@ fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
             _ => return Err(arity()),
         },
         OpKind::Attention(dims) => match (inputs.as_slice(), results.as_slice()) {
-            ([_, k, _], [_, lse]) => Item::Attention {
+            ([_, k, _, seen @ ..], [_, lse]) => Item::Attention {
                 op: op_id,
-                softmax: attention_softmax(dims, k, lse)?,
+                softmax: {
+                    let sight = match seen {
+                        [] => Sight::ByPlace,
+                        _ => Sight::Counted,
+                    };
+                    attention_softmax(dims, k, lse, sight)?
+                },
             },
             _ => return Err(arity()),
         },
@@ -208,7 +214,8 @@ fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
         | OpKind::MoeDispatch(_)
         | OpKind::MoeCombine(_)
         | OpKind::MoeGateGrad(_)
-        | OpKind::MoeCounts(_) => Item::Routine { op: op_id },
+        | OpKind::MoeCounts(_)
+        | OpKind::MoeMove(_) => Item::Routine { op: op_id },
         OpKind::AllGather { .. }
         | OpKind::AllReduce { .. }
         | OpKind::ReduceScatter { .. }

@@ -293,6 +293,7 @@ impl Lowering<'_> {
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)
             | OpKind::MoeCounts(_)
+            | OpKind::MoeMove(_)
             | OpKind::AllGather { .. }
             | OpKind::AllReduce { .. }
             | OpKind::ReduceScatter { .. }

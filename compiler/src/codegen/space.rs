@@ -146,6 +146,7 @@ impl Space {
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)
             | OpKind::MoeCounts(_)
+            | OpKind::MoeMove(_)
             | OpKind::AllGather { .. }
             | OpKind::AllReduce { .. }
             | OpKind::ReduceScatter { .. }

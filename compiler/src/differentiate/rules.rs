@@ -257,6 +257,7 @@ impl Backward {
                 | OpKind::MoeGateGrad(_),
                 ..,
             ) => self.refuse(op, "operands of this form"),
+            (OpKind::MoeMove(_), ..) => self.refuse(op, "tokens that stand with their experts"),
         }
     }
 

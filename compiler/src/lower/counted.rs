@@ -142,15 +142,16 @@ impl<'a> Analysis<'a> {
             .filter(|input| self.of.contains_key(input))
             .collect();
         let is_whole = op.results.iter().any(|result| whole.contains(result));
-        let makes_rows = matches!(op.kind, OpKind::MoeDispatch(_));
+        let makes_rows = matches!(op.kind, OpKind::MoeDispatch(_) | OpKind::MoeMove(_));
         if (read.is_empty() && !makes_rows) || (makes_rows && is_whole) {
             whole.extend(read);
             return;
         }
         match self.result_counts(op) {
             Some(counts) if counts.is_none() || !is_whole => {
-                if let (Some(counts), [result]) = (counts, op.results.as_slice()) {
-                    self.of.insert(*result, counts);
+                if let Some(counts) = counts {
+                    self.of
+                        .extend(op.results.iter().map(|result| (*result, counts)));
                 }
             }
             _ => whole.extend(read),
@@ -173,8 +174,37 @@ impl<'a> Analysis<'a> {
                 };
                 self.routes(dims, expert, slot, result).map(Some)
             }
+            (OpKind::MoeMove(moved), [_, rest @ ..]) if rest.iter().all(Option::is_none) => {
+                let &[_, _, _, expert, slot, ..] = op.inputs.as_slice() else {
+                    return None;
+                };
+                self.routes(&moved.dims, expert, slot, result).map(Some)
+            }
             (OpKind::MoeCombine(_) | OpKind::MoeGateGrad(_), [Some(_), rest @ ..]) => {
                 rest.iter().all(Option::is_none).then_some(None)
+            }
+            // Row by row, along dims within them.
+            (
+                OpKind::RmsNorm { .. }
+                | OpKind::LayerNorm { .. }
+                | OpKind::Softmax { .. }
+                | OpKind::Rope { .. }
+                | OpKind::Reduce { .. }
+                | OpKind::TopK { .. },
+                counts,
+            ) => {
+                let mut known = counts.iter().flatten();
+                let first = *known.next()?;
+                let alike = known.all(|other| *other == first);
+                let mut results = op.results.iter().map(|result| self.graph.ty(*result));
+                (alike && results.all(|result| self.leads(first, result))).then_some(Some(first))
+            }
+            // Queries past the count see nothing and are passed over.
+            (OpKind::Attention(dims), [Some(one), None, None, Some(seen)]) => {
+                let is_row = dims.seq == self.counts[*one].slot;
+                let mut results = op.results.iter().map(|result| self.graph.ty(*result));
+                (one == seen && is_row && results.all(|result| self.leads(*one, result)))
+                    .then_some(Some(*one))
             }
             (OpKind::Unary(_) | OpKind::Binary(_), counts) => {
                 let mut known = counts.iter().flatten();
@@ -313,6 +343,33 @@ impl<'a> Analysis<'a> {
                 len: *counts.get(member_idx)?,
             })
         };
+        // The routes that count some experts count those of all members: nothing is exchanged.
+        if let (OpKind::AllGather { dim, counts, group }, Make::Routes(dims, routes)) =
+            (kind, &before.make)
+            && *dim == dims.expert
+        {
+            let behind = self.before(counts, group)?;
+            let mut starts = before.starts.clone();
+            *starts.first_mut()? -= behind;
+            let dims = MoeDims {
+                n_experts: counts.iter().sum(),
+                offset: usize::try_from(dims.offset as i64 - behind).ok()?,
+                ..dims.clone()
+            };
+            let all = Counts {
+                make: Make::Routes(dims, *routes),
+                ty: TensorType {
+                    dtype: DType::I32,
+                    shape: result.shape.get(..groups.shape.len())?.to_vec(),
+                },
+                slot,
+                share: before.share,
+                origin: before.origin,
+                starts,
+                tensor: None,
+            };
+            return Some(self.known(all));
+        }
         let kind = match kind {
             OpKind::AllToAll { split, concat, .. } if is_group(split) && is_group(concat) => {
                 kind.clone()
@@ -417,15 +474,19 @@ impl<'a> Analysis<'a> {
             Item::Contract { a, b, .. } => (of(a).or(of(b))?, None),
             Item::Routine { op } => {
                 let op = self.graph.op(*op);
-                let dispatches = matches!(op.kind, OpKind::MoeDispatch(_));
-                let result = op.results.first().filter(|_| dispatches)?;
+                let is_counted = matches!(
+                    op.kind,
+                    OpKind::MoeDispatch(_) | OpKind::MoeMove(_) | OpKind::TopK { .. }
+                );
+                let result = op.results.first().filter(|_| is_counted)?;
                 (of(result)?, None)
             }
             Item::Collective { op } => {
                 let op = self.graph.op(*op);
                 (of(op.inputs.first()?)?, Some(of(op.results.first()?)?))
             }
-            Item::Attention { .. } | Item::AttentionGrad { .. } | Item::View { .. } => return None,
+            Item::Attention { op, .. } => (of(self.graph.op(*op).results.first()?)?, None),
+            Item::AttentionGrad { .. } | Item::View { .. } => return None,
         };
         let Counts { slot, share, .. } = &self.counts[read];
         let (slot, share) = (slot.clone(), *share);

@@ -6,8 +6,9 @@
 use meshweave_dsl::build::GraphBuilder;
 use meshweave_dsl::dtype::Scalar;
 use meshweave_dsl::graph::{Init, TensorId};
-use meshweave_dsl::op::AttentionDims;
+use meshweave_dsl::op::{AttentionDims, OpKind};
 
+use super::coherent::Stand;
 use super::golden::{Part, Stream};
 use super::{Built, Mla, Model, ModelError};
 
@@ -16,17 +17,30 @@ type Qkv = (TensorId, TensorId, TensorId);
 
 impl Model<'_> {
     /// h + attention(norm(h)), `[batch, seq, embed]`.
-    pub(super) fn attention(&self, b: &mut GraphBuilder, layer_idx: usize, h: TensorId) -> Built {
+    pub(super) fn attention(
+        &self,
+        b: &mut GraphBuilder,
+        layer_idx: usize,
+        h: TensorId,
+        stand: &Stand,
+    ) -> Built {
         let (config, attention) = (self.config, &self.config.attention);
         let x = self.norm(b, "norm", "input", h)?;
         let (q, k, v) = match &attention.mla {
-            None => self.heads(b, layer_idx, x)?,
-            Some(mla) => self.latent_heads(b, layer_idx, mla, x)?,
+            None => self.heads(b, layer_idx, x, stand)?,
+            Some(mla) => self.latent_heads(b, layer_idx, mla, x, stand)?,
+        };
+        let (k, v) = match stand.seats {
+            None => (k, v),
+            Some(seats) => (
+                self.at_home(b, "k.home", k, seats)?,
+                self.at_home(b, "v.home", v, seats)?,
+            ),
         };
         let k = b.rename("keys", k, "seq", "kv_seq")?;
         let v = b.rename("values", v, "seq", "kv_seq")?;
         let dims = AttentionDims {
-            seq: "seq".into(),
+            seq: stand.dims.last().copied().unwrap_or("seq").into(),
             kv_seq: "kv_seq".into(),
             head: "head".into(),
             value: "value".into(),
@@ -38,7 +52,10 @@ impl Model<'_> {
             causal: true,
             offset: 0,
         };
-        let core = b.attention("core", q, k, v, dims)?;
+        let core = match stand.seats {
+            None => b.attention("core", q, k, v, dims)?,
+            Some(seats) => b.apply("core", OpKind::Attention(dims), &[q, k, v, seats.seen])?,
+        };
 
         let value = b.size_of(core, "value")?;
         let mut shape = self.head_dims();
@@ -46,7 +63,8 @@ impl Model<'_> {
         let init =
             Stream::layer(layer_idx, Part::Wo).residual(attention.heads * value, config.n_layers);
         let wo = b.param("wo", config.dtype, shape, init)?;
-        let out = b.contract("out", core, wo, ["batch", "seq", "embed"])?;
+        let rows = stand.dims.iter().copied().chain(["embed"]);
+        let out = b.contract("out", core, wo, rows)?;
         let out = self.biased(b, attention.bias.o, "bo", "out.biased", out, &["embed"])?;
         Ok(b.add("residual", h, out)?)
     }
@@ -65,6 +83,7 @@ impl Model<'_> {
         b: &mut GraphBuilder,
         layer_idx: usize,
         x: TensorId,
+        stand: &Stand,
     ) -> Result<Qkv, ModelError> {
         let attention = &self.config.attention;
         let key_heads = [("heads", attention.kv_heads)];
@@ -72,7 +91,7 @@ impl Model<'_> {
             |part, name: &str, heads: &[(&'static str, usize)], width: &'static str, bias| {
                 let mut dims = heads.to_vec();
                 dims.push((width, attention.head));
-                let y = self.projection(b, layer_idx, part, name, x, "embed", &dims)?;
+                let y = self.projection(b, layer_idx, part, name, x, "embed", &dims, stand)?;
                 let names: Vec<&str> = dims.iter().map(|(dim, _)| *dim).collect();
                 self.biased(
                     b,
@@ -86,13 +105,13 @@ impl Model<'_> {
         let q = project(Part::Wq, "q", &self.head_dims(), "head", attention.bias.q)?;
         let k = project(Part::Wk, "k", &key_heads, "head", attention.bias.k)?;
         let v = project(Part::Wv, "v", &key_heads, "value", attention.bias.v)?;
-        let q = self.placed(b, "q", q)?;
-        let k = self.placed(b, "k", k)?;
+        let q = self.placed(b, "q", q, stand)?;
+        let k = self.placed(b, "k", k, stand)?;
         Ok((q, k, v))
     }
 
     /// The heads of q or k, normalized and rotated where the model does so.
-    fn placed(&self, b: &mut GraphBuilder, name: &str, x: TensorId) -> Built {
+    fn placed(&self, b: &mut GraphBuilder, name: &str, x: TensorId, stand: &Stand) -> Built {
         let config = self.config;
         let mut x = x;
         if config.attention.qk_norm {
@@ -106,7 +125,7 @@ impl Model<'_> {
                 config.norm.eps,
             )?;
         }
-        if let Some(tables) = self.rope {
+        if let Some(tables) = stand.rope {
             x = b.rope(&format!("{name}.rotated"), x, tables, "head")?;
         }
         Ok(x)
@@ -121,35 +140,70 @@ impl Model<'_> {
         layer_idx: usize,
         mla: &Mla,
         x: TensorId,
+        stand: &Stand,
     ) -> Result<Qkv, ModelError> {
-        let (heads, tables) = (self.config.attention.heads, self.rope);
+        let (heads, tables) = (self.config.attention.heads, stand.rope);
         let per_head = |width: &'static str, size| [("heads", heads), (width, size)];
 
         let (q_input, q_dim) = match mla.q_rank {
             None => (x, "embed"),
             Some(rank) => {
                 let latent = [("q_latent", rank)];
-                let c = self.projection(b, layer_idx, Part::WqA, "q_a", x, "embed", &latent)?;
+                let c =
+                    self.projection(b, layer_idx, Part::WqA, "q_a", x, "embed", &latent, stand)?;
                 (self.latent_norm(b, "q_a", c, latent, mla.eps)?, "q_latent")
             }
         };
         let dims = per_head("head", mla.nope);
-        let q_nope =
-            self.projection(b, layer_idx, Part::WqNope, "q_nope", q_input, q_dim, &dims)?;
+        let q_nope = self.projection(
+            b,
+            layer_idx,
+            Part::WqNope,
+            "q_nope",
+            q_input,
+            q_dim,
+            &dims,
+            stand,
+        )?;
         let dims = per_head("head", mla.rope);
-        let q_rope =
-            self.projection(b, layer_idx, Part::WqRope, "q_rope", q_input, q_dim, &dims)?;
+        let q_rope = self.projection(
+            b,
+            layer_idx,
+            Part::WqRope,
+            "q_rope",
+            q_input,
+            q_dim,
+            &dims,
+            stand,
+        )?;
 
         let latent = [("kv_latent", mla.kv_rank)];
-        let c = self.projection(b, layer_idx, Part::WkvA, "kv_a", x, "embed", &latent)?;
+        let c = self.projection(b, layer_idx, Part::WkvA, "kv_a", x, "embed", &latent, stand)?;
         let c = self.latent_norm(b, "kv_a", c, latent, mla.eps)?;
         let dims = per_head("head", mla.nope);
-        let k_nope =
-            self.projection(b, layer_idx, Part::WkNope, "k_nope", c, "kv_latent", &dims)?;
+        let k_nope = self.projection(
+            b,
+            layer_idx,
+            Part::WkNope,
+            "k_nope",
+            c,
+            "kv_latent",
+            &dims,
+            stand,
+        )?;
         let dims = per_head("value", mla.value);
-        let v = self.projection(b, layer_idx, Part::WvB, "v", c, "kv_latent", &dims)?;
+        let v = self.projection(b, layer_idx, Part::WvB, "v", c, "kv_latent", &dims, stand)?;
         let dims = [("head", mla.rope)];
-        let k_rope = self.projection(b, layer_idx, Part::WkRope, "k_rope", x, "embed", &dims)?;
+        let k_rope = self.projection(
+            b,
+            layer_idx,
+            Part::WkRope,
+            "k_rope",
+            x,
+            "embed",
+            &dims,
+            stand,
+        )?;
 
         let (q_rope, k_rope) = match tables {
             None => (q_rope, k_rope),
@@ -183,7 +237,7 @@ impl Model<'_> {
         Ok(b.rms_norm(&format!("{name}.normed"), x, weight, dim, eps)?)
     }
 
-    /// `x · w{name}[from, dims..]`: `[batch, seq, dims..]`, called `name`.
+    /// `x · w{name}[from, dims..]`: `[batch, seq, dims..]` or rows, called `name`.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn projection(
         &self,
@@ -194,15 +248,15 @@ impl Model<'_> {
         x: TensorId,
         from: &'static str,
         dims: &[(&'static str, usize)],
+        stand: &Stand,
     ) -> Built {
         let fan_in = b.size_of(x, from)?;
         let mut shape = vec![(from, fan_in)];
         shape.extend(dims);
         let init = Stream::layer(layer_idx, part).init(fan_in);
         let weight = b.param(&format!("w{name}"), self.config.dtype, shape, init)?;
-        let out = ["batch", "seq"]
-            .into_iter()
-            .chain(dims.iter().map(|(dim, _)| *dim));
+        let width = dims.iter().map(|(dim, _)| *dim);
+        let out = stand.dims.iter().copied().chain(width);
         Ok(b.contract(name, x, weight, out)?)
     }
 }

@@ -10,14 +10,15 @@ use meshweave_dsl::graph::{ConstInit, Init, TensorId};
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::op::{MoeDims, OpKind, UnaryFn};
 
+use super::coherent::Stand;
 use super::golden::{Part, Stream};
-use super::{Activation, Built, Model, ModelError, MoeConfig, Router};
+use super::{Activation, Built, Model, ModelError, MoeConfig, Router, SharedExperts};
 
 /// Put under the scores of experts in groups that are not chosen.
 const EXCLUDED: f64 = 1e9;
 
 /// The parts of a gated block: gate, up, down.
-type Parts = [Part; 3];
+pub(super) type Parts = [Part; 3];
 
 /// What a router computes on the way to its choices.
 pub(super) struct Scores {
@@ -37,16 +38,23 @@ const STEEP: f64 = 1e6;
 
 impl Model<'_> {
     /// h + ffn(norm(h)), `[batch, seq, embed]`.
-    pub(super) fn mlp(&self, b: &mut GraphBuilder, layer_idx: usize, h: TensorId) -> Built {
+    pub(super) fn mlp(
+        &self,
+        b: &mut GraphBuilder,
+        layer_idx: usize,
+        h: TensorId,
+        stand: &Stand,
+    ) -> Built {
         let x = self.norm(b, "norm", "input", h)?;
         let parts = [Part::Wg, Part::Wu, Part::Wd];
         let width = self.config.ffn.width;
-        let out = self.block(b, layer_idx, parts, width, x, None)?;
+        let out = self.block(b, layer_idx, parts, width, x, None, stand)?;
         Ok(b.add("residual", h, out)?)
     }
 
     /// The block over `embed` in the scope in force; with `experts`, one per expert over their slots.
-    fn block(
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn block(
         &self,
         b: &mut GraphBuilder,
         layer_idx: usize,
@@ -54,10 +62,11 @@ impl Model<'_> {
         width: usize,
         x: TensorId,
         experts: Option<&MoeConfig>,
+        stand: &Stand,
     ) -> Built {
         let (config, ffn) = (self.config, &self.config.ffn);
         let rows: &[&'static str] = match experts {
-            None => &["batch", "seq"],
+            None => stand.dims,
             Some(moe) if moe.subsequences == 1 => &["expert", "batch", "slot"],
             Some(_) => &["expert", "batch", "part", "slot"],
         };
@@ -102,8 +111,9 @@ impl Model<'_> {
         moe: &MoeConfig,
         h: TensorId,
     ) -> Result<(TensorId, Scores), ModelError> {
+        let stand = &Stand::home(self.rope);
         let x = self.norm(b, "norm", "input", h)?;
-        let (expert, gate, scores) = self.route(b, layer_idx, moe, x)?;
+        let (expert, gate, scores) = self.route(b, layer_idx, moe, x, stand)?;
         let capacity = capacity(moe, self.seq / moe.subsequences);
         let [tokens, expert, gate] = if moe.subsequences == 1 {
             [x, expert, gate]
@@ -141,7 +151,7 @@ impl Model<'_> {
         let rows = b.apply("dispatched", dispatch, &[tokens, expert, slot])?;
         let parts = [Part::ExpertsWg, Part::ExpertsWu, Part::ExpertsWd];
         let out = b.within("experts", |b| {
-            self.block(b, layer_idx, parts, moe.ffn, rows, Some(moe))
+            self.block(b, layer_idx, parts, moe.ffn, rows, Some(moe), stand)
         })?;
         let combine = OpKind::MoeCombine(dims);
         let mut out = if moe.subsequences == 1 {
@@ -151,20 +161,32 @@ impl Model<'_> {
             b.merge("combined", parts, ["part", "row"], "seq")?
         };
         if let Some(shared) = &moe.shared {
-            let parts = [Part::SharedWg, Part::SharedWu, Part::SharedWd];
-            let dense = b.within("shared", |b| {
-                let y = self.block(b, layer_idx, parts, shared.ffn, x, None)?;
-                if !shared.gated {
-                    return Ok(y);
-                }
-                let score =
-                    self.projection(b, layer_idx, Part::SharedGate, "s", x, "embed", &[])?;
-                let gate = b.unary("sigmoid", UnaryFn::Sigmoid, score)?;
-                Ok::<_, ModelError>(b.mul("gated", y, gate)?)
-            })?;
+            let dense = self.shared(b, layer_idx, shared, x, stand)?;
             out = b.add("out", out, dense)?;
         }
         Ok((b.add("residual", h, out)?, scores))
+    }
+
+    /// The block beside the experts, of their input.
+    pub(super) fn shared(
+        &self,
+        b: &mut GraphBuilder,
+        layer_idx: usize,
+        shared: &SharedExperts,
+        x: TensorId,
+        stand: &Stand,
+    ) -> Built {
+        let parts = [Part::SharedWg, Part::SharedWu, Part::SharedWd];
+        b.within("shared", |b| {
+            let y = self.block(b, layer_idx, parts, shared.ffn, x, None, stand)?;
+            if !shared.gated {
+                return Ok(y);
+            }
+            let part = Part::SharedGate;
+            let score = self.projection(b, layer_idx, part, "s", x, "embed", &[], stand)?;
+            let gate = b.unary("sigmoid", UnaryFn::Sigmoid, score)?;
+            Ok::<_, ModelError>(b.mul("gated", y, gate)?)
+        })
     }
 
     /// What a layer adds to the loss: a scalar each.
@@ -240,19 +262,30 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// (expert, gate), both `[batch, seq, choice]`, and the scores behind them.
-    fn route(
+    /// (expert, gate), both `[batch, seq, choice]` or rows of choices, and the scores behind them.
+    pub(super) fn route(
         &self,
         b: &mut GraphBuilder,
         layer_idx: usize,
         moe: &MoeConfig,
         x: TensorId,
+        stand: &Stand,
     ) -> Result<(TensorId, TensorId, Scores), ModelError> {
         let config = self.config;
         let shape = [("embed", config.embed), ("expert", moe.n_experts)];
         let init = Stream::layer(layer_idx, Part::Router).init(config.embed);
         let router = b.param("router", config.dtype, shape, init)?;
-        let scores = b.contract("scores", x, router, ["batch", "seq", "expert"])?;
+        // Where tokens stand by their experts, those that they choose from have another name.
+        let dim = stand.choices;
+        let named = |b: &mut GraphBuilder, name: &str, of: TensorId| -> Built {
+            match dim {
+                "expert" => Ok(of),
+                dim => Ok(b.rename(name, of, "expert", dim)?),
+            }
+        };
+        let router = named(b, "router.target", router)?;
+        let rows = stand.dims.iter().copied().chain([dim]);
+        let scores = b.contract("scores", x, router, rows)?;
         let (normalize, scale) = match &moe.router {
             Router::Softmax {
                 normalize, scale, ..
@@ -264,14 +297,14 @@ impl Model<'_> {
         let mut router_bias = None;
         let (expert, mut gate, probs) = match &moe.router {
             Router::Softmax { groups, .. } => {
-                let probs = b.softmax("probs", scores, "expert")?;
+                let probs = b.softmax("probs", scores, dim)?;
                 let (values, expert) = match groups {
-                    None => b.top_k("chosen", probs, "expert", "choice", moe.top_k)?,
+                    None => b.top_k("chosen", probs, dim, "choice", moe.top_k)?,
                     Some(groups) => {
                         // A group counts by its best expert; the rest of the others' is set to 0.
-                        let mask = self.group_mask(b, moe, *groups, 1, probs)?;
+                        let mask = self.group_mask(b, moe, *groups, 1, probs, dim)?;
                         let masked = b.mul("probs.masked", probs, mask)?;
-                        b.top_k("chosen", masked, "expert", "choice", moe.top_k)?
+                        b.top_k("chosen", masked, dim, "choice", moe.top_k)?
                     }
                 };
                 (expert, values, probs)
@@ -281,20 +314,21 @@ impl Model<'_> {
                 let shape = [("expert", moe.n_experts)];
                 let bias = b.param("router_bias", config.dtype, shape, Init::Zeros)?;
                 router_bias = Some(bias);
+                let bias = named(b, "router_bias.target", bias)?;
                 let mut biased = b.add("probs.biased", probs, bias)?;
                 if let Some(groups) = groups {
-                    let mask = self.group_mask(b, moe, *groups, 2, biased)?;
+                    let mask = self.group_mask(b, moe, *groups, 2, biased, dim)?;
                     let kept = b.mul("probs.kept", biased, mask)?;
                     let floor = b.scale("mask.scaled", mask, EXCLUDED)?;
                     let floor = b.shift("mask.floor", floor, -EXCLUDED)?;
                     biased = b.add("probs.masked", kept, floor)?;
                 }
-                let (_, expert) = b.top_k("chosen", biased, "expert", "choice", moe.top_k)?;
+                let (_, expert) = b.top_k("chosen", biased, dim, "choice", moe.top_k)?;
                 // The gate is the score without the bias, which therefore takes no gradient.
                 let mut shape = b.ty(expert).shape.clone();
-                shape.push(("expert".into(), moe.n_experts));
+                shape.push((dim.into(), moe.n_experts));
                 let wide = b.expand("probs.wide", probs, shape)?;
-                let gate = b.pick("gates.chosen", wide, expert, "expert")?;
+                let gate = b.pick("gates.chosen", wide, expert, dim)?;
                 (expert, gate, probs)
             }
         };
@@ -324,12 +358,13 @@ impl Model<'_> {
         (n_groups, kept): (usize, usize),
         n_best: usize,
         scores: TensorId,
+        dim: &str,
     ) -> Built {
         let members = [
             ("expert_group", n_groups),
             ("member", moe.n_experts / n_groups),
         ];
-        let grouped = b.split("groups.scores", scores, "expert", members)?;
+        let grouped = b.split("groups.scores", scores, dim, members)?;
         let (best, _) = b.top_k("groups.best", grouped, "member", "best", n_best)?;
         let score = b.reduce("groups.score", ReduceKind::Sum, best, ["best"])?;
         let (_, index) = b.top_k("groups.chosen", score, "expert_group", "best", kept)?;
@@ -344,7 +379,7 @@ impl Model<'_> {
         let mask = b.apply("groups.mask", scatter, &[ones, index])?;
         let shape = b.ty(grouped).shape.clone();
         let mask = b.expand("groups.mask.wide", mask, shape)?;
-        Ok(b.merge("mask", mask, ["expert_group", "member"], "expert")?)
+        Ok(b.merge("mask", mask, ["expert_group", "member"], dim)?)
     }
 }
 

@@ -103,7 +103,7 @@ pub fn collective_seconds(kind: &OpKind, n_bytes: f64, cluster: &Cluster) -> f64
         OpKind::AllGather { .. } => Traffic::AllGather,
         OpKind::ReduceScatter { .. } => Traffic::ReduceScatter,
         OpKind::AllReduce { .. } => Traffic::AllReduce,
-        OpKind::AllToAll { .. } => Traffic::AllToAll,
+        OpKind::AllToAll { .. } | OpKind::MoeMove(_) => Traffic::AllToAll,
         OpKind::CollectivePermute { .. } => Traffic::Permute,
         OpKind::Broadcast { .. } => Traffic::Broadcast,
         _ => return 0.0,

@@ -8,10 +8,12 @@ use std::collections::BTreeSet;
 
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
+use meshweave_dsl::layout::Layout;
 use meshweave_dsl::name::Dim;
-use meshweave_dsl::op::OpKind;
+use meshweave_dsl::op::{MoeDims, OpKind};
 
-use super::cost::{fragment_seconds, matmul_op_seconds};
+use super::cost::{Traffic, fragment_seconds, matmul_op_seconds, traffic_seconds};
+use super::grid::Grid;
 
 /// What the graph says, independent of the grid.
 pub struct Facts {
@@ -26,6 +28,8 @@ pub struct Facts {
     pub is_gradient: Vec<bool>,
     /// Forward temps that backward ops read.
     pub is_saved: Vec<bool>,
+    /// Part of the rows of every tensor that tokens fill; 1 where there are no rows.
+    pub shares: Vec<f64>,
 }
 
 impl Facts {
@@ -93,12 +97,41 @@ impl Facts {
             whole_dims,
             is_fused,
             is_gradient,
+            shares: row_shares(graph),
             is_saved,
         }
     }
 
-    /// Seconds of one op on local types; tensors inside a fused fragment are not moved.
+    /// Seconds of one op on local types; tensors inside a fused fragment are not moved, and rows that no
+    /// token fills are not computed.
     pub fn seconds(&self, op: &Op, locals: &[TensorType], cluster: &Cluster) -> f64 {
+        let tensors = op.inputs.iter().chain(&op.results);
+        let shares = tensors.map(|id| self.shares[id.index()]);
+        shares.fold(1.0, f64::min) * self.whole_seconds(op, locals, cluster)
+    }
+
+    /// Seconds of the exchange within an op whose rows lie so.
+    pub fn exchange_seconds(
+        &self,
+        op: &Op,
+        (rows, local): (&Layout, &TensorType),
+        grid: &Grid,
+    ) -> f64 {
+        let (OpKind::MoeMove(moved), [result]) = (&op.kind, op.results.as_slice()) else {
+            return 0.0;
+        };
+        if moved.stays {
+            return 0.0;
+        }
+        let n_bytes = self.shares[result.index()] * local.n_bytes() as f64;
+        let axes = grid.axes.iter();
+        let crossed = axes.filter(|axis| rows.axes_of(&moved.dims.expert).contains(&axis.axis));
+        let seconds = crossed
+            .map(|axis| traffic_seconds(Traffic::AllToAll, n_bytes, axis.group, &grid.cluster));
+        seconds.sum()
+    }
+
+    fn whole_seconds(&self, op: &Op, locals: &[TensorType], cluster: &Cluster) -> f64 {
         let (inputs, results) = locals.split_at(op.inputs.len());
         let inputs: Vec<&TensorType> = inputs.iter().collect();
         let results: Vec<&TensorType> = results.iter().collect();
@@ -140,6 +173,47 @@ fn n_forward_ops(graph: &Graph, producers: &[Option<OpId>]) -> usize {
     let makers = graph.outputs.iter().filter_map(|id| producers[id.index()]);
     let last = makers.map(|op_id| op_id.index() + 1).max();
     last.unwrap_or(graph.ops.len())
+}
+
+/// The part of every tensor's rows that tokens fill: those of a dispatch, and of what is computed from
+/// them row by row. As many rows are filled as there are assignments, unless they are dropped.
+fn row_shares(graph: &Graph) -> Vec<f64> {
+    let mut shares = vec![1.0; graph.tensors.len()];
+    let mut slots: Vec<Option<&Dim>> = vec![None; graph.tensors.len()];
+    for (_, op) in graph.ops() {
+        let assigned = |dims: &MoeDims, expert: Option<&TensorId>| {
+            let size = |dim| {
+                expert
+                    .and_then(|id| graph.ty(*id).size_of(dim))
+                    .unwrap_or(0)
+            };
+            // Where tokens are dropped, slots are few, and taken to be full.
+            if dims.capacity < size(&dims.seq) {
+                return 1.0;
+            }
+            let n_assigned = (size(&dims.seq) * size(&dims.choice)) as f64;
+            (n_assigned / (dims.n_experts * dims.capacity) as f64).min(1.0)
+        };
+        let (share, slot) = match &op.kind {
+            OpKind::MoeDispatch(dims) => (assigned(dims, op.inputs.get(1)), Some(&dims.slot)),
+            OpKind::MoeMove(moved) => {
+                let dims = &moved.dims;
+                (assigned(dims, op.inputs.get(3)), Some(&dims.slot))
+            }
+            _ => {
+                let rows = op.inputs.iter().find(|id| slots[id.index()].is_some());
+                rows.map_or((1.0, None), |id| (shares[id.index()], slots[id.index()]))
+            }
+        };
+        let Some(slot) = slot else { continue };
+        for result in &op.results {
+            if graph.ty(*result).has(slot) {
+                shares[result.index()] = share;
+                slots[result.index()] = Some(slot);
+            }
+        }
+    }
+    shares
 }
 
 /// Types of the operands and results of an op.

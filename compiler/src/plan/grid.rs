@@ -26,7 +26,7 @@ pub struct Grid {
 pub struct GridAxis {
     pub axis: Axis,
     pub degree: usize,
-    group: GroupShape,
+    pub group: GroupShape,
 }
 
 /// A layout as four bits an axis.

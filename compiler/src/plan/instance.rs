@@ -367,7 +367,8 @@ impl Builder<'_> {
         }
         let mesh = &self.grid.mesh;
         let layouts = placement.layouts(factors, op.inputs.len(), op.results.len(), mesh);
-        let layouts = layouts.inputs.iter().chain(&layouts.results);
+        let result_layouts = &layouts.results;
+        let layouts = layouts.inputs.iter().chain(result_layouts);
         let mut unit = Unit::default();
         let mut locals = Vec::with_capacity(op.inputs.len() + op.results.len());
         let mut is_legal = true;
@@ -385,6 +386,9 @@ impl Builder<'_> {
         }
         let unit = is_legal.then(|| {
             unit.seconds = self.facts.seconds(op, &locals, &self.grid.cluster);
+            if let Some(rows) = result_layouts.first().zip(locals.last()) {
+                unit.seconds += self.facts.exchange_seconds(op, rows, self.grid);
+            }
             unit.working_bytes = unit.n_bytes.iter().sum();
             Rc::new(unit)
         });

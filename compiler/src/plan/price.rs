@@ -105,7 +105,10 @@ pub fn price_plan(graph: &Graph, plan: &Plan, cluster: &Cluster) -> Result<Price
         }
         let working: f64 = locals.iter().map(|local| local.n_bytes() as f64).sum();
         price.memory.working_bytes = price.memory.working_bytes.max(working);
-        let seconds = facts.seconds(op, &locals, cluster);
+        let mut seconds = facts.seconds(op, &locals, cluster);
+        if let Some(rows) = layouts.results.first().zip(locals.last()) {
+            seconds += facts.exchange_seconds(op, rows, &grid);
+        }
         if op.kind.is_matmul() {
             price.time.matmul_s += seconds;
         } else {
@@ -127,7 +130,8 @@ pub fn price_plan(graph: &Graph, plan: &Plan, cluster: &Cluster) -> Result<Price
         let ty = graph.ty(id);
         let mut seconds = 0.0;
         for targets in phases {
-            seconds += metric.shared_seconds(ty, made[id.index()], targets);
+            let whole_s = metric.shared_seconds(ty, made[id.index()], targets);
+            seconds += facts.shares[id.index()] * whole_s;
         }
         if !seconds.is_finite() {
             let reader = facts.consumers[id.index()]

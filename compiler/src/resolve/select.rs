@@ -8,6 +8,8 @@ use std::collections::BTreeSet;
 
 use meshweave_dsl::diagnostics::distance;
 use meshweave_dsl::graph::{Graph, OpId, Role, TensorId};
+use meshweave_dsl::name::Dim;
+use meshweave_dsl::op::OpKind;
 use meshweave_dsl::weave::ast::{Segment, Selector, TensorClass};
 
 /// First segments of the names that differentiation makes.
@@ -92,12 +94,41 @@ impl<'a> Scene<'a> {
                 .filter(|id| graph.tensor(*id).role == Role::Input)
                 .collect(),
             TensorClass::BetweenBlocks => self.between_blocks(),
+            TensorClass::Rows => self.rows(),
         }
     }
 
     fn is_activation(&self, id: TensorId) -> bool {
         let producer = self.producers.get(id.index()).copied().flatten();
         producer.is_some_and(|op_id| self.is_forward[op_id.index()])
+    }
+
+    /// Activations with the dims of experts and slots, those apart that a dispatch fills: they are still
+    /// where their tokens come from.
+    fn rows(&self) -> Vec<TensorId> {
+        let graph = self.graph;
+        let mut kinds: BTreeSet<(&Dim, &Dim)> = BTreeSet::new();
+        let mut filled: BTreeSet<TensorId> = BTreeSet::new();
+        for op in &graph.ops {
+            match &op.kind {
+                OpKind::MoeDispatch(dims) => {
+                    kinds.insert((&dims.expert, &dims.slot));
+                    filled.extend(&op.results);
+                }
+                OpKind::MoeMove(moved) => {
+                    kinds.insert((&moved.dims.expert, &moved.dims.slot));
+                }
+                _ => {}
+            }
+        }
+        let is_row = |id: &TensorId| {
+            let ty = graph.ty(*id);
+            let mut kinds = kinds.iter();
+            kinds.any(|(expert, slot)| ty.has(expert) && ty.has(slot))
+        };
+        let all = graph.tensor_ids();
+        all.filter(|id| is_row(id) && !filled.contains(id) && self.is_activation(*id))
+            .collect()
     }
 
     /// Activations that an op of another block reads, one of the two blocks being in a layer.

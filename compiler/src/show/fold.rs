@@ -93,6 +93,10 @@ pub(super) fn category(kind: &OpKind) -> Category {
         | OpKind::MoeCombine(_)
         | OpKind::MoeGateGrad(_)
         | OpKind::MoeCounts(_) => Category::Routine,
+        OpKind::MoeMove(moved) => match moved.over {
+            Some(_) => Category::Collective,
+            None => Category::Routine,
+        },
         OpKind::Unary(_)
         | OpKind::Binary(_)
         | OpKind::Reduce { .. }

@@ -35,7 +35,7 @@ use std::collections::BTreeMap;
 use super::{Graph, Op, Role, TensorId, TensorType};
 use crate::layout::Mesh;
 use crate::name::{Axis, Dim};
-use crate::op::{Group, OpError, OpKind};
+use crate::op::{Group, MoeMove, OpError, OpKind, Shares};
 
 pub use ranks::verify_ranks;
 
@@ -457,6 +457,9 @@ fn verify_group(
 
 fn verify_counts(graph: &Graph, op: &Op, group: &Group, rank: usize) -> Result<(), VerifyError> {
     let (name, at) = (op.kind.name(), graph.op_name(op));
+    if let OpKind::MoeMove(moved) = &op.kind {
+        return verify_move(graph, op, moved, rank);
+    }
     let ([input], [result]) = (op.inputs.as_slice(), op.results.as_slice()) else {
         return Err(VerifyError::Counts {
             op: name,
@@ -569,6 +572,41 @@ fn verify_counts(graph: &Graph, op: &Op, group: &Group, rank: usize) -> Result<(
     Ok(())
 }
 
+/// A move's result follows from its inputs; its experts are this rank's share of the group's.
+fn verify_move(graph: &Graph, op: &Op, moved: &MoeMove, rank: usize) -> Result<(), VerifyError> {
+    verify_results(graph, op)?;
+    let Some(Shares { counts, group }) = moved.over.as_deref() else {
+        return Ok(());
+    };
+    let member_idx = group.ranks.iter().position(|member| *member == rank);
+    let before = counts.get(..member_idx.unwrap_or(0)).unwrap_or_default();
+    let mine = member_idx.and_then(|idx| counts.get(idx)).copied();
+    for (what, found, expected) in [
+        ("the number of shares", counts.len(), group.ranks.len()),
+        (
+            "the experts of this rank",
+            moved.dims.n_experts,
+            mine.unwrap_or(0),
+        ),
+        (
+            "the first expert of this rank",
+            moved.dims.offset,
+            before.iter().sum(),
+        ),
+    ] {
+        if found != expected {
+            return Err(VerifyError::Counts {
+                op: op.kind.name(),
+                at: graph.op_name(op).into(),
+                what: what.into(),
+                expected,
+                found,
+            });
+        }
+    }
+    Ok(())
+}
+
 /// The last key at which an op of a global graph may begin.
 fn last_offset(graph: &Graph, op: &Op) -> usize {
     let (OpKind::Attention(dims) | OpKind::AttentionGrad(dims)) = &op.kind else {
@@ -597,6 +635,7 @@ fn offset(kind: &OpKind) -> usize {
         | OpKind::MoeCombine(dims)
         | OpKind::MoeGateGrad(dims)
         | OpKind::MoeCounts(dims) => dims.offset,
+        OpKind::MoeMove(moved) => moved.dims.offset,
         _ => 0,
     }
 }

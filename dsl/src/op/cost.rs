@@ -3,7 +3,7 @@
 //! Invariant: numbers are those of one execution on tensors of exactly these types; for a rank's
 //! part, give the types of the part.
 
-use super::OpKind;
+use super::{MoeDims, OpKind};
 use crate::graph::TensorType;
 
 /// Queries that attention on the host works on at once.
@@ -57,8 +57,9 @@ impl OpKind {
             Self::Sgd { .. } => 2.0 * result,
             Self::TopK { k, .. } => *k as f64 * elements(inputs.first()),
             Self::ScatterAdd { .. } => elements(inputs.get(1)),
-            Self::MoeCombine(_) | Self::MoeDispatch(_) | Self::MoeGateGrad(_) => {
-                2.0 * elements(inputs.first())
+            Self::MoeDispatch(_) => 2.0 * elements(inputs.first()),
+            Self::MoeCombine(dims) | Self::MoeGateGrad(dims) => {
+                2.0 * rows_read(dims, inputs) * elements(inputs.first())
             }
             Self::Gather { .. }
             | Self::Expand { .. }
@@ -72,6 +73,7 @@ impl OpKind {
             | Self::TopKGrad { .. }
             | Self::MoeSlots { .. }
             | Self::MoeCounts(_)
+            | Self::MoeMove(_)
             | Self::AllGather { .. }
             | Self::AllReduce { .. }
             | Self::ReduceScatter { .. }
@@ -88,6 +90,10 @@ impl OpKind {
             Self::Rename { .. } | Self::Split { .. } | Self::Merge { .. } => 0.0,
             Self::Gather { .. } | Self::Slice { .. } => 2.0 * all(results),
             Self::Pick { .. } => 3.0 * all(results),
+            Self::MoeCombine(dims) | Self::MoeGateGrad(dims) => {
+                let rows = inputs.first().map_or(0.0, |rows| rows.n_bytes() as f64);
+                all(inputs) - (1.0 - rows_read(dims, inputs)) * rows + all(results)
+            }
             _ => all(inputs) + all(results),
         }
     }
@@ -116,4 +122,19 @@ impl OpKind {
             Self::Contract { .. } | Self::Attention(_) | Self::AttentionGrad(_)
         )
     }
+}
+
+/// The part of the rows `[expert, b.., slot, ..]`, the first of the inputs, that assignments, the
+/// index among them, can be read from.
+fn rows_read(dims: &MoeDims, inputs: &[&TensorType]) -> f64 {
+    let routes = inputs
+        .iter()
+        .find(|ty| ty.has(&dims.choice) && ty.has(&dims.seq));
+    let size = |dim| routes.and_then(|ty| ty.size_of(dim)).unwrap_or(0);
+    // Where tokens are dropped, slots are few, and taken to be full.
+    if dims.capacity < size(&dims.seq) {
+        return 1.0;
+    }
+    let n_assigned = (size(&dims.seq) * size(&dims.choice)) as f64;
+    (n_assigned / (dims.n_experts * dims.capacity).max(1) as f64).min(1.0)
 }

@@ -3,7 +3,7 @@
 //! Invariant: a rule that accepts its inputs gives results whose sizes follow from them and from
 //! the sizes inside the op; everything else is refused by name, with both numbers.
 
-use super::{AttentionDims, BinaryFn, MoeDims, OpKind};
+use super::{AttentionDims, BinaryFn, MoeDims, MoeMove, OpKind};
 use crate::dtype::DType;
 use crate::graph::TensorType;
 use crate::name::Dim;
@@ -219,8 +219,22 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             one(x.clone())
         }
         OpKind::Attention(dims) => {
-            let [q, k, v] = take(inputs)?;
+            let (q, k, v, seen) = match inputs {
+                [q, k, v] => (q, k, v, None),
+                [q, k, v, seen] => (q, k, v, Some(seen)),
+                _ => return Err(format!("takes 3 or 4 inputs, not {}", inputs.len())),
+            };
             let (o, lse) = attention(dims, q, k, v)?;
+            if let Some(seen) = seen {
+                is_index(seen)?;
+                has(seen, &dims.seq)?;
+                for dim in seen.dims() {
+                    has(q, dim)?;
+                }
+                if seen.position(&dims.seq) != Some(seen.shape.len() - 1) {
+                    return Err(format!("dim `{}` must be innermost in {seen}", dims.seq));
+                }
+            }
             Ok(vec![o, lse])
         }
         OpKind::AttentionGrad(dims) => {
@@ -412,6 +426,51 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             shape.extend(moe_batch(dims, expert));
             one(TensorType {
                 dtype: expert.dtype,
+                shape,
+            })
+        }
+        OpKind::MoeMove(MoeMove { dims, from, .. }) => {
+            let (y, rest) = inputs.split_first().ok_or("takes rows and their routes")?;
+            let [from_expert, from_slot, to @ ..] = rest else {
+                return Err(format!("takes 5 or 6 inputs, not {}", inputs.len()));
+            };
+            let (to, gate) = to.split_at(2.min(to.len()));
+            let source = MoeDims {
+                choice: from.clone(),
+                ..dims.clone()
+            };
+            let routes: Vec<&TensorType> = [from_expert, from_slot]
+                .into_iter()
+                .chain(gate)
+                .copied()
+                .collect();
+            let from_expert = assignment(&source, &routes)?;
+            let expert = assignment(dims, to)?;
+            let n_experts = has(y, &dims.expert)?;
+            if n_experts != dims.n_experts {
+                return Err(format!(
+                    "the rows have {n_experts} experts, the op says {}",
+                    dims.n_experts
+                ));
+            }
+            let batch = moe_batch(dims, expert);
+            same_shape(
+                "the batch of where tokens stand",
+                &moe_batch(&source, from_expert),
+                &batch,
+            )?;
+            let mut shape = vec![(dims.expert.clone(), dims.n_experts)];
+            shape.extend(batch);
+            let n_groups = shape.len();
+            let groups = y.shape.get(..n_groups).unwrap_or_default();
+            same_shape("the groups of rows", groups, &shape)?;
+            if y.position(&dims.slot) != Some(n_groups) {
+                return Err(format!("dim `{}` must follow the groups of {y}", dims.slot));
+            }
+            shape.push((dims.slot.clone(), dims.capacity));
+            shape.extend(y.shape[n_groups + 1..].iter().cloned());
+            one(TensorType {
+                dtype: y.dtype,
                 shape,
             })
         }

@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BinaryFn, MoeDims, OpKind, UnaryFn};
+use super::{BinaryFn, MoeDims, MoeMove, OpKind, UnaryFn};
 use crate::graph::TensorType;
 use crate::layout::ReduceKind;
 use crate::name::Dim;
@@ -129,7 +129,19 @@ impl OpKind {
                 // Slots are ranks within whole sequences, so a part of a sequence fills its own slots
                 // (the others are 0 and summed) and reads its own outputs.
                 let MoeDims { choice, slot, .. } = dims;
-                rule.dims_except(&[choice, slot])
+                let mut factors = rule.dims_except(&[choice, slot]);
+                // There are no sums of indices.
+                let is_index = results.first().is_some_and(|ty| !ty.dtype.is_float());
+                let is_sum = |factor: &Factor| {
+                    let mut results = factor.results.iter();
+                    results.any(|spread| matches!(spread, Spread::Partial(_)))
+                };
+                factors.retain(|factor| !(is_index && is_sum(factor)));
+                factors
+            }
+            // Along the experts, rows are exchanged within the op.
+            Self::MoeMove(MoeMove { dims, from, .. }) => {
+                rule.dims_except(&[&dims.choice, from, &dims.seq, &dims.slot])
             }
             Self::MoeCounts(dims) => rule.dims_except(&[&dims.seq, &dims.choice]),
             Self::AllGather { .. }

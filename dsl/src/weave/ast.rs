@@ -21,9 +21,9 @@ pub use schedule::{
 };
 pub use select::{Index, IndexItem, Segment, Selector, Target, TensorClass};
 pub use statement::{
-    Apply, Arg, Call, Definition, Dispatch, ExpertsItem, Forbid, Goal, Header, Init, Job, Keep,
-    MemoryItem, Offload, OffloadTo, Pin, Pipeline, PipelineItem, Place, Placement, Prefer,
-    Recompute, RecomputePolicy, Reference, Setting, SettingLine, Shard, Solve, Statement,
+    Apply, Arg, Call, Definition, Dispatch, Exchanges, ExpertsItem, Forbid, Goal, Header, Init,
+    Job, Keep, MemoryItem, Offload, OffloadTo, Pin, Pipeline, PipelineItem, Place, Placement,
+    Prefer, Recompute, RecomputePolicy, Reference, Setting, SettingLine, Shard, Solve, Statement,
     TacticDef, TacticItem, UseMesh, Value,
 };
 

@@ -222,6 +222,7 @@ impl Settle for ExpertsItem {
         match self {
             Self::Placement(placement) => placement.method.settle(step),
             Self::Dispatch(choice) => choice.settle(step),
+            Self::Exchanges(choice) => choice.settle(step),
         }
     }
 }

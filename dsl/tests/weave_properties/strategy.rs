@@ -599,7 +599,8 @@ fn experts() -> impl Strategy<Value = Block<ExpertsItem>> {
         factor.prop_map(Dispatch::Capacity)
     ];
     let dispatch = choice(dispatch.boxed()).prop_map(ExpertsItem::Dispatch);
-    let items = vec(prop_oneof![placement, dispatch], 0..3);
+    let exchanges = choice(select(&Exchanges::ALL[..]).boxed()).prop_map(ExpertsItem::Exchanges);
+    let items = vec(prop_oneof![placement, dispatch, exchanges], 0..3);
     block(
         items.prop_map(|items| unique(items, std::mem::discriminant)),
         true,

@@ -143,6 +143,7 @@ fn check(case: Case, n_threads: usize) {
         v: v_data.as_ptr(),
         o: o_data.as_mut_ptr(),
         lse: lse_data.as_mut_ptr(),
+        seen: std::ptr::null(),
     };
     // SAFETY: the vectors have the sizes of the planned types.
     unsafe { plan.forward(&pool, kernels.0, args, &scratch) }.unwrap();

@@ -21,6 +21,7 @@ use crate::contract::{ContractOptions, ContractPlan};
 use crate::device::host::Arena;
 use crate::error::{Error, Result};
 use crate::routine::Routine;
+use crate::routine::moved::MovePlan;
 
 /// An instruction that can run.
 pub(super) enum Prepared {
@@ -60,6 +61,14 @@ pub(super) enum Prepared {
         routine: Routine,
         inputs: Vec<*const u32>,
         results: Vec<*mut u32>,
+        rows: Option<KernelRows>,
+    },
+    /// A move of tokens from slots to slots, among the ranks of a group where there is one.
+    Move {
+        plan: MovePlan,
+        group: Option<GroupIdx>,
+        inputs: Vec<*const u32>,
+        result: *mut u32,
     },
     Collective {
         call: Call,
@@ -103,7 +112,8 @@ impl Prepared {
             Prepared::Kernel { .. } => Category::Kernel,
             Prepared::Contract { .. } | Prepared::ContractRows { .. } => Category::Contract,
             Prepared::Attention { .. } | Prepared::AttentionGrad { .. } => Category::Attention,
-            Prepared::Routine { .. } => Category::Routine,
+            Prepared::Routine { .. } | Prepared::Move { group: None, .. } => Category::Routine,
+            Prepared::Move { group: Some(_), .. } => Category::Collective,
             Prepared::Collective { .. } | Prepared::CollectiveRows { .. } => Category::Collective,
             Prepared::Send { .. } | Prepared::Recv { .. } => Category::Message,
         }
@@ -222,10 +232,12 @@ impl<'a> Site<'a> {
                 v,
                 o,
                 lse,
+                seen,
                 scratch,
                 kernel,
             } => {
-                self.disjoint(&[*q, *k, *v], &[*o, *lse, *scratch])?;
+                let read: Vec<BufferId> = [*q, *k, *v].into_iter().chain(*seen).collect();
+                self.disjoint(&read, &[*o, *lse, *scratch])?;
                 let types = AttentionTypes {
                     q: self.ty(*q)?,
                     k: self.ty(*k)?,
@@ -233,7 +245,10 @@ impl<'a> Site<'a> {
                     o: self.ty(*o)?,
                     lse: self.ty(*lse)?,
                 };
-                let plan = AttentionPlan::new(dims, types)?;
+                let mut plan = AttentionPlan::new(dims, types)?;
+                if let Some(seen) = seen {
+                    plan = plan.seeing(dims, types, self.ty(*seen)?)?;
+                }
                 Ok(Prepared::Attention {
                     scratch: self.scratch(*scratch, plan.scratch_elements(false))?,
                     plan,
@@ -244,6 +259,10 @@ impl<'a> Site<'a> {
                         v: self.floats(*v)?,
                         o: self.floats(*o)?,
                         lse: self.floats(*lse)?,
+                        seen: match seen {
+                            Some(seen) => self.words(*seen)?.cast_const().cast(),
+                            None => std::ptr::null(),
+                        },
                     },
                 })
             }
@@ -299,6 +318,18 @@ impl<'a> Site<'a> {
                 let types = |ids: &[BufferId]| -> Result<Vec<&TensorType>> {
                     ids.iter().map(|id| self.ty(*id)).collect()
                 };
+                if let (OpKind::MoeMove(moved), [result]) = (op, results.as_slice()) {
+                    let rank = communicator.rank();
+                    let plan = MovePlan::new(moved, rank, &types(inputs)?, self.ty(*result)?)?;
+                    let group = op.group().map(|group| communicator.join(&group.ranks));
+                    let inputs = inputs.iter().map(|id| Ok(self.words(*id)?.cast_const()));
+                    return Ok(Prepared::Move {
+                        plan,
+                        group: group.transpose()?,
+                        inputs: inputs.collect::<Result<_>>()?,
+                        result: self.words(*result)?,
+                    });
+                }
                 let routine = Routine::new(op, &types(inputs)?, &types(results)?)?;
                 let inputs = inputs.iter().map(|id| Ok(self.words(*id)?.cast_const()));
                 let inputs = inputs.collect::<Result<Vec<_>>>()?;
@@ -308,6 +339,7 @@ impl<'a> Site<'a> {
                     routine,
                     inputs,
                     results,
+                    rows: None,
                 })
             }
             Action::Collective { op, src, dst } => self.collective(op, *src, *dst, communicator),
@@ -404,16 +436,57 @@ impl<'a> Site<'a> {
                 })
             }
             (
-                Action::Routine { .. },
+                Action::Routine {
+                    results: buffers, ..
+                },
                 Prepared::Routine {
                     routine,
                     inputs,
                     results,
+                    ..
                 },
-            ) => Ok(Prepared::Routine {
-                routine: routine.leaving_rest(),
+            ) => {
+                let by_rows = match (routine.n_rows(), buffers.first()) {
+                    (Some(n_rows), Some(result)) => {
+                        let counts = self.counts(rows.counts, self.ty(*result)?, &rows.slot)?;
+                        KernelRows::new(counts, n_rows)
+                    }
+                    _ => None,
+                };
+                Ok(Prepared::Routine {
+                    routine: routine.leaving_rest(),
+                    inputs,
+                    results,
+                    rows: by_rows,
+                })
+            }
+            (
+                Action::Routine { .. },
+                Prepared::Move {
+                    plan,
+                    group,
+                    inputs,
+                    result,
+                },
+            ) => Ok(Prepared::Move {
+                plan: plan.leaving_rest(),
+                group,
                 inputs,
-                results,
+                result,
+            }),
+            (
+                Action::Attention { .. },
+                Prepared::Attention {
+                    plan,
+                    kernel,
+                    args,
+                    scratch,
+                },
+            ) => Ok(Prepared::Attention {
+                plan: plan.leaving_rest(),
+                kernel,
+                args,
+                scratch,
             }),
             _ => Err(no_rows()),
         }

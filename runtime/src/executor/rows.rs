@@ -15,6 +15,7 @@ use crate::collective::{Communicator, Crossing, CrossingOrder, Division, GroupId
 use crate::contract::{ContractOptions, RowPlan};
 use crate::error::{Error, Result};
 use crate::pool::WorkerPool;
+use crate::routine::moved::Traveling;
 
 /// The counts of a tensor's groups.
 #[derive(Clone, Copy)]
@@ -399,6 +400,27 @@ impl CallRows {
         }
         Ok(())
     }
+}
+
+/// Sends rows to the members of a group, by counts of elements that all of them know.
+pub(super) fn travel(
+    communicator: &mut dyn Communicator,
+    group: GroupIdx,
+    traveling: &mut Traveling,
+) -> Result<()> {
+    let crossing = Crossing {
+        outer: 1,
+        mid: 1,
+        inner: 1,
+        split_counts: traveling.sent_counts.clone(),
+        concat_counts: traveling.received_counts.clone(),
+        order: CrossingOrder::SameDim,
+    };
+    let (from, to) = (
+        super::as_words(&traveling.sent),
+        super::as_words_mut(&mut traveling.received),
+    );
+    communicator.all_to_all(group, from, to, &crossing)
 }
 
 /// The parts of a dim of groups, or of the one dim of rows, in order; `None` when the counts do not add

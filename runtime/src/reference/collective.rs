@@ -5,29 +5,39 @@
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::layout::{Interval, ReduceKind};
 use meshweave_dsl::name::Dim;
-use meshweave_dsl::op::OpKind;
+use meshweave_dsl::op::{OpKind, Shares};
 
-use super::op::{concat, reduce_pair};
+use super::op::{concat, evaluate_op, reduce_pair};
 use super::{ReferenceError, Result, Value};
 
-/// Whether two members of a group execute one and the same collective.
-pub(super) fn same_collective(a: &OpKind, b: &OpKind) -> bool {
-    match (a, b) {
-        // Each member has its own peers.
-        (
-            OpKind::CollectivePermute { group: a, .. },
-            OpKind::CollectivePermute { group: b, .. },
-        ) => a == b,
-        _ => a == b,
-    }
-}
-
-/// What the member of this position in the group receives; `inputs` are in the group's order.
+/// What the member of this position in the group receives; `inputs` are in the group's order, and
+/// `routes` what its op reads besides.
 ///
 /// # Errors
 /// The counts do not fit the inputs, or a permutation's partners disagree.
-pub(super) fn exchange(kind: &OpKind, member_idx: usize, inputs: &[&Value]) -> Result<Value> {
+pub(super) fn exchange(
+    kind: &OpKind,
+    member_idx: usize,
+    inputs: &[&Value],
+    routes: &[&Value],
+) -> Result<Value> {
     match kind {
+        OpKind::MoeMove(moved) => {
+            let Some(Shares { counts, .. }) = moved.over.as_deref() else {
+                return Err(ReferenceError::Internal("a move that stays".into()));
+            };
+            let expert = &moved.dims.expert;
+            check_counts(expert, counts, inputs)?;
+            let rows = concat(expert, inputs)?;
+            let inputs: Vec<&Value> = std::iter::once(&rows)
+                .chain(routes.iter().copied())
+                .collect();
+            let whole = evaluate_op(&OpKind::MoeMove(moved.whole()), &inputs)?;
+            let whole = whole.first();
+            let whole =
+                whole.ok_or_else(|| ReferenceError::Internal("a move to nowhere".into()))?;
+            piece(whole, expert, counts, member_idx)
+        }
         OpKind::AllGather { dim, counts, .. } => {
             check_counts(dim, counts, inputs)?;
             concat(dim, inputs)

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use meshweave_dsl::graph::{ConstInit, Graph, Init, Op, OpId, Role, TensorId};
 use meshweave_dsl::op::OpKind;
 
-use super::collective::{exchange, same_collective};
+use super::collective::exchange;
 use super::init::initial_value;
 use super::{ReferenceError, Result, Value, evaluate_op};
 
@@ -213,7 +213,7 @@ fn run_collective(
         return Err(ReferenceError::Internal("a group has no ranks".into()));
     };
     for (rank, op) in others {
-        if !same_collective(&first.kind, &op.kind) {
+        if !first.kind.meets(&op.kind) {
             return Err(ReferenceError::Invalid(format!(
                 "rank {first_rank} is at {:?} `{}`, rank {rank} at {:?} `{}`",
                 first.kind,
@@ -225,8 +225,9 @@ fn run_collective(
     }
     check_partners(&members)?;
     let mut inputs = Vec::with_capacity(members.len());
+    let mut routes: Vec<Vec<&Value>> = Vec::with_capacity(members.len());
     for (rank, op) in &members {
-        let ([input], [_]) = (op.inputs.as_slice(), op.results.as_slice()) else {
+        let ([input, others @ ..], [_]) = (op.inputs.as_slice(), op.results.as_slice()) else {
             return Err(ReferenceError::Internal(format!(
                 "collective `{}` has {} inputs and {} results instead of one of each",
                 graphs[*rank].op_name(op),
@@ -234,13 +235,16 @@ fn run_collective(
                 op.results.len()
             )));
         };
-        inputs.push(values[*rank].require(&graphs[*rank], *input)?);
+        let require = |id: &TensorId| values[*rank].require(&graphs[*rank], *id);
+        inputs.push(require(input)?);
+        routes.push(others.iter().map(require).collect::<Result<_>>()?);
     }
     let results = members
         .iter()
         .enumerate()
         .map(|(member_idx, (rank, op))| {
-            exchange(&op.kind, member_idx, &inputs).map_err(|error| at_rank(*rank, error))
+            let routes = &routes[member_idx];
+            exchange(&op.kind, member_idx, &inputs, routes).map_err(|error| at_rank(*rank, error))
         })
         .collect::<Result<Vec<_>>>()?;
     for ((rank, op), result) in members.iter().zip(results) {

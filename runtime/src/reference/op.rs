@@ -63,9 +63,10 @@ pub fn evaluate_op(kind: &OpKind, inputs: &[&Value]) -> Result<Vec<Value>> {
             let sign = if *inverse { -1.0 } else { 1.0 };
             one(rows::rope(dim, sign, x, cos, sin))
         }
-        (OpKind::Attention(dims), [q, k, v]) => {
-            let [o_ty, lse_ty] = exact(&types)?;
-            Ok(attention::attention(dims, q, k, v, o_ty, lse_ty))
+        (OpKind::Attention(dims), [q, k, v, seen @ ..]) => {
+            let types = exact(&types)?;
+            let seen = seen.first().copied();
+            Ok(attention::attention(dims, [q, k, v], seen, types))
         }
         (OpKind::AttentionGrad(dims), [q, k, v, o, lse, do_]) => {
             Ok(attention::attention_grad(dims, [q, k, v, o, lse, do_]))
@@ -111,6 +112,7 @@ pub fn evaluate_op(kind: &OpKind, inputs: &[&Value]) -> Result<Vec<Value>> {
             one(moe::gate_grad(dims, y, dout, expert, slot, ty))
         }
         (OpKind::MoeCounts(dims), [expert, slot]) => one(moe::counts(dims, expert, slot, ty)),
+        (OpKind::MoeMove(moved), [y, routes @ ..]) => one(moe::moved(moved, y, routes, ty)?),
         (
             OpKind::Adamw {
                 lr,
@@ -162,6 +164,7 @@ pub fn evaluate_op(kind: &OpKind, inputs: &[&Value]) -> Result<Vec<Value>> {
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)
             | OpKind::MoeCounts(_)
+            | OpKind::MoeMove(_)
             | OpKind::Adamw { .. }
             | OpKind::Sgd { .. }
             | OpKind::AllGather { .. }

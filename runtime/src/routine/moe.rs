@@ -5,6 +5,7 @@
 //! outside of this rank's belongs to another rank.
 //! Invariant: assignments are walked in (token, choice) order, so sums have one order.
 
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{MoeDims, OpKind};
@@ -46,6 +47,8 @@ pub(super) struct Routes {
     slot_stride: usize,
     n_results: usize,
     rest: Rest,
+    /// Features are indices, which are added up as such.
+    is_index: bool,
 }
 
 /// What becomes of slots that no token takes.
@@ -217,6 +220,7 @@ impl Routes {
             slot_stride: stride(slots, &dims.slot)?,
             n_results: result.n_elements(),
             rest: Rest::Zero,
+            is_index: tokens.dtype == DType::I32,
         })
     }
 
@@ -238,6 +242,7 @@ impl Routes {
             slot_stride: 0,
             n_results: counts.n_elements(),
             rest: Rest::Zero,
+            is_index: true,
         })
     }
 
@@ -382,6 +387,19 @@ impl Routes {
         to: *mut f32,
         order: impl Fn([usize; 2]) -> (usize, usize),
     ) {
+        if self.is_index {
+            let (from, to) = (from.cast::<i32>(), to.cast::<i32>());
+            let places = match &self.features {
+                Features::Dense(n) => (0..*n).map(|at| [at, at]).collect(),
+                Features::Strided(features) => features.clone(),
+            };
+            for both in places {
+                let (at_from, at_to) = order(both);
+                // SAFETY: as for this function; both are tensors of indices.
+                unsafe { *to.add(at_to) += *from.add(at_from) };
+            }
+            return;
+        }
         // SAFETY: as for this function.
         unsafe {
             match &self.features {

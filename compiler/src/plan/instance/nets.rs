@@ -173,7 +173,8 @@ impl Builder<'_> {
                 readers.sort_unstable();
                 readers.dedup();
                 if !readers.is_empty() {
-                    nets.entry((maker, readers)).or_insert((id, 0.0)).1 += 1.0;
+                    let share = self.facts.shares[id.index()];
+                    nets.entry((maker, readers)).or_insert((id, 0.0)).1 += share;
                 }
             }
         }

@@ -9,8 +9,8 @@ use meshweave_dsl::diagnostics::{Diagnostic, Span, did_you_mean};
 use meshweave_dsl::mapping::{Context, GridAxis};
 use meshweave_dsl::units::Number;
 use meshweave_dsl::weave::ast::{
-    Apply, Arg, Choice, Degree, Dispatch, Document, ExpertsItem, Forbid, Job, MeshDef, Pipeline,
-    PipelineItem, Prefer, Segment, Selector, Spanned, Split, Statement, UseMesh,
+    Apply, Arg, Choice, Degree, Dispatch, Document, Exchanges, ExpertsItem, Forbid, Job, MeshDef,
+    Pipeline, PipelineItem, Prefer, Segment, Selector, Spanned, Split, Statement, UseMesh,
 };
 
 use super::axes::{axes_of, grid_axis, meshes};
@@ -418,6 +418,12 @@ impl Reader<'_> {
                 };
                 if !is_dropless {
                     self.refuse(item.span, "experts with a capacity have no price yet");
+                }
+            }
+            ExpertsItem::Exchanges(choice) => {
+                // Prices are those of tokens that come home.
+                if choice.known() == Some(&Exchanges::One) {
+                    self.refuse(item.span, "one exchange a layer has no price here yet");
                 }
             }
             ExpertsItem::Placement(_) => {

@@ -81,7 +81,7 @@ fn verify_meeting(graphs: &[Graph], members: &[(usize, &Op)]) -> Result<(), Veri
     };
     let input = |rank: usize, op: &Op| op.inputs.first().map(|id| graphs[rank].ty(*id));
     for (rank, op) in others {
-        let fits = same_collective(&first.kind, &op.kind)
+        let fits = first.kind.meets(&op.kind)
             && match (input(*first_rank, first), input(*rank, op)) {
                 (Some(a), Some(b)) => inputs_fit(&first.kind, a, b),
                 _ => false,
@@ -125,19 +125,12 @@ fn verify_meeting(graphs: &[Graph], members: &[(usize, &Op)]) -> Result<(), Veri
     Ok(())
 }
 
-fn same_collective(a: &OpKind, b: &OpKind) -> bool {
-    match (a, b) {
-        // Each member has its own partners.
-        (OpKind::CollectivePermute { .. }, OpKind::CollectivePermute { .. }) => true,
-        _ => a == b,
-    }
-}
-
 /// Members bring shards that differ along the dim that is put together only.
 fn inputs_fit(kind: &OpKind, a: &TensorType, b: &TensorType) -> bool {
     let along = match kind {
         OpKind::AllGather { dim, .. } => Some(dim),
         OpKind::AllToAll { concat, .. } => Some(concat),
+        OpKind::MoeMove(moved) => Some(&moved.dims.expert),
         OpKind::CollectivePermute { .. } => return true,
         _ => None,
     };

@@ -156,17 +156,20 @@ pub enum TensorClass {
     Inputs,
     /// The activations that one block hands to the next.
     BetweenBlocks,
+    /// The activations of tokens in the slots of their experts, once they have arrived there.
+    Rows,
 }
 
 impl TensorClass {
     /// All classes.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Params,
         Self::Gradients,
         Self::Optimizer,
         Self::Activations,
         Self::Inputs,
         Self::BetweenBlocks,
+        Self::Rows,
     ];
 
     /// The spelling in the language.
@@ -178,6 +181,7 @@ impl TensorClass {
             Self::Activations => "activations",
             Self::Inputs => "inputs",
             Self::BetweenBlocks => "between_blocks",
+            Self::Rows => "rows",
         }
     }
 }

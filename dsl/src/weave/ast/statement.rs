@@ -416,6 +416,8 @@ impl OffloadTo {
 pub enum ExpertsItem {
     Placement(Placement),
     Dispatch(Choice<Dispatch>),
+    /// How often a token travels in a layer.
+    Exchanges(Choice<Exchanges>),
 }
 
 /// `placement METHOD [trace "file"]`
@@ -434,6 +436,29 @@ pub enum Dispatch {
     Dropless,
     /// `capacity N`: each expert takes N times its fair share.
     Capacity(Number),
+}
+
+/// Exchanges of tokens in a layer with experts, in inference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exchanges {
+    /// Tokens stay with their experts until the next ones; keys and values are everywhere.
+    One,
+    /// Tokens go to their experts and come home.
+    Two,
+}
+
+impl Exchanges {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::One, Self::Two];
+
+    /// The spelling in the language.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::One => "one",
+            Self::Two => "two",
+        }
+    }
 }
 
 /// `solve minimize OBJECTIVE [within TIME] [gap PERCENT]`

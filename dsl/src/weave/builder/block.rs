@@ -3,9 +3,9 @@
 //! Invariant: lines appear in the order of the calls.
 
 use super::super::ast::{
-    Block, Choice, Definition, Dispatch, ExpertsItem, Goal, MemoryItem, Offload, OffloadTo,
-    Pipeline, PipelineItem, Placement, Recompute, RecomputePolicy, Reference, SettingLine, Shard,
-    Solve, Spanned, TacticDef, TacticItem,
+    Block, Choice, Definition, Dispatch, Exchanges, ExpertsItem, Goal, MemoryItem, Offload,
+    OffloadTo, Pipeline, PipelineItem, Placement, Recompute, RecomputePolicy, Reference,
+    SettingLine, Shard, Solve, Spanned, TacticDef, TacticItem,
 };
 use super::part::{IntoValue, Problems, apply, forbid, pin, prefer, read_all, selectors, setting};
 use crate::units::Quantity;
@@ -332,6 +332,13 @@ impl ExpertsBuilder {
     #[must_use]
     pub fn dispatch(mut self, dispatch: impl Into<Choice<Dispatch>>) -> Self {
         self.items.push(ExpertsItem::Dispatch(dispatch.into()));
+        self
+    }
+
+    /// `exchanges one | two`
+    #[must_use]
+    pub fn exchanges(mut self, exchanges: impl Into<Choice<Exchanges>>) -> Self {
+        self.items.push(ExpertsItem::Exchanges(exchanges.into()));
         self
     }
 

@@ -5,9 +5,9 @@ use super::{Empty, Parse, Parser};
 use crate::diagnostics::{Diagnostic, nearest};
 use crate::units::Measure;
 use crate::weave::ast::{
-    Definition, Dispatch, ExpertsItem, Goal, Header, Init, Job, MemoryItem, Offload, OffloadTo,
-    Pipeline, PipelineItem, Placement, Recompute, RecomputePolicy, Selector, Setting, Solve,
-    Spanned, Statement,
+    Definition, Dispatch, Exchanges, ExpertsItem, Goal, Header, Init, Job, MemoryItem, Offload,
+    OffloadTo, Pipeline, PipelineItem, Placement, Recompute, RecomputePolicy, Selector, Setting,
+    Solve, Spanned, Statement,
 };
 use crate::weave::lexer::Tok;
 
@@ -37,7 +37,7 @@ const MEMORY: BlockKind = BlockKind {
 };
 const EXPERTS: BlockKind = BlockKind {
     name: "experts",
-    keywords: &["placement", "dispatch"],
+    keywords: &["placement", "dispatch", "exchanges"],
 };
 
 impl<'a> Parser<'a> {
@@ -316,6 +316,7 @@ impl<'a> Parser<'a> {
             Some(match item {
                 ExpertsItem::Placement(_) => "placement",
                 ExpertsItem::Dispatch(_) => "dispatch",
+                ExpertsItem::Exchanges(_) => "exchanges",
             })
         });
         Ok(body)
@@ -332,6 +333,10 @@ impl<'a> Parser<'a> {
         }
         if self.eat_word("dispatch") {
             return self.choice(Self::dispatch).map(ExpertsItem::Dispatch);
+        }
+        if self.eat_word("exchanges") {
+            let one = |p: &mut Self| p.one_of("how many", &Exchanges::ALL, Exchanges::text);
+            return self.choice(one).map(ExpertsItem::Exchanges);
         }
         Err(self.unknown_line(EXPERTS))
     }

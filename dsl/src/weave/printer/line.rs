@@ -325,6 +325,7 @@ impl Show for ExpertsItem {
                 None => format!("placement {}", placement.method),
             },
             Self::Dispatch(dispatch) => format!("dispatch {dispatch}"),
+            Self::Exchanges(exchanges) => format!("exchanges {exchanges}"),
         })
     }
 }

@@ -3,9 +3,10 @@
 use std::fmt::{self, Display, Formatter};
 
 use super::super::ast::{
-    Arg, Axis, AxisRef, BinaryOp, Call, Choice, Degree, DimSplit, Dispatch, Expr, Goal, Index,
-    IndexItem, Init, Layout, NodeList, OffloadTo, OrderKey, Partial, RecomputePolicy, Reduce,
-    Reference, Segment, Selector, Setting, Solve, Spanned, Split, Target, TensorClass, Value, Var,
+    Arg, Axis, AxisRef, BinaryOp, Call, Choice, Degree, DimSplit, Dispatch, Exchanges, Expr, Goal,
+    Index, IndexItem, Init, Layout, NodeList, OffloadTo, OrderKey, Partial, RecomputePolicy,
+    Reduce, Reference, Segment, Selector, Setting, Solve, Spanned, Split, Target, TensorClass,
+    Value, Var,
 };
 use crate::units::Number;
 
@@ -276,6 +277,12 @@ impl Display for Dispatch {
             Self::Dropless => f.write_str("dropless"),
             Self::Capacity(factor) => write!(f, "capacity {factor}"),
         }
+    }
+}
+
+impl Display for Exchanges {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(self.text())
     }
 }
 

@@ -20,7 +20,13 @@ struct Row {
 }
 
 /// The query rows in the order of `lse`. The head dims are innermost everywhere (the shape rule).
-fn rows(dims: &AttentionDims, q: &TensorType, k: &TensorType, v: &TensorType) -> Vec<Row> {
+fn rows(
+    dims: &AttentionDims,
+    q: &TensorType,
+    k: &TensorType,
+    v: &TensorType,
+    seen: Option<&Value>,
+) -> Vec<Row> {
     let rows_ty = TensorType::new(
         q.dtype,
         q.shape.iter().filter(|(dim, _)| *dim != dims.head).cloned(),
@@ -36,15 +42,20 @@ fn rows(dims: &AttentionDims, q: &TensorType, k: &TensorType, v: &TensorType) ->
             &strides_over(q, rows_ty.dims()),
             &strides_over(k, rows_ty.dims()),
             &strides_over(v, rows_ty.dims()),
+            &seen.map_or(vec![0; rows_ty.shape.len()], |seen| {
+                strides_over(seen.ty(), rows_ty.dims())
+            }),
         ],
-        |[row_idx, q, k, v]| {
+        |[row_idx, q, k, v, at_seen]| {
             let position = row_idx / seq_stride % n_seq + dims.offset;
             rows.push(Row {
                 q,
                 k,
                 v,
                 o: row_idx * n_values,
-                n_keys: if dims.causal {
+                n_keys: if let Some(seen) = seen {
+                    n_keys.min(seen.data()[at_seen] as usize)
+                } else if dims.causal {
                     n_keys.min(position + 1)
                 } else {
                     n_keys
@@ -67,11 +78,9 @@ fn add_scaled(to: &mut [f64], factor: f64, from: &[f64]) {
 
 pub(super) fn attention(
     dims: &AttentionDims,
-    q: &Value,
-    k: &Value,
-    v: &Value,
-    o_ty: TensorType,
-    lse_ty: TensorType,
+    [q, k, v]: [&Value; 3],
+    seen: Option<&Value>,
+    [o_ty, lse_ty]: [TensorType; 2],
 ) -> Vec<Value> {
     let (width, _) = along(q.ty(), &dims.head);
     let (n_values, _) = along(v.ty(), &dims.value);
@@ -79,7 +88,11 @@ pub(super) fn attention(
     let (_, v_stride) = along(v.ty(), &dims.kv_seq);
     let mut o = Value::full(o_ty, 0.0);
     let mut lse = Value::full(lse_ty, 0.0);
-    for (row_idx, row) in rows(dims, q.ty(), k.ty(), v.ty()).iter().enumerate() {
+    let rows = rows(dims, q.ty(), k.ty(), v.ty(), seen);
+    for (row_idx, row) in rows.iter().enumerate() {
+        if row.n_keys == 0 {
+            continue;
+        }
         let query = &q.data()[row.q..][..width];
         let scores: Vec<f64> = (0..row.n_keys)
             .map(|key| dims.scale.0 * dot(query, &k.data()[row.k + key * k_stride..][..width]))
@@ -109,7 +122,8 @@ pub(super) fn attention_grad(
     let mut dq = Value::full(q.ty().clone(), 0.0);
     let mut dk = Value::full(k.ty().clone(), 0.0);
     let mut dv = Value::full(v.ty().clone(), 0.0);
-    for (row_idx, row) in rows(dims, q.ty(), k.ty(), v.ty()).iter().enumerate() {
+    let rows = rows(dims, q.ty(), k.ty(), v.ty(), None);
+    for (row_idx, row) in rows.iter().enumerate() {
         let query = &q.data()[row.q..][..width];
         let dout = &do_.data()[row.o..][..n_values];
         let projection = dot(dout, &o.data()[row.o..][..n_values]);

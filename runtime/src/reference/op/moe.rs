@@ -5,10 +5,10 @@
 
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::name::Dim;
-use meshweave_dsl::op::MoeDims;
+use meshweave_dsl::op::{MoeDims, MoeMove, OpKind};
 
-use super::super::Value;
 use super::super::value::{along, for_each_offset, sizes, strides_over};
+use super::super::{ReferenceError, Result, Value};
 use super::index::local_index;
 
 pub(super) fn slots(
@@ -187,4 +187,40 @@ pub(super) fn counts(dims: &MoeDims, expert: &Value, slot: &Value, ty: TensorTyp
         },
     );
     counts
+}
+
+/// A combination of where tokens stand, and a dispatch to where they go. `routes` are (expert, slot)
+/// of both, and gates of the former.
+///
+/// # Errors
+/// The routes are not those of a move.
+pub(super) fn moved(
+    moved: &MoeMove,
+    y: &Value,
+    routes: &[&Value],
+    ty: TensorType,
+) -> Result<Value> {
+    let [from_expert, from_slot, expert, slot, gate @ ..] = routes else {
+        return Err(ReferenceError::Internal(format!(
+            "a move has {} routes",
+            routes.len()
+        )));
+    };
+    let source = MoeDims {
+        choice: moved.from.clone(),
+        ..moved.dims.clone()
+    };
+    let tokens = OpKind::MoeCombine(MoeDims {
+        capacity: along(y.ty(), &source.slot).0,
+        ..source.clone()
+    });
+    let types: Vec<&TensorType> = std::iter::once(y)
+        .chain([*from_expert, *from_slot])
+        .chain(gate.iter().copied())
+        .map(Value::ty)
+        .collect();
+    let tokens_ty = tokens.infer(&types)?.swap_remove(0);
+    let gate = gate.first().copied();
+    let tokens = combine(&source, y, from_expert, from_slot, gate, tokens_ty);
+    Ok(dispatch(&moved.dims, &tokens, expert, slot, None, ty))
 }
