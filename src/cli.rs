@@ -16,6 +16,7 @@ mod fmt;
 mod job;
 mod launch;
 mod outcome;
+mod output;
 mod place;
 mod placed;
 mod plan;
@@ -42,6 +43,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use meshweave_compiler::resolve::Planner;
 use meshweave_dsl::diagnostics::Class;
 
+use crate::cli::output::outln;
 use crate::error::{Error, Result};
 use crate::session::Session;
 
@@ -191,7 +193,7 @@ pub fn run(cli: &Cli) -> ExitCode {
 fn report(error: &Error, format: Format) {
     match format {
         Format::Text => eprintln!("{}", error.render()),
-        Format::Json => println!("{}", error.to_json()),
+        Format::Json => outln!("{}", error.to_json()),
     }
 }
 

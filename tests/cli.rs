@@ -14,6 +14,22 @@ fn meshweave(args: &[&str], folder: &Path) -> Output {
         .unwrap()
 }
 
+#[test]
+fn readers_that_stop_stop_no_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_meshweave"))
+        .args("schedule show 1f1b --ranks 4 --microbatches 8".split(' '))
+        .current_dir(folder.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
 /// What `plan` says of a document, and its exit code.
 fn complaint(text: &str) -> String {
     let folder = tempfile::tempdir().unwrap();

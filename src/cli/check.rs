@@ -8,6 +8,7 @@ use meshweave_dsl::diagnostics::{RenderOptions, render_all};
 use serde_json::json;
 
 use super::Format;
+use crate::cli::output::outln;
 use crate::error::Result;
 use crate::session::Session;
 
@@ -50,13 +51,13 @@ pub fn check(args: &CheckArgs, format: Format) -> Result<()> {
                         RenderOptions::default()
                     )
                 );
-                println!("{}: ok", path.display());
+                outln!("{}: ok", path.display());
             }
             Format::Json => checked.push(json!({"document": path, "warnings": session.warnings})),
         }
     }
     if format == Format::Json {
-        println!("{}", json!({"checked": checked}));
+        outln!("{}", json!({"checked": checked}));
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::render::{bytes, plan_summary, seconds};
 use super::{Format, Input, runtime_error};
+use crate::cli::output::{out, outln};
 use crate::compile::{CompileOptions, stage_names, target_features};
 use crate::error::{Error, Result};
 use crate::session::Session;
@@ -52,12 +53,12 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
     let model = session.model()?;
     if args.emit.as_deref() == Some("graph") {
-        print!("{}", meshweave_dsl::graph::text::print(&model.graph));
+        out!("{}", meshweave_dsl::graph::text::print(&model.graph));
         return Ok(());
     }
     let solution = session.plan(&model)?;
     if args.emit.as_deref() == Some("plan") {
-        print!("{}", session.plan_text(&model, &solution));
+        out!("{}", session.plan_text(&model, &solution));
         return Ok(());
     }
     let options = CompileOptions {
@@ -72,7 +73,7 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
     let compiled = session.compile(&model, &solution.plan, &options)?;
     if args.emit.is_some() {
         for (_, text) in &compiled.emitted {
-            print!("{text}");
+            out!("{text}");
         }
         return Ok(());
     }
@@ -102,9 +103,9 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
                 bytes(arena_bytes as f64),
                 seconds(compile_s)
             );
-            println!("{}", out.display());
+            outln!("{}", out.display());
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({
                 "artifact": out,

@@ -21,6 +21,7 @@ use serde_json::json;
 
 use super::compile::gpu_target;
 use super::runtime_error;
+use crate::cli::output::outln;
 use crate::compile::{CompileOptions, target_features};
 use crate::error::{Error, Result};
 use crate::session::Session;
@@ -77,7 +78,7 @@ pub fn corpus(args: &CorpusArgs) -> Result<()> {
     for (name, model, n_devices, mesh) in CASES {
         let document = document(name, model, n_devices, mesh);
         make(&document, &args.folder.join(name), &gpu)?;
-        println!("{name}: compiled for {gpu}");
+        outln!("{name}: compiled for {gpu}");
     }
     Ok(())
 }

@@ -17,6 +17,7 @@ use serde_json::json;
 use super::place::{read_placement, trace_error};
 use super::render::{bytes, seconds};
 use super::{Format, runtime_error};
+use crate::cli::output::outln;
 use crate::error::{Error, Result};
 use crate::session::named_cluster;
 
@@ -197,11 +198,11 @@ fn print(args: &DecodeArgs, ways: &[Way], format: Format) {
             })
         };
         let ways: Vec<serde_json::Value> = ways.iter().map(way).collect();
-        println!("{}", json!({"ways": ways, "greatest_difference": error}));
+        outln!("{}", json!({"ways": ways, "greatest_difference": error}));
         return;
     }
     for way in ways {
-        println!(
+        outln!(
             "{:<10} {:.0} exchanges a step: {} of tokens, {} of keys and values, {} of counts between devices; step {} (measured, median of {}); exchanges {} on {} (predicted)",
             way.name,
             way.decoded.n_exchanges as f64 / n_steps,
@@ -214,5 +215,5 @@ fn print(args: &DecodeArgs, ways: &[Way], format: Format) {
             args.cluster,
         );
     }
-    println!("features   differ by {error:.1e} at most");
+    outln!("features   differ by {error:.1e} at most");
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::Format;
 use super::render::{bytes, seconds};
+use crate::cli::output::outln;
 use crate::error::Result;
 use crate::mapping::Mapped;
 use crate::session::Session;
@@ -30,7 +31,7 @@ pub fn diff(args: &DiffArgs, format: Format) -> Result<()> {
     let differences = differences(&first.mapping, &second.mapping);
     match format {
         Format::Text => {
-            let row = |name: &str, one: &str, other: &str| println!("{name:<20} {one:<24} {other}");
+            let row = |name: &str, one: &str, other: &str| outln!("{name:<20} {one:<24} {other}");
             row(
                 "",
                 &args.first.display().to_string(),
@@ -54,10 +55,10 @@ pub fn diff(args: &DiffArgs, format: Format) -> Result<()> {
                 row(&item.choice, &item.first, &item.second);
             }
             if differences.is_empty() {
-                println!("both make the same choices");
+                outln!("both make the same choices");
             }
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({
                 "first": {"mapping": first.mapping, "predicted_s": first.estimate.step_s},

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::render::{plan_summary, seconds};
 use super::{Format, Input};
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 use crate::mapping;
 use crate::session::Session;
@@ -24,12 +25,12 @@ pub fn explain(args: &ExplainArgs, format: Format) -> Result<()> {
     if args.input.planner(&session)? == Planner::Mapping {
         let mapped = session.search_mapping()?;
         match format {
-            Format::Text => print!(
+            Format::Text => out!(
                 "{}\n{}",
                 mapping::summary(&mapped),
                 mapping::explain(&mapped)
             ),
-            Format::Json => println!(
+            Format::Json => outln!(
                 "{}",
                 json!({
                     "mapping": mapped.mapping,
@@ -52,12 +53,12 @@ pub fn explain(args: &ExplainArgs, format: Format) -> Result<()> {
     )
     .map_err(|error| Error::plain(Class::Internal, error))?;
     match format {
-        Format::Text => print!(
+        Format::Text => out!(
             "{}\n{}",
             plan_summary(&session.request, &solution),
             text(&explanation)
         ),
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({"certificate": solution.certificate, "explanation": explanation})
         ),

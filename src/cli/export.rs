@@ -9,6 +9,7 @@ use meshweave_dsl::diagnostics::Class;
 use serde_json::json;
 
 use super::{Format, Input, write_atomically};
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 use crate::session::Session;
 
@@ -59,8 +60,8 @@ pub fn export(args: &ExportArgs, format: Format) -> Result<()> {
             write_atomically(path, text.as_bytes())?;
             eprintln!("wrote {}", path.display());
         }
-        (None, Format::Text) => print!("{text}"),
-        (None, Format::Json) => println!("{}", json!({"target": target.name(), "text": text})),
+        (None, Format::Text) => out!("{text}"),
+        (None, Format::Json) => outln!("{}", json!({"target": target.name(), "text": text})),
     }
     Ok(())
 }

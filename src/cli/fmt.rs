@@ -9,6 +9,7 @@ use meshweave_dsl::weave;
 use serde_json::json;
 
 use super::{Format, write_atomically};
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 
 #[derive(Debug, Args)]
@@ -39,7 +40,7 @@ pub fn fmt(args: &FmtArgs, format: Format) -> Result<()> {
         }
         let formatted = weave::print(&parsed.document);
         if from_stdin && !args.check {
-            print!("{formatted}");
+            out!("{formatted}");
         } else if formatted != text {
             changed.push(path.clone());
             if !args.check {
@@ -62,7 +63,7 @@ pub fn fmt(args: &FmtArgs, format: Format) -> Result<()> {
         Format::Text => changed
             .iter()
             .for_each(|path| eprintln!("formatted {}", path.display())),
-        Format::Json => println!("{}", json!({"formatted": changed})),
+        Format::Json => outln!("{}", json!({"formatted": changed})),
     }
     Ok(())
 }

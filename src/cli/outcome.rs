@@ -17,6 +17,7 @@ use super::Format;
 use super::calibrate::Calibrated;
 use super::rebalance::Rebalanced;
 use super::render::{bytes, seconds, sparkline};
+use crate::cli::output::outln;
 use crate::report::predicted_timeline;
 
 /// What a run measured. What is not skipped goes from the processes of a job to the one that started it.
@@ -80,7 +81,7 @@ pub(super) fn print(
         .max()
         .unwrap_or(0);
     if format == Format::Json {
-        println!(
+        outln!(
             "{}",
             json!({
                 "losses": outcome.losses,
@@ -113,22 +114,24 @@ pub(super) fn print(
         return;
     }
     if let Some(gpu) = &outcome.gpu {
-        println!(
+        outln!(
             "device     {}: {} contractions by cuBLASLt, {} by generated kernels",
-            gpu.name, gpu.n_by_library, gpu.n_generated
+            gpu.name,
+            gpu.n_by_library,
+            gpu.n_generated
         );
     }
     if let Some(errors) = &outcome.errors {
         let worst = errors.iter().max_by(|a, b| a.1.total_cmp(b.1));
         if let Some((name, error)) = worst {
-            println!(
+            outln!(
                 "verified   {} tensors against the serial f64 model; greatest relative error {error:.1e} ({name})",
                 errors.len()
             );
         }
     }
     if let Some(median_s) = median_s {
-        println!(
+        outln!(
             "step time  {} predicted, {} measured (median of {})",
             seconds(predicted_s),
             seconds(median_s),
@@ -141,7 +144,7 @@ pub(super) fn print(
             .timeline
             .as_ref()
             .map(|timeline| format!(", {:.0} % measured", 100.0 * timeline.idle_part()));
-        println!(
+        outln!(
             "pipeline   {}: {} stages on {} ranks, {} microbatches; idle {:.0} % predicted{}",
             schedule.name,
             schedule.n_stages,
@@ -151,7 +154,7 @@ pub(super) fn print(
             measured.unwrap_or_default()
         );
     }
-    println!(
+    outln!(
         "memory     {} a device predicted, {} allocated",
         bytes(planned_bytes as f64),
         bytes(peak_bytes as f64)
@@ -159,7 +162,7 @@ pub(super) fn print(
     let n_dispatches = outcome.dispatched_bytes.len();
     if n_dispatches > 0 {
         let total: u64 = outcome.dispatched_bytes.iter().sum();
-        println!(
+        outln!(
             "dispatch   {} of tokens a step between devices{} (measured, mean of {n_dispatches}), in {} exchanges",
             bytes(total as f64 / n_dispatches as f64),
             if outcome.context_bytes.is_empty() {
@@ -173,7 +176,7 @@ pub(super) fn print(
     let n_contexts = outcome.context_bytes.len();
     if n_contexts > 0 {
         let total: u64 = outcome.context_bytes.iter().sum();
-        println!(
+        outln!(
             "context    {} of keys, values and routes a step between devices (measured, mean of {n_contexts})",
             bytes(total as f64 / n_contexts as f64)
         );
@@ -181,14 +184,14 @@ pub(super) fn print(
     if let Some(done) = &outcome.rebalanced
         && let Some((before, after)) = done.balancedness.last()
     {
-        println!(
+        outln!(
             "rebalanced {} times, {} experts moved; balancedness {before:.3} → {after:.3} the last time (measured loads)",
             done.moved.len(),
             done.moved.iter().sum::<usize>()
         );
     }
     if let (Some(first), Some(last)) = (outcome.losses.first(), outcome.losses.last()) {
-        println!(
+        outln!(
             "loss       {first:.6} → {last:.6}  {}",
             sparkline(&outcome.losses, 48)
         );
@@ -199,13 +202,13 @@ pub(super) fn print(
             .iter()
             .map(|loss| format!("{loss:.6}"))
             .collect();
-        println!("losses     {}", losses.join(" "));
+        outln!("losses     {}", losses.join(" "));
     }
     if let Some(calibrated) = &outcome.calibrated {
-        println!("{}", calibrated.text());
+        outln!("{}", calibrated.text());
     }
     if outcome.ended_early {
-        println!(
+        outln!(
             "ended      by a signal, after {} steps of this run",
             outcome.step_s.len()
         );
@@ -219,7 +222,7 @@ pub(super) fn print(
     .into_iter()
     .flatten()
     {
-        println!("wrote      {}", absolute(path));
+        outln!("wrote      {}", absolute(path));
     }
 }
 

@@ -23,6 +23,7 @@ use serde_json::json;
 
 use super::render::{bytes, seconds};
 use super::{Format, write_atomically};
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 use crate::session::{import_error, named_cluster};
 
@@ -121,14 +122,14 @@ pub fn place(args: &PlaceArgs, format: Format) -> Result<()> {
     }
     match format {
         Format::Text => {
-            print!("{}", render(&placed, args, model.is_some()));
+            out!("{}", render(&placed, args, model.is_some()));
             if let Some(shared) = shared {
-                println!(
+                outln!(
                     "shares     {shared:.4} mean balancedness (predicted, of the whole trace) when replicas share by the linear program"
                 );
             }
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({
                 "report": placed.report,

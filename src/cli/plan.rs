@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::render::plan_summary;
 use super::{Format, Input, write_atomically};
+use crate::cli::output::{out, outln};
 use crate::error::Result;
 use crate::mapping::summary;
 use crate::session::Session;
@@ -42,10 +43,10 @@ fn plan_mapping(args: &PlanArgs, session: &Session, format: Format) -> Result<St
         Format::Text => {
             eprint!("{}", summary(&mapped));
             if args.out.is_none() {
-                print!("{text}");
+                out!("{text}");
             }
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({
                 "mapping": mapped.mapping,
@@ -71,10 +72,10 @@ fn plan_ops(args: &PlanArgs, session: &Session, format: Format) -> Result<String
                 eprint!("{}", exchanges.text());
             }
             if args.out.is_none() {
-                print!("{text}");
+                out!("{text}");
             }
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({
                 "plan": solution.plan,

@@ -6,6 +6,7 @@ use clap::Args;
 use meshweave_dsl::diagnostics::Class;
 
 use super::{Format, write_atomically};
+use crate::cli::output::out;
 use crate::error::{Error, Result};
 
 #[derive(Debug, Args)]
@@ -40,7 +41,7 @@ pub fn profile(args: &ProfileArgs, format: Format) -> Result<()> {
             write_atomically(path, text.as_bytes())?;
             eprintln!("wrote {}", path.display());
         }
-        None => print!("{text}"),
+        None => out!("{text}"),
     }
     Ok(())
 }

@@ -23,6 +23,7 @@ use serde_json::json;
 use self::costs::{CostArgs, three};
 use self::lower::{LowerArgs, show_lowered};
 use super::{Format, write_atomically};
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 
 #[derive(Debug, Args)]
@@ -180,7 +181,7 @@ fn list(format: Format) {
     match format {
         Format::Text => {
             for builtin in Builtin::ALL {
-                println!("{:<15} {}", builtin.name(), builtin.summary());
+                outln!("{:<15} {}", builtin.name(), builtin.summary());
             }
         }
         Format::Json => {
@@ -193,7 +194,7 @@ fn list(format: Format) {
                     "splits_backward": builtin.splits_backward(),
                 })
             });
-            println!("{}", json!({"schedules": entries}));
+            outln!("{}", json!({"schedules": entries}));
         }
     }
 }
@@ -344,14 +345,14 @@ fn show(args: &ShowArgs, format: Format) -> Result<()> {
     }
     match format {
         Format::Text => {
-            print!("{}", picture(&schedule, &simulation, &costs, args.width)?);
+            out!("{}", picture(&schedule, &simulation, &costs, args.width)?);
             let stage_rank = &schedule.stage_rank[..schedule.n_stages];
             let division = args.pipeline.costs.division(stage_rank, schedule.n_ranks)?;
             if let Some(division) = division {
-                print!("{}", costs::division_text(&division));
+                out!("{}", costs::division_text(&division));
             }
         }
-        Format::Json => println!("{}", json!({"schedule": schedule, "predicted": simulation})),
+        Format::Json => outln!("{}", json!({"schedule": schedule, "predicted": simulation})),
     }
     Ok(())
 }
@@ -534,7 +535,7 @@ fn check_file(args: &CheckArgs, format: Format) -> Result<()> {
         }
         let simulation = simulate(schedule, &costs).map_err(pipeline_error)?;
         match format {
-            Format::Text => println!(
+            Format::Text => outln!(
                 "{}: {}: ok: {} ranks, {} stages, {} microbatches, {} actions; at equal costs idle \
                  {:.2} %, peak {:.3} microbatches of a rank (predicted)",
                 args.file.display(),
@@ -552,7 +553,7 @@ fn check_file(args: &CheckArgs, format: Format) -> Result<()> {
         }
     }
     if format == Format::Json {
-        println!("{}", json!({"checked": args.file, "schedules": results}));
+        outln!("{}", json!({"checked": args.file, "schedules": results}));
     }
     Ok(())
 }
@@ -581,10 +582,10 @@ fn print_table(args: &TableArgs, format: Format) -> Result<()> {
     let rows = table::table(&builtins, three(&args.costs)?).map_err(pipeline_error)?;
     match format {
         Format::Text => {
-            print!("{}", table::text(&rows));
+            out!("{}", table::text(&rows));
             let count =
                 |is: fn(&Verdict) -> bool| rows.iter().filter(|row| is(&row.verdict)).count();
-            println!(
+            outln!(
                 "\n{} rows: {} equal, {} differ for the reason given, {} undefined, {} broken",
                 rows.len(),
                 count(|verdict| *verdict == Verdict::Equal),
@@ -593,7 +594,7 @@ fn print_table(args: &TableArgs, format: Format) -> Result<()> {
                 count(|verdict| *verdict == Verdict::Broken)
             );
         }
-        Format::Json => println!("{}", json!({"rows": rows})),
+        Format::Json => outln!("{}", json!({"rows": rows})),
     }
     Ok(())
 }
@@ -626,16 +627,16 @@ fn find(args: &SearchArgs, format: Format) -> Result<()> {
         Format::Text => {
             let mut costs = args.costs.of(&found.schedule.stage_rank, args.ranks)?;
             costs.memory_limit_bytes = options.memory_limit_bytes;
-            print!(
+            out!(
                 "{}",
                 picture(&found.schedule, &found.simulation, &costs, args.width)?
             );
-            println!(
+            outln!(
                 "\nbuilt-in schedules within {:.3} (predicted)",
                 args.memory.unwrap_or(args.ranks as f64)
             );
             for candidate in &found.builtins {
-                println!(
+                outln!(
                     "  {:<15} v={}  step {:>10.3} s  {:+7.2} %  peak {:.3}",
                     candidate.name,
                     candidate.n_chunks,
@@ -644,16 +645,16 @@ fn find(args: &SearchArgs, format: Format) -> Result<()> {
                     candidate.peak_bytes
                 );
             }
-            println!("{} schedules were simulated", found.n_simulated);
+            outln!("{} schedules were simulated", found.n_simulated);
             if args.exact {
                 for stages in &stages {
                     let until_s = found.simulation.step_s * (1.0 + 1e-9);
                     let proven = optimum(stages, &options, until_s, MAX_STATES);
-                    println!("{}", proof_text(stages, until_s, proven)?);
+                    outln!("{}", proof_text(stages, until_s, proven)?);
                 }
             }
         }
-        Format::Json => println!("{}", json!({"found": found})),
+        Format::Json => outln!("{}", json!({"found": found})),
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use meshweave_compiler::show::{Folding, dot, perfetto, report};
 use serde_json::json;
 
 use super::{Format, Input, write_atomically};
+use crate::cli::output::{out, outln};
 use crate::error::Result;
 use crate::mapping;
 use crate::report::{Shown, predicted_timeline, report_input};
@@ -70,8 +71,8 @@ pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(default));
     write_atomically(&out, text.as_bytes())?;
     match format {
-        Format::Text => println!("{}", out.display()),
-        Format::Json => println!("{}", json!({"written": out})),
+        Format::Text => outln!("{}", out.display()),
+        Format::Json => outln!("{}", json!({"written": out})),
     }
     Ok(())
 }
@@ -83,13 +84,13 @@ fn show_mapping(args: &ShowArgs, session: &Session, format: Format) -> Result<()
         Some(out) => {
             write_atomically(out, text.as_bytes())?;
             match format {
-                Format::Text => println!("{}", out.display()),
-                Format::Json => println!("{}", json!({"written": out})),
+                Format::Text => outln!("{}", out.display()),
+                Format::Json => outln!("{}", json!({"written": out})),
             }
         }
         None => match format {
-            Format::Text => print!("{text}"),
-            Format::Json => println!("{}", json!({"report": text})),
+            Format::Text => out!("{text}"),
+            Format::Json => outln!("{}", json!({"report": text})),
         },
     }
     Ok(())

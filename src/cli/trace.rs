@@ -16,6 +16,7 @@ use serde_json::json;
 use super::decode::{DecodeArgs, decode};
 use super::place::{trace_error, unreadable};
 use super::{Format, write_atomically};
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 
 #[derive(Debug, Args)]
@@ -189,7 +190,7 @@ fn save(trace: &RoutingTrace, n_left_out: usize, path: &Path, format: Format) ->
     let shape = trace.shape();
     match format {
         Format::Text => {
-            println!(
+            outln!(
                 "{}: {} tokens, {} layers of {} experts, top-{}",
                 path.display(),
                 trace.n_tokens(),
@@ -198,10 +199,10 @@ fn save(trace: &RoutingTrace, n_left_out: usize, path: &Path, format: Format) ->
                 shape.top_k
             );
             if n_left_out > 0 {
-                println!("left out {n_left_out} tokens that were not recorded in every layer");
+                outln!("left out {n_left_out} tokens that were not recorded in every layer");
             }
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({
                 "path": path,
@@ -224,8 +225,8 @@ fn stats(args: &StatsArgs, format: Format) -> Result<()> {
     }
     let layers = summarize(&load(&trace), &transitions(&trace));
     match format {
-        Format::Text => print!("{}", render(&trace, &layers)),
-        Format::Json => println!(
+        Format::Text => out!("{}", render(&trace, &layers)),
+        Format::Json => outln!(
             "{}",
             json!({
                 "model": trace.model(),

@@ -8,6 +8,7 @@ use meshweave_compiler::validate::{Kind, Report, ScoredRow, Summary, validate as
 use meshweave_dsl::diagnostics::Class;
 
 use super::Format;
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 
 /// Rows that are listed as the worst.
@@ -31,8 +32,8 @@ pub fn validate(args: &ValidateArgs, format: Format) -> Result<()> {
     let report =
         score(&text).map_err(|error| Error::plain(Class::Invalid, format!("`{name}`: {error}")))?;
     match format {
-        Format::Text => print!("{}", render(&report, args.rows)),
-        Format::Json => println!("{}", serde_json::json!(report)),
+        Format::Text => out!("{}", render(&report, args.rows)),
+        Format::Json => outln!("{}", serde_json::json!(report)),
     }
     Ok(())
 }

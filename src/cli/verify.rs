@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::render::{bytes, seconds};
 use super::{Format, Input};
+use crate::cli::output::outln;
 use crate::error::{Error, Result};
 use crate::mapping::{Mapped, Stated};
 use crate::session::Session;
@@ -43,7 +44,7 @@ pub fn verify(args: &VerifyArgs, format: Format) -> Result<()> {
                     Some(false) => "NO",
                     None => "-",
                 };
-                println!("{mark:<3} {:<9} {}", check.name, check.detail);
+                outln!("{mark:<3} {:<9} {}", check.name, check.detail);
             }
         }
         Format::Json => {
@@ -51,7 +52,7 @@ pub fn verify(args: &VerifyArgs, format: Format) -> Result<()> {
                 .iter()
                 .map(|check| json!({"check": check.name, "holds": check.holds, "detail": check.detail}))
                 .collect();
-            println!("{}", json!({"checks": checks}));
+            outln!("{}", json!({"checks": checks}));
         }
     }
     let broken: Vec<&str> = checks

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::render::{plan_summary, seconds};
 use super::{Format, Input};
+use crate::cli::output::{out, outln};
 use crate::error::{Error, Result};
 use crate::mapping::{grouped, summary};
 use crate::session::Session;
@@ -74,7 +75,7 @@ pub fn what_if(args: &WhatIfArgs, format: Format) -> Result<()> {
         }
         let model = session.model()?;
         let (own, with) = (session.plan(&model)?, other.plan(&model)?);
-        print!(
+        out!(
             "now\n{}\nwith the change\n{}",
             plan_summary(&session.request, &own),
             plan_summary(&other.request, &with)
@@ -87,13 +88,13 @@ pub fn what_if(args: &WhatIfArgs, format: Format) -> Result<()> {
     let speedup = with.estimate.tokens_per_s / own.estimate.tokens_per_s;
     match format {
         Format::Text => {
-            println!("now\n{}", summary(&own));
-            println!(
+            outln!("now\n{}", summary(&own));
+            outln!(
                 "with the change ({})\n{}",
                 other.request.cluster,
                 summary(&with)
             );
-            println!(
+            outln!(
                 "a step takes {} instead of {} (predicted): {speedup:.2} × as fast, {} instead of {} tokens/s",
                 seconds(with.estimate.step_s),
                 seconds(own.estimate.step_s),
@@ -101,10 +102,10 @@ pub fn what_if(args: &WhatIfArgs, format: Format) -> Result<()> {
                 grouped(own.estimate.tokens_per_s.round() as u64),
             );
             for item in &differences {
-                println!("  {}: {} → {}", item.choice, item.first, item.second);
+                outln!("  {}: {} → {}", item.choice, item.first, item.second);
             }
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({
                 "now": {"mapping": own.mapping, "predicted_s": own.estimate.step_s},

@@ -14,6 +14,7 @@ use meshweave_dsl::weave::ast::{Block, Name, Statement};
 use serde_json::json;
 
 use super::{PipelineArgs, channels, columns, invalid, load, pipeline_error, written};
+use crate::cli::output::{out, outln};
 use crate::cli::{Format, write_atomically};
 use crate::error::Result;
 
@@ -112,13 +113,13 @@ pub(super) fn show_lowered(args: &LowerArgs, format: Format) -> Result<()> {
     }
     match format {
         Format::Text => {
-            print!(
+            out!(
                 "{text}\n{}{}",
                 lanes(&lowered, &devices, &run, args.width.unwrap_or_else(columns)),
                 figures(&run, alone.step_s, alone.peak())
             );
         }
-        Format::Json => println!(
+        Format::Json => outln!(
             "{}",
             json!({"lowered": lowered, "devices": devices, "predicted": run})
         ),
