@@ -109,6 +109,24 @@ struct Counts {
     tensor: Option<TensorId>,
 }
 
+impl Counts {
+    /// The counts of the same slots for the rows made of these; `None` where they have fewer dims.
+    fn again(&self, make: Make, starts: Vec<i64>, rows: &TensorType) -> Option<Self> {
+        Some(Self {
+            make,
+            ty: TensorType {
+                dtype: DType::I32,
+                shape: rows.shape.get(..self.ty.shape.len())?.to_vec(),
+            },
+            slot: self.slot.clone(),
+            share: self.share,
+            origin: self.origin,
+            starts,
+            tensor: None,
+        })
+    }
+}
+
 #[derive(Clone)]
 enum Make {
     /// From routes.
@@ -356,18 +374,8 @@ impl<'a> Analysis<'a> {
                 offset: usize::try_from(dims.offset as i64 - behind).ok()?,
                 ..dims.clone()
             };
-            let all = Counts {
-                make: Make::Routes(dims, *routes),
-                ty: TensorType {
-                    dtype: DType::I32,
-                    shape: result.shape.get(..groups.shape.len())?.to_vec(),
-                },
-                slot,
-                share: before.share,
-                origin: before.origin,
-                starts,
-                tensor: None,
-            };
+            let make = Make::Routes(dims, *routes);
+            let all = before.again(make, starts, result)?;
             return Some(self.known(all));
         }
         let kind = match kind {
@@ -415,18 +423,7 @@ impl<'a> Analysis<'a> {
         let mut starts = before.starts.clone();
         let at = |dim: &Dim| groups.position(dim);
         self.shift(&kind, &mut starts, at)?;
-        let counts = Counts {
-            make: Make::Moved(from, kind),
-            ty: TensorType {
-                dtype: DType::I32,
-                shape: result.shape.get(..groups.shape.len())?.to_vec(),
-            },
-            slot,
-            share: before.share,
-            origin: before.origin,
-            starts,
-            tensor: None,
-        };
+        let counts = before.again(Make::Moved(from, kind), starts, result)?;
         Some(self.known(counts))
     }
 

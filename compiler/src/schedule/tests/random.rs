@@ -111,6 +111,19 @@ fn some_channels() -> impl Strategy<Value = Channels> {
     ]
 }
 
+/// Gradients reduced or not, then updates, a barrier, and the first stage's activations offloaded.
+fn lowering(channels: Channels, options: [bool; 4]) -> Lowering {
+    let [reduce_gradients, update, barrier, offload] = options;
+    Lowering {
+        channels,
+        unsharded_stages: update.then_some(1),
+        reduce_gradients,
+        offloaded_stages: if offload { vec![0] } else { Vec::new() },
+        barrier,
+        update,
+    }
+}
+
 /// The same commands with sends and receives moved about.
 fn shuffled(mut lowered: Lowered, choices: &[u32]) -> Lowered {
     for (rank, row) in lowered.rows.iter_mut().enumerate() {
@@ -139,16 +152,7 @@ proptest! {
         options in any::<[bool; 4]>(),
     ) {
         check(&schedule).unwrap();
-        let [reduce_gradients, update, barrier, offload] = options;
-        let lowering = Lowering {
-            channels,
-            unsharded_stages: update.then_some(1),
-            reduce_gradients,
-            offloaded_stages: if offload { vec![0] } else { Vec::new() },
-            barrier,
-            update,
-        };
-        let lowered = lower(&schedule, &lowering).unwrap();
+        let lowered = lower(&schedule, &lowering(channels, options)).unwrap();
         check_lowered(&lowered).unwrap();
         prop_assert!(machine::finishes(&lowered, &streams(&lowered), seed));
     }
@@ -195,16 +199,7 @@ proptest! {
         options in any::<[bool; 4]>(),
         pick in any::<proptest::sample::Index>(),
     ) {
-        let [reduce_gradients, update, barrier, offload] = options;
-        let lowering = Lowering {
-            channels,
-            unsharded_stages: update.then_some(1),
-            reduce_gradients,
-            offloaded_stages: if offload { vec![0] } else { Vec::new() },
-            barrier,
-            update,
-        };
-        let lowered = lower(&schedule, &lowering).unwrap();
+        let lowered = lower(&schedule, &lowering(channels, options)).unwrap();
         let devices = streams(&lowered);
         let name = || meshweave_dsl::weave::ast::Name::new("random").unwrap();
         let read = |statement| {
