@@ -14,8 +14,10 @@ use meshweave_compiler::pipeline::{
     Empty, PipelineError, assign, cut_before, cut_evenly, lower_pipeline, scale_loss,
     slice_sequences,
 };
+use meshweave_compiler::placement::replicas::Replicas;
 use meshweave_compiler::plan::directives::Directives;
 use meshweave_compiler::plan::{SearchError, SearchOptions, Solution, search};
+use meshweave_compiler::replicate::{ReplicateError, replicate};
 use meshweave_compiler::resolve::{
     self, Job, MappingRequest, ModelSource, Pipeline, Planner, Request,
 };
@@ -51,6 +53,8 @@ pub struct Session {
     pub choice: Option<Choice>,
     /// Why so many exchanges a layer, where the document left it open.
     pub exchanges: Option<ExchangeChoice>,
+    /// The replicas of the experts, where a placement has some.
+    pub replicas: Option<Replicas>,
 }
 
 /// The graph of a request.
@@ -60,6 +64,8 @@ pub struct Model {
     /// the document has a pipeline.
     pub graph: Graph,
     pub stages: Option<Stages>,
+    /// Where experts have replicas, the graph without them: what a step must equal.
+    pub plain: Option<Graph>,
     /// Where weights come from, for imported models.
     pub weights: Option<WeightMap>,
     /// The folder of an imported model: its weights lie beside its config.
@@ -76,11 +82,10 @@ pub struct Stages {
 }
 
 impl Model {
-    /// The training graph of the whole batch.
+    /// The training graph of the whole batch, without replicas of experts.
     pub fn whole(&self) -> &Graph {
-        self.stages
-            .as_ref()
-            .map_or(&self.graph, |stages| &stages.whole)
+        let stages = self.stages.as_ref().map(|stages| &stages.whole);
+        self.plain.as_ref().or(stages).unwrap_or(&self.graph)
     }
 }
 
@@ -123,6 +128,7 @@ impl Session {
             warnings: findings,
             choice: None,
             exchanges: None,
+            replicas: None,
         };
         match &session.request.open_pipeline {
             Some(open) => chosen(&session, open, base),
@@ -154,6 +160,7 @@ impl Session {
             warnings: findings,
             choice: None,
             exchanges: None,
+            replicas: None,
         })
     }
 
@@ -171,7 +178,16 @@ impl Session {
     /// The model cannot be imported or built for the batch and sequence of the request.
     pub fn model(&self) -> Result<Model> {
         let (batch, _) = self.request.job.sizes();
-        let (forward, weights, folder) = self.forward(batch)?;
+        let (plain, weights, folder) = self.forward(batch)?;
+        let forward = self.replicated(&plain)?;
+        let plain = match (&self.replicas, &self.request.job) {
+            (None, _) => None,
+            (Some(_), Job::Infer { .. }) => Some(plain),
+            (Some(_), Job::Train { optimizer, .. }) => Some(
+                differentiate(&plain, optimizer)
+                    .map_err(|error| Error::plain(Class::Unsupported, error))?,
+            ),
+        };
         if let (Some(pipeline), Job::Train { optimizer, .. }) =
             (&self.request.pipeline, &self.request.job)
         {
@@ -179,6 +195,7 @@ impl Session {
             return Ok(Model {
                 graph,
                 stages: Some(stages),
+                plain,
                 weights,
                 folder,
             });
@@ -194,6 +211,7 @@ impl Session {
         Ok(Model {
             graph,
             stages: None,
+            plain,
             weights,
             folder,
         })
@@ -242,6 +260,7 @@ impl Session {
         };
         let unsupported = |error| Error::plain(Class::Unsupported, error);
         let (forward, ..) = self.forward(batch / schedule.n_microbatches)?;
+        let forward = self.replicated(&forward)?;
         let forward = scale_loss(&forward, schedule.n_microbatches).map_err(located)?;
         let stages = if pipeline.cuts.is_empty() {
             cut_evenly(&forward, schedule.n_stages, &self.request.stage_cluster())
@@ -339,6 +358,21 @@ impl Session {
             }
             None => outline(&model.graph, plan, cluster),
         }
+    }
+
+    /// A forward graph with the replicas of its experts, where there are any.
+    fn replicated(&self, forward: &Graph) -> Result<Graph> {
+        let Some(replicas) = &self.replicas else {
+            return Ok(forward.clone());
+        };
+        replicate(forward, replicas).map_err(|error| {
+            let class = match error {
+                ReplicateError::Invalid(_) => Class::Invalid,
+                ReplicateError::Unsupported(_) => Class::Unsupported,
+                ReplicateError::Internal(_) => Class::Internal,
+            };
+            Error::plain(class, error)
+        })
     }
 
     /// The forward graph for so many sequences, with the source of its weights.

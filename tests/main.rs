@@ -33,6 +33,8 @@ mod ptx;
 mod processes;
 mod random_graphs;
 mod rebalance;
+#[cfg(feature = "mlir")]
+mod replicas;
 mod schedule;
 mod show;
 mod simplify;

@@ -2,6 +2,7 @@
 
 pub mod model;
 pub mod import;
+pub mod replicate;
 pub mod differentiate;
 pub mod simplify;
 pub mod resolve;

@@ -24,6 +24,7 @@ use meshweave_dsl::program::{
 use crate::codegen::fuse::{FuseError, Item, fuse};
 use crate::codegen::kernel::{Kernel, RowProgram};
 use crate::partition::Partition;
+use crate::plan::copies::Copies;
 use crate::plan::cost::{
     GroupShape, Traffic, collective_seconds, fragment_seconds, op_seconds, traffic_seconds,
 };
@@ -488,6 +489,9 @@ impl<'a> RankLowering<'a> {
                 let mut seconds = launch_s.min(whole_s) + n_rows * (whole_s - launch_s).max(0.0);
                 if op.kind.group().is_some() {
                     let n_bytes = share * types(&op.results[..1])[0].n_bytes() as f64;
+                    let n_ranks = op.kind.group().map_or(1, |group| group.ranks.len());
+                    let copies = Copies::of(self.local, op);
+                    let n_bytes = n_bytes * copies.map_or(1.0, |copies| copies.share(n_ranks));
                     seconds += collective_seconds(&op.kind, n_bytes, self.cluster);
                 }
                 let n_bytes = op.kind.n_bytes_moved(&inputs, &results);

@@ -18,6 +18,7 @@ pub mod matching;
 pub mod migrate;
 pub mod price;
 pub mod rebalance;
+pub mod replicas;
 pub mod search;
 pub mod solve;
 pub mod split;

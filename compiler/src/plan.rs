@@ -10,6 +10,7 @@
 //! planned once, or each for itself ([`Tie`]). What was found is checked without the search ([`verify`]).
 
 pub mod cost;
+pub mod copies;
 pub mod estimate;
 pub mod outer;
 pub mod directives;

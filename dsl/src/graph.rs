@@ -140,6 +140,8 @@ pub enum ConstInit {
     Fill(Scalar),
     /// 0, 1, 2, … along the dim (used for positions), repeated over the others.
     Iota { dim: Dim },
+    /// These whole numbers, row-major.
+    Numbers(Vec<i32>),
 }
 
 /// Rotary frequencies: inv_freq[j] = theta^(−2j / dim), then scaled.

@@ -168,6 +168,10 @@ pub enum OpKind {
         n_experts: usize,
         capacity: usize,
     },
+    /// `(expert[b.., seq, choice], slot, turns[expert, turn]) -> place[b.., seq, choice]`: which of an
+    /// expert's replicas takes an assignment. Replicas take turns, by the slot of the assignment and the
+    /// token with which its expert began in `b..`; −1 where the slot is −1.
+    MoePlaces(MoePlaces),
     /// `(x[b.., seq, d], expert, slot[, gate]) -> [expert:n_experts, b.., slot:capacity, d]`:
     /// tokens into their experts' slots (times their gate, when given); empty slots are 0.
     MoeDispatch(MoeDims),
@@ -260,6 +264,15 @@ pub struct MoeDims {
     pub offset: usize,
 }
 
+/// The dims of a choice among replicas by their parts.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct MoePlaces {
+    pub seq: Dim,
+    pub choice: Dim,
+    pub expert: Dim,
+    pub turn: Dim,
+}
+
 /// A move of tokens from slots to slots.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct MoeMove {
@@ -271,6 +284,10 @@ pub struct MoeMove {
     /// No token leaves its expert, or at least its expert's rank: nothing is exchanged.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stays: bool,
+    /// The rows are weights of experts on their way to replicas, or gradients on their way back; the
+    /// `expert` is the device, `slot` an expert's place on it, and `seq` counts the experts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub weights: bool,
     /// Local: the ranks that divide the experts among them; none where all of a token is here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub over: Option<Box<Shares>>,
@@ -367,6 +384,7 @@ impl OpKind {
             Self::TopK { .. } => "top_k",
             Self::TopKGrad { .. } => "top_k_grad",
             Self::MoeSlots { .. } => "moe_slots",
+            Self::MoePlaces(_) => "moe_places",
             Self::MoeDispatch(_) => "moe_dispatch",
             Self::MoeCombine(_) => "moe_combine",
             Self::MoeGateGrad(_) => "moe_gate_grad",

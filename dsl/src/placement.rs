@@ -31,7 +31,8 @@ pub struct Placement {
 struct Text {
     devices: usize,
     per_node: usize,
-    physical_to_logical_map: Vec<Vec<u16>>,
+    /// Negative for an empty slot, which other programs may write.
+    physical_to_logical_map: Vec<Vec<i32>>,
 }
 
 impl Placement {
@@ -220,7 +221,24 @@ impl TryFrom<Text> for Placement {
                 )));
             }
             let per_device = slots.len() / devices;
-            layers.push(slots.chunks(per_device).map(<[u16]>::to_vec).collect());
+            let mut of_layer = vec![Vec::with_capacity(per_device); devices];
+            for (slot, expert) in slots.iter().enumerate() {
+                let (device, slot) = (slot / per_device, slot % per_device);
+                let expert = u16::try_from(*expert).map_err(|_| {
+                    PlacementTextError::Invalid(if *expert < 0 {
+                        format!(
+                            "slot {slot} of device {device} is empty in layer {layer}; give it an expert that the device does not hold yet, or place with fewer slots"
+                        )
+                    } else {
+                        format!(
+                            "slot {slot} of device {device} holds expert {expert} in layer {layer}; there are no experts above {}",
+                            u16::MAX
+                        )
+                    })
+                })?;
+                of_layer[device].push(expert);
+            }
+            layers.push(of_layer);
         }
         Self::new(layers, text.per_node)
     }
@@ -234,7 +252,7 @@ impl From<Placement> for Text {
             physical_to_logical_map: placement
                 .layers
                 .into_iter()
-                .map(|layer| layer.into_iter().flatten().collect())
+                .map(|layer| layer.into_iter().flatten().map(i32::from).collect())
                 .collect(),
         }
     }

@@ -71,6 +71,11 @@ pub struct Channel {
     pub n_bytes: usize,
 }
 
+/// Whether an op takes tokens from expert to expert; weights of replicas travel in the same way.
+fn moves_tokens(op: &OpKind) -> bool {
+    matches!(op, OpKind::MoeMove(moved) if !moved.weights)
+}
+
 impl Action {
     /// The ranks that do it together; `None` for what a rank does alone, and for messages.
     pub fn group(&self) -> Option<&Group> {
@@ -86,7 +91,7 @@ impl Program {
     pub fn moves_tokens(&self) -> bool {
         let mut all = self.ranks.iter().flat_map(|rank| &rank.instructions);
         all.any(|instruction| match &instruction.action {
-            Action::Routine { op, .. } => matches!(op, OpKind::MoeMove(_)),
+            Action::Routine { op, .. } => moves_tokens(op),
             _ => false,
         })
     }
@@ -113,7 +118,7 @@ impl Program {
             Action::Collective { op, .. } => {
                 one.rows.is_some() && matches!(op, OpKind::AllToAll { .. })
             }
-            Action::Routine { op, .. } => matches!(op, OpKind::MoeMove(_)) && op.group().is_some(),
+            Action::Routine { op, .. } => moves_tokens(op) && op.group().is_some(),
             _ => false,
         });
         exchanges.count()

@@ -5,7 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::program::{Instruction, Program};
+use crate::op::OpKind;
+use crate::program::{Action, Instruction, Program};
 
 /// Where numbers come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -85,6 +86,14 @@ impl Timeline {
     /// experts, over all ranks; `None` as above, or where tokens come home.
     pub fn context_bytes(&self, program: &Program) -> Option<u64> {
         self.received_bytes(program, &|one| program.gathers_context(one))
+    }
+
+    /// Bytes of weights that went to replicas of experts, and of gradients that came back, over all
+    /// ranks; `None` as above, or without replicas.
+    pub fn copied_bytes(&self, program: &Program) -> Option<u64> {
+        self.received_bytes(program, &|one| {
+            matches!(&one.action, Action::Routine { op: OpKind::MoeMove(moved), .. } if moved.weights)
+        })
     }
 
     fn received_bytes(

@@ -135,6 +135,7 @@ impl Routine {
             }
             (
                 OpKind::MoeSlots { .. }
+                | OpKind::MoePlaces(_)
                 | OpKind::MoeDispatch(_)
                 | OpKind::MoeCombine(_)
                 | OpKind::MoeGateGrad(_)

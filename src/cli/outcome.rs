@@ -4,6 +4,7 @@
 //! Invariant: predicted and measured figures stand side by side, each called what it is.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use meshweave_compiler::resolve::Request;
@@ -15,9 +16,9 @@ use serde_json::json;
 
 use super::Format;
 use super::calibrate::Calibrated;
-use super::rebalance::Rebalanced;
+use super::experts::{Placed, Settled};
 use super::render::{bytes, seconds, sparkline};
-use crate::cli::output::outln;
+use crate::cli::output::{out, outln};
 use crate::report::predicted_timeline;
 
 /// What a run measured. What is not skipped goes from the processes of a job to the one that started it.
@@ -32,9 +33,10 @@ pub(super) struct Outcome {
     /// Bytes of keys, values and routes that every step gave to all devices, where tokens stand with
     /// their experts.
     pub(super) context_bytes: Vec<u64>,
-    /// Experts moved between steps, where it was asked for.
-    #[serde(skip)]
-    pub(super) rebalanced: Option<Rebalanced>,
+    /// Bytes of weights that every step gave to replicas of experts, and of gradients that came back.
+    pub(super) copied_bytes: Vec<u64>,
+    /// What became of the experts.
+    pub(super) experts: Settled,
     /// A signal ended the run before its last step.
     pub(super) ended_early: bool,
     /// Bytes allocated for each rank's arena.
@@ -91,8 +93,11 @@ pub(super) fn print(
                 "dispatched_bytes": {"measured": outcome.dispatched_bytes},
                 "context_bytes": {"measured": outcome.context_bytes},
                 "token_exchanges": program.n_token_exchanges(),
-                "rebalanced": outcome.rebalanced.as_ref().map(|done| json!({
+                "copied_bytes": {"measured": outcome.copied_bytes},
+                "placed": outcome.experts.placed.as_ref().map(placed_json),
+                "rebalanced": outcome.experts.rebalanced.as_ref().map(|done| json!({
                     "moved": done.moved,
+                    "moved_bytes": {"measured": done.moved_bytes},
                     "balancedness": {"measured": done.balancedness},
                 })),
                 "idle_part": {"predicted": predicted.idle_part(), "measured": outcome.timeline.as_ref().map(Timeline::idle_part)},
@@ -181,13 +186,20 @@ pub(super) fn print(
             bytes(total as f64 / n_contexts as f64)
         );
     }
-    if let Some(done) = &outcome.rebalanced
+    if let Some(n_tokens) = outcome.experts.recorded {
+        eprintln!("recorded   the experts of {n_tokens} tokens (measured)");
+    }
+    if let Some(placed) = &outcome.experts.placed {
+        out!("{}", placed_text(placed, &outcome.copied_bytes));
+    }
+    if let Some(done) = &outcome.experts.rebalanced
         && let Some((before, after)) = done.balancedness.last()
     {
         outln!(
-            "rebalanced {} times, {} experts moved; balancedness {before:.3} → {after:.3} the last time (measured loads)",
+            "rebalanced {} times, {} experts moved with {} of weights and moments; balancedness {before:.3} → {after:.3} the last time (measured loads)",
             done.moved.len(),
-            done.moved.iter().sum::<usize>()
+            done.moved.iter().sum::<usize>(),
+            bytes(done.moved_bytes as f64),
         );
     }
     if let (Some(first), Some(last)) = (outcome.losses.first(), outcome.losses.last()) {
@@ -224,6 +236,63 @@ pub(super) fn print(
     {
         outln!("wrote      {}", absolute(path));
     }
+}
+
+fn placed_json(placed: &Placed) -> serde_json::Value {
+    let tallied = placed.tallied.as_ref();
+    json!({
+        "moved": {"measured": placed.moved.experts},
+        "moved_bytes": {"measured": placed.moved.bytes},
+        "experts": placed.of,
+        "copies": placed.n_copies,
+        "greatest_load": {"measured": tallied.map(|tallied| tallied.greatest_load)},
+        "kept": {"measured": tallied.and_then(|tallied| tallied.kept)},
+    })
+}
+
+/// What a placement moved and did; `copied` are bytes a step.
+fn placed_text(placed: &Placed, copied: &[u64]) -> String {
+    let mut text = String::new();
+    // Writing into a string cannot fail.
+    if placed.is_placed {
+        let _ = write!(
+            text,
+            "placed     {} of {} experts moved with {} of weights and moments (measured)",
+            placed.moved.experts,
+            placed.of,
+            bytes(placed.moved.bytes as f64)
+        );
+    }
+    if placed.n_copies > 0 {
+        let _ = write!(text, "; {} copies beside", placed.n_copies);
+        if !copied.is_empty() {
+            let mean = copied.iter().sum::<u64>() as f64 / copied.len() as f64;
+            let _ = write!(
+                text,
+                ", {} a step between devices (measured, mean of {})",
+                bytes(mean),
+                copied.len()
+            );
+        }
+    }
+    if placed.is_placed {
+        text.push('\n');
+    }
+    if let Some(tallied) = &placed.tallied {
+        let (before, after) = tallied.greatest_load;
+        let _ = write!(
+            text,
+            "loads      the busiest device has {before:.3} times the mean with experts in order, {after:.3} as placed"
+        );
+        if let Some((before, after)) = tallied.kept {
+            let _ = write!(
+                text,
+                "; {before:.3} and {after:.3} of transitions stay on a device"
+            );
+        }
+        text.push_str(" (measured)\n");
+    }
+    text
 }
 
 fn absolute(path: &Path) -> String {

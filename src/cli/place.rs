@@ -333,6 +333,26 @@ pub(super) fn read_placement(path: &Path) -> Result<Placement> {
     })
 }
 
+/// The shares that `--shares` wrote, by layer, device and slot.
+///
+/// # Errors
+/// The file cannot be read, or holds something else.
+pub(super) fn read_shares(path: &Path) -> Result<Vec<Vec<Vec<f64>>>> {
+    #[derive(serde::Deserialize)]
+    struct Shares {
+        shares: Vec<Vec<Vec<f64>>>,
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| unreadable(path, error))?;
+    let read: Shares = serde_json::from_str(&text).map_err(|error| {
+        Error::plain(
+            Class::Invalid,
+            format!("{} holds no shares of replicas: {error}", path.display()),
+        )
+        .help("write them with `meshweave place … --shares FILE`")
+    })?;
+    Ok(read.shares)
+}
+
 fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     write_atomically(path, format!("{value}\n").as_bytes())?;
     eprintln!("wrote {}", path.display());
@@ -358,7 +378,7 @@ pub(super) fn trace_error(error: TraceError) -> Error {
     Error::plain(class, error)
 }
 
-fn placement_error(error: PlacementError) -> Error {
+pub(super) fn placement_error(error: PlacementError) -> Error {
     let class = match &error {
         PlacementError::Invalid(_) => Class::Invalid,
         PlacementError::Infeasible(_) => Class::Infeasible,

@@ -15,18 +15,35 @@ use meshweave_dsl::placement::Placement;
 use meshweave_dsl::plan::Plan;
 use meshweave_runtime::executor::Session as Execution;
 use meshweave_runtime::tensor::{Elements, HostTensor};
+use serde::{Deserialize, Serialize};
 
-use super::place::read_placement;
 use super::runtime_error;
 use crate::error::{Error, Result};
 
 /// Which expert stands at which position of the `expert` dim, layer by layer.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Relabeling {
+    /// Devices that divide the positions among them.
+    n_devices: usize,
     layers: Vec<Layer>,
 }
 
-#[derive(Clone)]
+/// What went from device to device when experts changed places.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Moved {
+    pub experts: usize,
+    /// Of their weights and moments.
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Moved {
+    fn add_assign(&mut self, other: Self) {
+        self.experts += other.experts;
+        self.bytes += other.bytes;
+    }
+}
+
+#[derive(Clone, Serialize, Deserialize)]
 struct Layer {
     /// What is permuted: name, and the dim.
     tensors: Vec<(String, Dim)>,
@@ -35,20 +52,18 @@ struct Layer {
 }
 
 impl Relabeling {
-    /// Reads a placement for a plan of `graph`.
+    /// The relabeling of a placement that was read or made from a file, for a plan of `graph`; `orders`
+    /// are the experts at every layer's positions.
     ///
     /// # Errors
-    /// The placement cannot be read, is of another model, has replicas, or is for other devices than
-    /// the plan divides the experts over.
-    pub fn read(path: &Path, graph: &Graph, plan: &Plan) -> Result<Self> {
-        Self::of(&read_placement(path)?, path, graph, plan)
-    }
-
-    /// The relabeling of a placement that was read or made from a file.
-    ///
-    /// # Errors
-    /// As for [`Relabeling::read`].
-    pub fn of(placement: &Placement, path: &Path, graph: &Graph, plan: &Plan) -> Result<Self> {
+    /// The placement is of another model, or for other devices than the plan divides the experts over.
+    pub fn of(
+        placement: &Placement,
+        orders: &[Vec<usize>],
+        path: &Path,
+        graph: &Graph,
+        plan: &Plan,
+    ) -> Result<Self> {
         let layers = movable_layers(graph)?;
         let invalid = |what: String| {
             Err(Error::plain(
@@ -96,17 +111,20 @@ impl Relabeling {
                     .into_iter()
                     .map(|id| (graph.tensor(id).name.clone(), expert.clone()))
                     .collect(),
-                order: order(placement, layer_idx, path)?,
+                order: orders.get(layer_idx).cloned().unwrap_or_default(),
             });
         }
-        Ok(Self { layers: found })
+        Ok(Self {
+            n_devices: placement.n_devices(),
+            layers: found,
+        })
     }
 
-    /// Every expert at its own position, and the number of devices that the plan divides experts over.
+    /// Every expert at its own position, on the devices that the plan divides experts over.
     ///
     /// # Errors
     /// The model has no experts, or such as cannot be moved apart; layers divided differently.
-    pub fn in_order(graph: &Graph, plan: &Plan) -> Result<(Self, usize)> {
+    pub fn in_order(graph: &Graph, plan: &Plan) -> Result<Self> {
         let mut degrees: Vec<usize> = Vec::new();
         let mut found = Vec::new();
         for (prefix, expert) in movable_layers(graph)? {
@@ -134,7 +152,10 @@ impl Relabeling {
         degrees.dedup();
         let n_experts = found.first().map_or(0, |layer| layer.order.len());
         match degrees.as_slice() {
-            [degree] if n_experts.is_multiple_of(*degree) => Ok((Self { layers: found }, *degree)),
+            [degree] if n_experts.is_multiple_of(*degree) => Ok(Self {
+                n_devices: *degree,
+                layers: found,
+            }),
             [degree] => Err(Error::plain(
                 Class::Invalid,
                 format!(
@@ -154,12 +175,27 @@ impl Relabeling {
         }
     }
 
+    /// Devices that divide the experts among them.
+    pub fn n_devices(&self) -> usize {
+        self.n_devices
+    }
+
+    /// The device of a position, which of an expert's own number is where it began.
+    pub fn device(&self, position: usize) -> usize {
+        position * self.n_devices / self.n_experts().max(1)
+    }
+
+    /// Layers with experts.
+    pub fn n_layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// Experts of a layer.
     pub fn n_experts(&self) -> usize {
         self.layers.first().map_or(0, |layer| layer.order.len())
     }
 
-    /// Exchanges pairs of positions of a layer, one pair after the other.
+    /// Exchanges pairs of positions of a layer, one pair after the other; what went to other devices.
     ///
     /// # Errors
     /// A tensor cannot be read or written.
@@ -168,28 +204,24 @@ impl Relabeling {
         execution: &mut Execution,
         layer: usize,
         pairs: &[(usize, usize)],
-    ) -> Result<()> {
+    ) -> Result<Moved> {
+        let n_devices = self.n_devices;
         let Some(layer) = self.layers.get_mut(layer).filter(|_| !pairs.is_empty()) else {
-            return Ok(());
+            return Ok(Moved::default());
         };
         let mut from: Vec<usize> = (0..layer.order.len()).collect();
         for (a, b) in pairs {
             from.swap(*a, *b);
             layer.order.swap(*a, *b);
         }
-        for (name, dim) in &layer.tensors {
-            let value = execution.get(name).map_err(runtime_error)?;
-            let moved = take(&value, dim, &from)?;
-            execution.set(name, &moved).map_err(runtime_error)?;
-        }
-        Ok(())
+        layer.rearrange(execution, &from, n_devices)
     }
 
-    /// Brings an execution's experts to the placement's positions.
+    /// Brings an execution's experts to the placement's positions; what went to other devices.
     ///
     /// # Errors
     /// A tensor cannot be read or written.
-    pub fn apply(&self, execution: &mut Execution) -> Result<()> {
+    pub fn apply(&self, execution: &mut Execution) -> Result<Moved> {
         self.permute(execution, |order| order.to_vec())
     }
 
@@ -197,7 +229,7 @@ impl Relabeling {
     ///
     /// # Errors
     /// As for [`Relabeling::apply`].
-    pub fn undo(&self, execution: &mut Execution) -> Result<()> {
+    pub fn undo(&self, execution: &mut Execution) -> Result<Moved> {
         self.permute(execution, |order| {
             let mut inverse = vec![0; order.len()];
             for (position, expert) in order.iter().enumerate() {
@@ -218,16 +250,39 @@ impl Relabeling {
         &self,
         execution: &mut Execution,
         from: impl Fn(&[usize]) -> Vec<usize>,
-    ) -> Result<()> {
+    ) -> Result<Moved> {
+        let mut moved = Moved::default();
         for layer in &self.layers {
-            let from = from(&layer.order);
-            for (name, dim) in &layer.tensors {
-                let value = execution.get(name).map_err(runtime_error)?;
-                let permuted = take(&value, dim, &from)?;
-                execution.set(name, &permuted).map_err(runtime_error)?;
+            moved += layer.rearrange(execution, &from(&layer.order), self.n_devices)?;
+        }
+        Ok(moved)
+    }
+}
+
+impl Layer {
+    /// Gives position p what stood at `from[p]`.
+    fn rearrange(
+        &self,
+        execution: &mut Execution,
+        from: &[usize],
+        n_devices: usize,
+    ) -> Result<Moved> {
+        let device = |position: usize| position * n_devices / from.len().max(1);
+        let left = |(to, from): &(usize, &usize)| device(*to) != device(**from);
+        let mut moved = Moved {
+            experts: from.iter().enumerate().filter(left).count(),
+            bytes: 0,
+        };
+        for (name, dim) in &self.tensors {
+            let value = execution.get(name).map_err(runtime_error)?;
+            let taken = take(&value, dim, from)?;
+            execution.set(name, &taken).map_err(runtime_error)?;
+            // Routers are commonly on every device.
+            if name.contains(".experts.") {
+                moved.bytes += (value.ty().n_bytes() / from.len().max(1) * moved.experts) as u64;
             }
         }
-        Ok(())
+        Ok(moved)
     }
 }
 
@@ -241,7 +296,9 @@ fn movable_layers(graph: &Graph) -> Result<Vec<(String, Dim)>> {
         let dims = layers.iter().map(|(_, expert)| expert);
         // Where tokens stand by their experts, those they choose from are called targets.
         let is_chosen = |dim: &Dim| dim.as_str() == "target" || dims.clone().any(|one| one == dim);
-        matches!(&op.kind, OpKind::Split { dim, .. } if is_chosen(dim))
+        // What replicas need is divided into devices' parts, which are no groups of a router.
+        matches!(&op.kind, OpKind::Split { dim, into }
+            if is_chosen(dim) && !into.iter().any(|(part, _)| part == dim))
     });
     match limited {
         None => Ok(layers),
@@ -261,7 +318,7 @@ fn layers_of(graph: &Graph) -> Vec<(String, Dim)> {
     for op in &graph.ops {
         let dims = match &op.kind {
             OpKind::MoeDispatch(dims) => dims,
-            OpKind::MoeMove(moved) => &moved.dims,
+            OpKind::MoeMove(moved) if !moved.weights => &moved.dims,
             _ => continue,
         };
         let name = graph.op_name(op);
@@ -285,28 +342,6 @@ fn is_kept(graph: &Graph, id: TensorId, prefix: &str, expert: &Dim) -> bool {
         _ => return false,
     };
     tensor.ty.has(expert) && graph.tensor(of).name.starts_with(prefix)
-}
-
-fn order(placement: &Placement, layer: usize, path: &Path) -> Result<Vec<usize>> {
-    let order: Vec<usize> = placement
-        .layer(layer)
-        .iter()
-        .flatten()
-        .map(|expert| usize::from(*expert))
-        .collect();
-    if order.len() != placement.n_experts() {
-        return Err(Error::plain(
-            Class::Unsupported,
-            format!(
-                "{}: {} slots for {} experts: replicas are not executed yet",
-                path.display(),
-                order.len(),
-                placement.n_experts()
-            ),
-        )
-        .help("place with as many slots as experts"));
-    }
-    Ok(order)
 }
 
 /// `value` with position p of `dim` taken from position `from[p]`.

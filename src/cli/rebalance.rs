@@ -1,20 +1,27 @@
 //! `meshweave run --rebalance`: experts change places between steps, so that devices have equal loads.
 //!
 //! Enters: an execution after each of its steps. Leaves: the same with some experts exchanged between
-//! devices, as `--moves` allows.
-//! Invariant: an exchange moves an expert's weights, moments and column of the router together, so what
-//! the model computes stays the same; loads are measured, of what routers chose since the last time.
+//! devices, as `--moves` allows; where experts have replicas, with other shares of these.
+//! Invariant: an exchange moves an expert's weights, moments and column of the router together, and a
+//! share sends tokens to another copy of the same weights, so what the model computes stays the same;
+//! loads are measured, of what routers chose since the last time.
 
-use meshweave_compiler::placement::rebalance::exchanges;
-use meshweave_dsl::diagnostics::Class;
+use meshweave_compiler::placement::rebalance::{exchanges, shares};
+use meshweave_compiler::placement::replicas::{Layer, N_TURNS, Replicas};
+use meshweave_dsl::dtype::DType;
+use meshweave_dsl::graph::TensorType;
 use meshweave_runtime::executor::Session as Execution;
+use meshweave_runtime::tensor::{Elements, HostTensor};
+use serde::{Deserialize, Serialize};
 
-use super::placed::Relabeling;
+use super::place::placement_error;
+use super::placed::{Moved, Relabeling};
 use super::runtime_error;
-use crate::error::{Error, Result};
+use super::tally::numbers;
+use crate::error::Result;
 
 /// When experts change places, and how many.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Rhythm {
     /// Steps from one time to the next.
     pub every: usize,
@@ -23,86 +30,89 @@ pub(super) struct Rhythm {
 }
 
 /// Exchanges experts while a program runs.
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Rebalancer {
     rhythm: Rhythm,
     /// The chosen experts of every layer, outputs of the program.
-    tensors: Vec<String>,
-    n_devices: usize,
+    chosen: Vec<String>,
+    /// Where experts have replicas, these and the tables of their turns.
+    replicas: Option<(Replicas, Vec<String>)>,
     /// Assignments since the last time, by layer and position.
     loads: Vec<Vec<f64>>,
-    /// Where experts are.
-    relabeling: Relabeling,
     n_steps: usize,
     done: Rebalanced,
 }
 
 /// What was done in a run.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Rebalanced {
     /// Experts moved, each time.
     pub moved: Vec<usize>,
+    /// Bytes of their weights and moments, over all times.
+    pub moved_bytes: u64,
     /// Mean over greatest load of a device, mean of the layers, each time: before, and as it would have
-    /// been with the experts where they are afterwards.
+    /// been with the experts, or the shares of replicas, as they are afterwards.
     pub balancedness: Vec<(f64, f64)>,
 }
 
 impl Rebalancer {
-    /// `tensors` are the outputs with the chosen experts of the layers that `relabeling` has.
+    /// `chosen` are the outputs with the chosen experts of the layers; `replicas` those that experts have,
+    /// with the names of the tables of their turns.
     pub fn new(
         rhythm: Rhythm,
-        tensors: Vec<String>,
-        n_devices: usize,
-        relabeling: Relabeling,
+        chosen: Vec<String>,
+        replicas: Option<(Replicas, Vec<String>)>,
     ) -> Self {
         Self {
-            loads: vec![Vec::new(); tensors.len()],
+            loads: vec![Vec::new(); chosen.len()],
             rhythm,
-            tensors,
-            n_devices,
-            relabeling,
+            chosen,
+            replicas,
             n_steps: 0,
             done: Rebalanced::default(),
         }
     }
 
-    /// Counts the loads of the last step and, when it is time, moves experts.
+    /// Counts the loads of the last step and, when it is time, moves experts, which are where
+    /// `relabeling` says.
     ///
     /// # Errors
     /// The execution lacks the outputs, or a tensor cannot be moved.
-    pub fn after_step(&mut self, execution: &mut Execution) -> Result<()> {
-        for (name, loads) in self.tensors.iter().zip(&mut self.loads) {
-            let chosen = execution.get(name).map_err(runtime_error)?;
-            let positions = chosen.as_i32().ok_or_else(|| {
-                Error::plain(
-                    Class::Internal,
-                    format!("`{name}` holds no numbers of experts"),
-                )
-            })?;
+    pub fn after_step(
+        &mut self,
+        execution: &mut Execution,
+        relabeling: &mut Relabeling,
+    ) -> Result<()> {
+        let chosen = numbers(execution, &self.chosen)?;
+        for (positions, loads) in chosen.iter().zip(&mut self.loads) {
+            loads.resize(relabeling.n_experts(), 0.0);
             for position in positions.iter().filter_map(|at| usize::try_from(*at).ok()) {
-                if loads.len() <= position {
-                    loads.resize(position + 1, 0.0);
+                if let Some(load) = loads.get_mut(position) {
+                    *load += 1.0;
                 }
-                loads[position] += 1.0;
             }
         }
         self.n_steps += 1;
         if self.n_steps.is_multiple_of(self.rhythm.every) {
-            self.rebalance(execution)?;
+            if self.replicas.is_some() {
+                self.share(execution)?;
+            } else {
+                self.exchange(execution, relabeling)?;
+            }
+            self.loads.iter_mut().for_each(|loads| loads.fill(0.0));
         }
         Ok(())
     }
 
-    /// What was done, and where the experts are now.
-    pub fn finish(self) -> (Rebalanced, Relabeling) {
-        (self.done, self.relabeling)
+    /// What was done.
+    pub fn finish(self) -> Rebalanced {
+        self.done
     }
 
-    fn rebalance(&mut self, execution: &mut Execution) -> Result<()> {
-        let n_experts = self.relabeling.n_experts();
-        let size = n_experts / self.n_devices.max(1);
+    fn exchange(&mut self, execution: &mut Execution, relabeling: &mut Relabeling) -> Result<()> {
+        let size = relabeling.n_experts() / relabeling.n_devices().max(1);
         let mut slots: Vec<Vec<Vec<f64>>> = Vec::with_capacity(self.loads.len());
-        for loads in &mut self.loads {
-            loads.resize(n_experts, 0.0);
+        for loads in &self.loads {
             slots.push(loads.chunks(size.max(1)).map(<[f64]>::to_vec).collect());
         }
         let before = mean_balancedness(&slots);
@@ -125,16 +135,66 @@ impl Rebalancer {
             swaps[layer].push((a * size + i, b * size + j));
             n_moved += 2;
         }
+        let mut moved = Moved::default();
         for (layer, swaps) in swaps.iter().enumerate() {
-            self.relabeling.exchange(execution, layer, swaps)?;
+            moved += relabeling.exchange(execution, layer, swaps)?;
         }
         self.done.moved.push(n_moved);
+        self.done.moved_bytes += moved.bytes;
         self.done
             .balancedness
             .push((before, mean_balancedness(&slots)));
-        self.loads.iter_mut().for_each(Vec::clear);
         Ok(())
     }
+
+    /// Gives replicas the shares that leave the busiest device least to do.
+    fn share(&mut self, execution: &mut Execution) -> Result<()> {
+        let Some((replicas, tables)) = &mut self.replicas else {
+            return Ok(());
+        };
+        let (mut before, mut after) = (Vec::new(), Vec::new());
+        for ((layer, table), loads) in replicas.layers.iter_mut().zip(tables).zip(&self.loads) {
+            before.push(taken(layer, loads));
+            let held: Vec<Vec<u16>> = layer
+                .held
+                .iter()
+                .map(|held| held.iter().map(|position| *position as u16).collect())
+                .collect();
+            let found = shares(loads, &held).map_err(placement_error)?;
+            *layer = layer.shared(&found.of_slots).map_err(placement_error)?;
+            after.push(taken(layer, loads));
+            let shape = [("expert", layer.turns.len()), ("turn", N_TURNS)];
+            let turns = layer.turns.iter().flatten().map(|place| *place as i32);
+            let ty = TensorType::new(DType::I32, shape);
+            let value =
+                HostTensor::new(ty, Elements::I32(turns.collect())).map_err(runtime_error)?;
+            execution.set(table, &value).map_err(runtime_error)?;
+        }
+        self.done.moved.push(0);
+        self.done
+            .balancedness
+            .push((mean_balancedness(&before), mean_balancedness(&after)));
+        Ok(())
+    }
+}
+
+/// What every slot takes of its expert's load by the turns of a layer, device by device.
+fn taken(layer: &Layer, loads: &[f64]) -> Vec<Vec<f64>> {
+    let mut taken: Vec<Vec<f64>> = layer
+        .held
+        .iter()
+        .map(|held| vec![0.0; held.len()])
+        .collect();
+    let slots = taken.first().map_or(1, |held| held.len().max(1));
+    for (turns, load) in layer.turns.iter().zip(loads) {
+        for place in turns {
+            let slot = taken.get_mut(place / slots);
+            if let Some(slot) = slot.and_then(|held| held.get_mut(place % slots)) {
+                *slot += load / turns.len() as f64;
+            }
+        }
+    }
+    taken
 }
 
 fn balancedness(slots: &[Vec<f64>]) -> f64 {

@@ -5,7 +5,7 @@
 //! Invariant: what is recorded is what the router chose, whether or not the token was dropped later.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::graph::{Graph, TensorId};
@@ -13,19 +13,24 @@ use meshweave_dsl::op::OpKind;
 use meshweave_dsl::trace::file::TraceWriter;
 use meshweave_dsl::trace::{NO_EXPERT, TraceShape};
 use meshweave_runtime::executor::Session as Execution;
+use serde::{Deserialize, Serialize};
 
 use super::place::trace_error;
 use super::placed::Relabeling;
-use super::runtime_error;
+use super::tally::numbers;
 use crate::error::{Error, Result};
 
 /// Writes a trace while a program runs.
+#[derive(Serialize, Deserialize)]
 pub(super) struct Recorder {
+    path: PathBuf,
+    model: String,
     /// The chosen experts of every layer, `[batch, seq, choice]`.
     tensors: Vec<String>,
     shape: TraceShape,
-    writer: TraceWriter<File>,
-    relabeling: Option<Relabeling>,
+    /// Of the process that writes, once it has begun.
+    #[serde(skip)]
+    writer: Option<TraceWriter<File>>,
 }
 
 /// Makes the experts that every layer chooses outputs of the graph.
@@ -79,47 +84,43 @@ pub(super) fn add_outputs(graph: &mut Graph) -> Result<(Vec<String>, TraceShape)
 }
 
 impl Recorder {
-    /// Begins the trace of `model` at `path`.
-    ///
-    /// # Errors
-    /// The file cannot be made.
-    pub fn new(
-        path: &Path,
-        (tensors, shape): (Vec<String>, TraceShape),
-        model: &str,
-        relabeling: Option<Relabeling>,
-    ) -> Result<Self> {
-        let file = File::create(path).map_err(|error| {
-            Error::plain(
-                Class::Exhausted,
-                format!("cannot write {}: {error}", path.display()),
-            )
-        })?;
-        let writer = TraceWriter::new(file, shape, Some(model.to_owned()), false);
-        Ok(Self {
+    /// The recording of `model` at `path`.
+    pub fn new(path: &Path, (tensors, shape): (Vec<String>, TraceShape), model: &str) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            model: model.to_owned(),
             tensors,
             shape,
-            writer: writer.map_err(trace_error)?,
-            relabeling,
-        })
+            writer: None,
+        }
+    }
+
+    /// Begins the file.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn open(&mut self) -> Result<()> {
+        let file = File::create(&self.path).map_err(|error| {
+            Error::plain(
+                Class::Exhausted,
+                format!("cannot write {}: {error}", self.path.display()),
+            )
+        })?;
+        let model = Some(self.model.clone());
+        let writer = TraceWriter::new(file, self.shape, model, false);
+        self.writer = Some(writer.map_err(trace_error)?);
+        Ok(())
     }
 
     /// Adds all tokens of the last step, experts by the model's own numbers.
     ///
     /// # Errors
     /// The execution lacks the outputs, or nothing can be written.
-    pub fn record(&mut self, execution: &Execution) -> Result<()> {
-        let layers = self.tensors.iter().map(|name| {
-            let chosen = execution.get(name).map_err(runtime_error)?;
-            let experts = chosen.as_i32().map(<[i32]>::to_vec);
-            experts.ok_or_else(|| {
-                Error::plain(
-                    Class::Internal,
-                    format!("`{name}` holds no numbers of experts"),
-                )
-            })
-        });
-        let layers: Vec<Vec<i32>> = layers.collect::<Result<_>>()?;
+    pub fn record(&mut self, execution: &Execution, relabeling: Option<&Relabeling>) -> Result<()> {
+        let layers = numbers(execution, &self.tensors)?;
+        let Some(writer) = &mut self.writer else {
+            return Ok(());
+        };
         let top_k = self.shape.top_k;
         let n_tokens = layers.first().map_or(0, |layer| layer.len() / top_k);
         let mut choices = Vec::with_capacity(self.shape.slots());
@@ -128,7 +129,7 @@ impl Recorder {
             for (layer_idx, layer) in layers.iter().enumerate() {
                 for position in layer.iter().skip(token * top_k).take(top_k) {
                     let position = usize::try_from(*position).ok();
-                    let expert = match &self.relabeling {
+                    let expert = match relabeling {
                         Some(relabeling) => {
                             position.and_then(|position| relabeling.expert(layer_idx, position))
                         }
@@ -138,16 +139,17 @@ impl Recorder {
                     choices.push(expert.unwrap_or(NO_EXPERT));
                 }
             }
-            self.writer.push(&choices, None).map_err(trace_error)?;
+            writer.push(&choices, None).map_err(trace_error)?;
         }
         Ok(())
     }
 
-    /// Ends the trace; the number of its tokens.
+    /// Ends the trace; the number of its tokens, where this process wrote it.
     ///
     /// # Errors
     /// Nothing can be written.
-    pub fn finish(self) -> Result<usize> {
-        self.writer.finish().map_err(trace_error)
+    pub fn finish(self) -> Result<Option<usize>> {
+        let writer = self.writer.map(TraceWriter::finish);
+        writer.transpose().map_err(trace_error)
     }
 }

@@ -9,7 +9,6 @@ use meshweave_compiler::partition::Keep;
 use meshweave_compiler::resolve::{Init, Job};
 use meshweave_compiler::show::{perfetto, report};
 use meshweave_dsl::diagnostics::Class;
-use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
 use meshweave_runtime::device::cuda::{Cuda, Precision};
@@ -20,19 +19,17 @@ use meshweave_runtime::{artifact, signals};
 
 use super::calibrate::{Origin, calibrated};
 use super::evidence::Evidence;
+use super::experts::{Asked, Experts};
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
-use super::place::placed_by_routes;
-use super::placed::Relabeling;
-use super::rebalance::{Rebalancer, Rhythm};
+use super::rebalance::Rhythm;
 use super::render::{plan_summary, seconds};
-use super::routes::{self, Recorder};
 use super::train::{Progress, Training, data_source};
 use super::{Format, launch, runtime_error, write_atomically};
 use crate::compile::{CompileOptions, Compiled, target_features};
 use crate::error::{Error, Result};
 use crate::report::{Shown, predicted_timeline, report_input};
-use crate::session::{Model, Session};
+use crate::session::Session;
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -57,9 +54,13 @@ pub struct RunArgs {
     /// Put experts on the devices that this placement of `meshweave place` gives them (documents only).
     #[arg(long, conflicts_with = "checkpoint")]
     placement: Option<PathBuf>,
-    /// Every so many steps, exchange experts between devices so that these have equal loads (documents
-    /// with experts). Losses do not change.
-    #[arg(long, conflicts_with_all = ["routes", "placement", "checkpoint"], value_parser = clap::value_parser!(u64).range(1..))]
+    /// What part of its expert's load each replica takes, as written by `meshweave place --shares`; even
+    /// parts without.
+    #[arg(long, requires = "placement")]
+    shares: Option<PathBuf>,
+    /// Every so many steps, exchange experts between devices so that these have equal loads, or share the
+    /// load anew among replicas (documents with experts). Losses do not change.
+    #[arg(long, conflicts_with = "checkpoint", value_parser = clap::value_parser!(u64).range(1..))]
     rebalance: Option<u64>,
     /// Experts that may move each time.
     #[arg(long, default_value_t = 8, requires = "rebalance")]
@@ -114,9 +115,7 @@ struct Prepared {
     init: Init,
     data: Option<PathBuf>,
     origin: Option<Origin>,
-    routes: Option<Recorder>,
-    relabeling: Option<Relabeling>,
-    rebalancer: Option<Rebalancer>,
+    experts: Experts,
 }
 
 /// Runs a document or an artifact.
@@ -153,20 +152,15 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
     let data = data_source(prepared.execution.program(), path)?;
     let n_steps = args.job.steps.unwrap_or(prepared.n_steps);
     let mut training = Training::new(&args.job, data, &mut prepared.execution)?;
-    if let Some(relabeling) = &prepared.relabeling {
-        relabeling.apply(&mut prepared.execution)?;
-    }
+    let experts = std::mem::take(&mut prepared.experts);
+    training.place(experts, &mut prepared.execution)?;
     let mut outcome = Outcome::default();
     if let Some(origin) = prepared.origin.as_ref().filter(|_| args.verify) {
         let data = training.data();
         let evidence = Evidence::take(&mut prepared.execution, data, &mut outcome)?;
         outcome.errors = Some(evidence.errors(origin.model.whole())?);
-        if let Some(recorder) = &mut prepared.routes {
-            recorder.record(&prepared.execution)?;
-        }
+        training.after_step(&mut prepared.execution)?;
     }
-    training.record(prepared.routes.take());
-    training.rebalance(prepared.rebalancer.take());
     let progress = match format {
         Format::Text => Progress::Shown,
         Format::Json => Progress::Hidden,
@@ -174,18 +168,7 @@ pub fn run(args: &RunArgs, format: Format) -> Result<()> {
     training.steps(&mut prepared.execution, n_steps, progress, &mut outcome)?;
     outcome.arena_bytes = prepared.execution.arena_bytes();
     outcome.gpu = prepared.execution.gpu();
-    if let Some(n_tokens) = training.end_record()?
-        && format == Format::Text
-    {
-        eprintln!("recorded   the experts of {n_tokens} tokens (measured)");
-    }
-    if let Some((done, relabeling)) = training.end_rebalance() {
-        outcome.rebalanced = Some(done);
-        prepared.relabeling = Some(relabeling);
-    }
-    if let Some(relabeling) = &prepared.relabeling {
-        relabeling.undo(&mut prepared.execution)?;
-    }
+    outcome.experts = training.settle(&mut prepared.execution)?;
     training.end(&prepared.execution, &args.job)?;
     let program = prepared.execution.program();
     if let Some(path) = &args.job.trace {
@@ -263,19 +246,10 @@ fn start(folder: &Path, gpu: Option<Cuda>, options: &SessionOptions) -> Result<E
 
 /// Runs every rank as a process of its own, started by MPI's launcher.
 fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
-    for (given, flag) in [
-        (args.routes.is_some(), "--routes"),
-        (args.placement.is_some(), "--placement"),
-        (args.rebalance.is_some(), "--rebalance"),
-    ] {
-        if given {
-            let message = format!("{flag} is for ranks that are threads");
-            return Err(Error::plain(Class::Unsupported, message).help("leave out `--backend mpi`"));
-        }
-    }
     let mut flags = args.job.clone();
     let folder = temporary_folder()?;
     let mut origin = None;
+    let mut experts = Experts::default();
     let artifact = if args.input.is_dir() {
         needs_document(args)?;
         args.input.clone()
@@ -298,6 +272,7 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
             };
         }
         origin = Some(made.origin);
+        experts = made.experts;
         path
     };
     // What the document is needed for is done here, from what the processes leave beside the artifact.
@@ -307,9 +282,16 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
         PathBuf::from(path)
     };
     let (outcome, evidence) = (beside(".outcome"), beside(".evidence"));
+    let asked = beside(".experts");
     let mut more: Vec<OsString> = Vec::new();
     if origin.is_some() {
         more.extend(["--outcome".into(), outcome.clone().into_os_string()]);
+    }
+    if !experts.is_idle() {
+        let text = serde_json::to_string(&experts);
+        let text = text.map_err(|error| Error::plain(Class::Internal, error))?;
+        write_atomically(&asked, text.as_bytes())?;
+        more.extend(["--experts".into(), asked.clone().into_os_string()]);
     }
     if args.verify {
         more.extend(["--evidence".into(), evidence.clone().into_os_string()]);
@@ -341,7 +323,7 @@ fn as_processes(args: &RunArgs, format: Format) -> Result<()> {
         let whole = origin.model.whole();
         measured.errors = Some(Evidence::read(&evidence, whole)?.errors(whole)?);
     }
-    for path in [outcome, evidence] {
+    for path in [outcome, evidence, asked] {
         // Beside an artifact that is kept, these are not.
         let _ = std::fs::remove_file(path);
     }
@@ -406,9 +388,7 @@ fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
         init,
         data: None,
         origin: None,
-        routes: None,
-        relabeling: None,
-        rebalancer: None,
+        experts: Experts::default(),
     })
 }
 
@@ -416,9 +396,7 @@ fn from_artifact(args: &RunArgs, gpu: Option<Cuda>) -> Result<Prepared> {
 struct Made {
     origin: Origin,
     init: Init,
-    routes: Option<Recorder>,
-    relabeling: Option<Relabeling>,
-    rebalancer: Option<Rebalancer>,
+    experts: Experts,
 }
 
 /// The way of every document: what runs is what was written and read back.
@@ -428,9 +406,7 @@ fn from_document(args: &RunArgs, gpu: Option<Cuda>, format: Format) -> Result<Pr
     let Made {
         origin,
         init,
-        routes,
-        relabeling,
-        rebalancer,
+        experts,
     } = make_artifact(args, &path, gpu.as_ref().map(Cuda::target), format)?;
     Ok(Prepared {
         execution: start(&path, gpu, &options(args, &init))?,
@@ -438,71 +414,30 @@ fn from_document(args: &RunArgs, gpu: Option<Cuda>, format: Format) -> Result<Pr
         init,
         data: origin.session.request.data.clone(),
         origin: Some(origin),
-        routes,
-        relabeling,
-        rebalancer,
+        experts,
     })
 }
 
 fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format) -> Result<Made> {
-    let session = Session::open(&args.input, args.cluster.as_deref())?;
+    let mut session = Session::open(&args.input, args.cluster.as_deref())?;
     let init = args
         .job
         .init()?
         .unwrap_or_else(|| session.request.init.clone());
+    let asked = Asked {
+        placement: args.placement.as_deref(),
+        shares: args.shares.as_deref(),
+        routes: args.routes.as_deref(),
+        rhythm: args.rebalance.map(|every| Rhythm {
+            every: usize::try_from(every).unwrap_or(usize::MAX),
+            moves: args.moves,
+        }),
+    };
+    let placement = asked.placement(&mut session)?;
     let mut model = session.model()?;
-    let rebalances = args.rebalance.is_some();
-    let recorded = match &args.routes {
-        _ if rebalances && model.stages.is_some() => {
-            return Err(Error::plain(
-                Class::Unsupported,
-                "the experts of a pipeline do not change places while it runs yet",
-            )
-            .help("remove --rebalance, or the `pipeline` block"));
-        }
-        Some(_) if model.stages.is_some() => {
-            return Err(Error::plain(
-                Class::Unsupported,
-                "the routes of a pipeline are not recorded yet",
-            )
-            .help("record without the `pipeline` block; losses and routes are the same"));
-        }
-        Some(path) => Some((path, routes::add_outputs(&mut model.graph)?)),
-        None => None,
-    };
-    let chosen = if rebalances {
-        routes::add_outputs(&mut model.graph)?.0
-    } else {
-        Vec::new()
-    };
+    let observed = asked.observed(&session, &mut model)?;
     let solution = session.plan(&model)?;
-    let rebalancer = match args.rebalance {
-        Some(every) => {
-            let rhythm = Rhythm {
-                every: usize::try_from(every).unwrap_or(usize::MAX),
-                moves: args.moves,
-            };
-            let (relabeling, n_devices) = Relabeling::in_order(&model.graph, &solution.plan)?;
-            Some(Rebalancer::new(rhythm, chosen, n_devices, relabeling))
-        }
-        None => None,
-    };
-    let relabeling = match (&args.placement, &session.request.experts.routes) {
-        (Some(path), _) => Some(Relabeling::read(path, &model.graph, &solution.plan)?),
-        (None, Some(trace)) if !rebalances => {
-            Some(placed_by_document(trace, &session, &model, &solution.plan)?)
-        }
-        _ => None,
-    };
-    let routes = match recorded {
-        Some((path, routes)) => Some(Recorder::new(
-            path,
-            routes,
-            &session.request.name,
-            relabeling.clone(),
-        )?),
-        None => None,
-    };
+    let experts = asked.experts(&session, &model, &solution.plan, placement, observed)?;
     if format == Format::Text {
         eprint!("{}", plan_summary(&session.request, &solution));
         if let Some(choice) = &session.choice {
@@ -549,22 +484,8 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
     Ok(Made {
         origin,
         init,
-        routes,
-        relabeling,
-        rebalancer,
+        experts,
     })
-}
-
-/// The experts where the routes of the document's `experts` block put them.
-fn placed_by_document(
-    trace: &Path,
-    session: &Session,
-    model: &Model,
-    plan: &Plan,
-) -> Result<Relabeling> {
-    let (_, n_devices) = Relabeling::in_order(&model.graph, plan)?;
-    let placement = placed_by_routes(trace, n_devices, &session.request.cluster)?;
-    Relabeling::of(&placement, trace, &model.graph, plan)
 }
 
 fn n_steps(job: &Job) -> usize {

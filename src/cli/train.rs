@@ -19,11 +19,9 @@ use meshweave_runtime::executor::{Drill, Session as Execution};
 use meshweave_runtime::signals;
 use serde::{Deserialize, Serialize};
 
+use super::experts::{Experts, Settled};
 use super::job::JobArgs;
 use super::outcome::Outcome;
-use super::placed::Relabeling;
-use super::rebalance::{Rebalanced, Rebalancer};
-use super::routes::Recorder;
 use super::runtime_error;
 use crate::error::{Error, Result};
 
@@ -126,8 +124,7 @@ pub(super) struct Training {
     kept_at: Option<usize>,
     /// Whether the ranks are processes, which have to agree.
     shared: bool,
-    routes: Option<Recorder>,
-    rebalancer: Option<Rebalancer>,
+    experts: Experts,
 }
 
 /// What a process says of itself after each step.
@@ -184,32 +181,33 @@ impl Training {
             shared: execution.ranks().len() < execution.program().ranks.len(),
             data,
             order,
-            routes: None,
-            rebalancer: None,
+            experts: Experts::default(),
         })
     }
 
-    /// Records the routes of further steps.
-    pub(super) fn record(&mut self, routes: Option<Recorder>) {
-        self.routes = routes;
-    }
-
-    /// Ends the recording, if there is one; the number of its tokens.
+    /// Brings the experts to where further steps have them.
     ///
     /// # Errors
-    /// Nothing can be written.
-    pub(super) fn end_record(&mut self) -> Result<Option<usize>> {
-        self.routes.take().map(Recorder::finish).transpose()
+    /// Those of [`Experts::begin`].
+    pub(super) fn place(&mut self, experts: Experts, execution: &mut Execution) -> Result<()> {
+        self.experts = experts;
+        self.experts.begin(execution)
     }
 
-    /// Moves experts between further steps.
-    pub(super) fn rebalance(&mut self, rebalancer: Option<Rebalancer>) {
-        self.rebalancer = rebalancer;
+    /// What follows a step that was run elsewhere.
+    ///
+    /// # Errors
+    /// Those of [`Experts::after_step`].
+    pub(super) fn after_step(&mut self, execution: &mut Execution) -> Result<()> {
+        self.experts.after_step(execution)
     }
 
-    /// Ends the moving, if there is any: what was done, and where the experts are.
-    pub(super) fn end_rebalance(&mut self) -> Option<(Rebalanced, Relabeling)> {
-        self.rebalancer.take().map(Rebalancer::finish)
+    /// Ends what was done with experts.
+    ///
+    /// # Errors
+    /// Those of [`Experts::end`].
+    pub(super) fn settle(&mut self, execution: &mut Execution) -> Result<Settled> {
+        std::mem::take(&mut self.experts).end(execution)
     }
 
     /// The data.
@@ -246,12 +244,7 @@ impl Training {
             let start = Instant::now();
             let timeline = execution.step().map_err(runtime_error)?;
             outcome.step_s.push(start.elapsed().as_secs_f64());
-            if let Some(recorder) = &mut self.routes {
-                recorder.record(execution)?;
-            }
-            if let Some(rebalancer) = &mut self.rebalancer {
-                rebalancer.after_step(execution)?;
-            }
+            self.experts.after_step(execution)?;
             if has_loss {
                 let loss = execution.loss().map_err(runtime_error)?;
                 if !loss.is_finite() {
@@ -270,6 +263,8 @@ impl Training {
             outcome.dispatched_bytes.extend(dispatched);
             let context = timeline.context_bytes(execution.program());
             outcome.context_bytes.extend(context);
+            let copied = timeline.copied_bytes(execution.program());
+            outcome.copied_bytes.extend(copied);
             let best = outcome.timeline.as_ref();
             if self.shared || best.is_none_or(|best| timeline.step_s() < best.step_s()) {
                 outcome.timeline = Some(timeline);

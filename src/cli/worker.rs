@@ -4,7 +4,7 @@
 //! one report, from the rank that knows, and the end of all processes.
 //! Invariant: nothing runs before all processes have agreed on what to run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,8 +25,10 @@ use meshweave_runtime::rendezvous::{self, Roster, Ticket};
 use meshweave_runtime::{artifact, signals};
 
 use super::evidence::Evidence;
+use super::experts::Experts;
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
+use super::place::unreadable;
 use super::train::{Progress, Training, data_source};
 use super::{Format, report, runtime_error, write_atomically};
 use crate::error::{Error, Result};
@@ -42,6 +44,9 @@ pub struct WorkerArgs {
     /// Write what the first step began with and gave here, for the process that started the job.
     #[arg(long, hide = true)]
     evidence: Option<PathBuf>,
+    /// What to do with the experts, from the process that started the job.
+    #[arg(long, hide = true)]
+    experts: Option<PathBuf>,
     #[command(flatten)]
     job: JobArgs,
 }
@@ -204,6 +209,14 @@ fn load(args: &WorkerArgs, n_found: usize) -> Result<(Loaded, Vec<(String, Strin
     Ok((loaded, identity))
 }
 
+fn read_experts(path: &Path) -> Result<Experts> {
+    let text = std::fs::read_to_string(path).map_err(|error| unreadable(path, error))?;
+    serde_json::from_str(&text).map_err(|error| {
+        let message = format!("{} says nothing of experts: {error}", path.display());
+        Error::plain(Class::Internal, message)
+    })
+}
+
 fn train(
     args: &WorkerArgs,
     execution: &mut Execution,
@@ -213,6 +226,9 @@ fn train(
 ) -> Result<()> {
     let speaks = rank == 0;
     let mut training = Training::new(&args.job, data, execution)?;
+    if let Some(path) = &args.experts {
+        training.place(read_experts(path)?, execution)?;
+    }
     let progress = if speaks && format == Format::Text {
         Progress::Shown
     } else {
@@ -224,6 +240,7 @@ fn train(
         if speaks {
             evidence.write(path)?;
         }
+        training.after_step(execution)?;
     }
     training.steps(
         execution,
@@ -231,6 +248,7 @@ fn train(
         progress,
         &mut outcome,
     )?;
+    outcome.experts = training.settle(execution)?;
     training.end(execution, &args.job)?;
     gather(execution, &mut outcome)?;
     if !speaks {

@@ -211,6 +211,7 @@ fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
         | OpKind::TopK { .. }
         | OpKind::TopKGrad { .. }
         | OpKind::MoeSlots { .. }
+        | OpKind::MoePlaces(_)
         | OpKind::MoeDispatch(_)
         | OpKind::MoeCombine(_)
         | OpKind::MoeGateGrad(_)

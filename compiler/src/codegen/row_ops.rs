@@ -289,6 +289,7 @@ impl Lowering<'_> {
             | OpKind::TopK { .. }
             | OpKind::TopKGrad { .. }
             | OpKind::MoeSlots { .. }
+            | OpKind::MoePlaces(_)
             | OpKind::MoeDispatch(_)
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)

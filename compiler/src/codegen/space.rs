@@ -142,6 +142,7 @@ impl Space {
             | OpKind::TopK { .. }
             | OpKind::TopKGrad { .. }
             | OpKind::MoeSlots { .. }
+            | OpKind::MoePlaces(_)
             | OpKind::MoeDispatch(_)
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)

@@ -212,7 +212,16 @@ impl Backward {
                 Ok(())
             }
             // The ranks of assignments are integers.
-            (OpKind::MoeSlots { .. } | OpKind::MoeCounts(_), ..) => Ok(()),
+            (OpKind::MoeSlots { .. } | OpKind::MoePlaces(_) | OpKind::MoeCounts(_), ..) => Ok(()),
+            // What is copied comes back as a sum.
+            (OpKind::MoeMove(moved), &[rows, at, seat, to, to_seat], _) if moved.weights => {
+                let mut back = moved.clone();
+                std::mem::swap(&mut back.from, &mut back.dims.choice);
+                back.dims.capacity = self.size(rows, &back.dims.slot)?;
+                let inputs = [dy, to, to_seat, at, seat];
+                let d = self.one(OpKind::MoeMove(back), &inputs, rows)?;
+                self.contribute(rows, d)
+            }
             // Second derivatives of these, updates, and ops of one rank's part of a graph.
             (
                 OpKind::RmsNormGrad { .. }

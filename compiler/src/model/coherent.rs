@@ -130,6 +130,7 @@ impl Model<'_> {
                     dims: to,
                     from: "seat".into(),
                     stays: false,
+                    weights: false,
                     over: None,
                 });
                 let inputs = [h, seats.expert, seats.slot, expert, slot];
@@ -156,6 +157,7 @@ impl Model<'_> {
                 dims: routes("seat", n_experts, capacity),
                 from: "seat".into(),
                 stays: true,
+                weights: false,
                 over: None,
             });
             let inputs = [rows, seat_expert, standing, seat_expert, seat_slot];
@@ -166,6 +168,7 @@ impl Model<'_> {
             dims: routes("seat", n_experts, capacity),
             from: choice.into(),
             stays: moe.top_k == 1,
+            weights: false,
             over: None,
         });
         let inputs = [out, expert, slot, seat_expert, seat_slot, gate];

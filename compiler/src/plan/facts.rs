@@ -4,7 +4,7 @@
 //! op on local types.
 //! Invariant: the ops before `n_forward` are those of the forward phase, as in partitioning.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
@@ -12,6 +12,7 @@ use meshweave_dsl::layout::Layout;
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{MoeDims, OpKind};
 
+use super::copies::Copies;
 use super::cost::{Traffic, fragment_seconds, matmul_op_seconds, traffic_seconds};
 use super::grid::Grid;
 
@@ -30,6 +31,8 @@ pub struct Facts {
     pub is_saved: Vec<bool>,
     /// Part of the rows of every tensor that tokens fill; 1 where there are no rows.
     pub shares: Vec<f64>,
+    /// What moves of weights to replicas send, by their results.
+    copies: BTreeMap<TensorId, Copies>,
 }
 
 impl Facts {
@@ -98,6 +101,11 @@ impl Facts {
             is_fused,
             is_gradient,
             shares: row_shares(graph),
+            copies: graph
+                .ops
+                .iter()
+                .filter_map(|op| Some((*op.results.first()?, Copies::of(graph, op)?)))
+                .collect(),
             is_saved,
         }
     }
@@ -123,11 +131,14 @@ impl Facts {
         if moved.stays {
             return 0.0;
         }
+        let copies = self.copies.get(result);
         let n_bytes = self.shares[result.index()] * local.n_bytes() as f64;
         let axes = grid.axes.iter();
         let crossed = axes.filter(|axis| rows.axes_of(&moved.dims.expert).contains(&axis.axis));
-        let seconds = crossed
-            .map(|axis| traffic_seconds(Traffic::AllToAll, n_bytes, axis.group, &grid.cluster));
+        let seconds = crossed.map(|axis| {
+            let n_bytes = n_bytes * copies.map_or(1.0, |copies| copies.share(axis.group.n_ranks));
+            traffic_seconds(Traffic::AllToAll, n_bytes, axis.group, &grid.cluster)
+        });
         seconds.sum()
     }
 

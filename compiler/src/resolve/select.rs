@@ -115,7 +115,7 @@ impl<'a> Scene<'a> {
                     kinds.insert((&dims.expert, &dims.slot));
                     filled.extend(&op.results);
                 }
-                OpKind::MoeMove(moved) => {
+                OpKind::MoeMove(moved) if !moved.weights => {
                     kinds.insert((&moved.dims.expert, &moved.dims.slot));
                 }
                 _ => {}

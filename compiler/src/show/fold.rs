@@ -89,6 +89,7 @@ pub(super) fn category(kind: &OpKind) -> Category {
         | OpKind::TopK { .. }
         | OpKind::TopKGrad { .. }
         | OpKind::MoeSlots { .. }
+        | OpKind::MoePlaces(_)
         | OpKind::MoeDispatch(_)
         | OpKind::MoeCombine(_)
         | OpKind::MoeGateGrad(_)

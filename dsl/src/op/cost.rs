@@ -72,6 +72,7 @@ impl OpKind {
             | Self::Concat { .. }
             | Self::TopKGrad { .. }
             | Self::MoeSlots { .. }
+            | Self::MoePlaces(_)
             | Self::MoeCounts(_)
             | Self::MoeMove(_)
             | Self::AllGather { .. }

@@ -380,6 +380,17 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
             has(expert, choice)?;
             one(expert.clone())
         }
+        OpKind::MoePlaces(places) => {
+            let [expert, slot, turns] = take(inputs)?;
+            is_index(expert)?;
+            is_index(turns)?;
+            has(expert, &places.seq)?;
+            has(expert, &places.choice)?;
+            has(turns, &places.expert)?;
+            has(turns, &places.turn)?;
+            same_shape("the slots", &slot.shape, &expert.shape)?;
+            one(expert.clone())
+        }
         OpKind::MoeDispatch(dims) => {
             let (x, rest) = inputs.split_first().ok_or("takes x, expert and slot")?;
             let expert = assignment(dims, rest)?;

@@ -125,6 +125,9 @@ impl OpKind {
                 rule.dims_except(&[dim, choice])
             }
             Self::MoeSlots { seq, choice, .. } => rule.dims_except(&[seq, choice]),
+            Self::MoePlaces(places) => {
+                rule.dims_except(&[&places.seq, &places.choice, &places.expert, &places.turn])
+            }
             Self::MoeDispatch(dims) | Self::MoeCombine(dims) | Self::MoeGateGrad(dims) => {
                 // Slots are ranks within whole sequences, so a part of a sequence fills its own slots
                 // (the others are 0 and summed) and reads its own outputs.
@@ -140,8 +143,28 @@ impl OpKind {
                 factors
             }
             // Along the experts, rows are exchanged within the op.
-            Self::MoeMove(MoeMove { dims, from, .. }) => {
-                rule.dims_except(&[&dims.choice, from, &dims.seq, &dims.slot])
+            Self::MoeMove(MoeMove {
+                dims,
+                from,
+                weights,
+                ..
+            }) => {
+                let mut factors = rule.dims_except(&[&dims.choice, from, &dims.seq, &dims.slot]);
+                // Sums of gradients may come home before they are complete.
+                if *weights {
+                    let mut spreads = vec![Spread::Whole; inputs.len()];
+                    if let Some(rows) = spreads.first_mut() {
+                        *rows = Spread::Partial(ReduceKind::Sum);
+                    }
+                    factors.push(Factor {
+                        name: PARTIAL_FACTOR.into(),
+                        size: usize::MAX,
+                        even: false,
+                        inputs: spreads,
+                        results: vec![Spread::Partial(ReduceKind::Sum); results.len()],
+                    });
+                }
+                factors
             }
             Self::MoeCounts(dims) => rule.dims_except(&[&dims.seq, &dims.choice]),
             Self::AllGather { .. }

@@ -52,6 +52,18 @@ pub fn const_value(init: &ConstInit, ty: &TensorType) -> Result<Value> {
         ConstInit::RopeCos(table) => rope_table(table, ty, f64::cos),
         ConstInit::RopeSin(table) => rope_table(table, ty, f64::sin),
         ConstInit::Fill(element) => Ok(Value::full(ty.clone(), rounded(element.0, ty.dtype))),
+        ConstInit::Numbers(numbers) => {
+            if numbers.len() != ty.n_elements() {
+                return Err(ReferenceError::Invalid(format!(
+                    "{ty} has {} elements, {} numbers are given",
+                    ty.n_elements(),
+                    numbers.len()
+                )));
+            }
+            Ok(Value::from_fn(ty.clone(), |index| {
+                f64::from(numbers[index])
+            }))
+        }
         ConstInit::Iota { dim } => {
             if !ty.has(dim) {
                 return Err(ReferenceError::Invalid(format!(

@@ -96,6 +96,9 @@ pub fn evaluate_op(kind: &OpKind, inputs: &[&Value]) -> Result<Vec<Value>> {
             },
             [expert],
         ) => one(moe::slots(seq, choice, *n_experts, *capacity, expert)),
+        (OpKind::MoePlaces(places), [expert, slot, turns]) => {
+            one(moe::places(places, expert, slot, turns))
+        }
         (OpKind::MoeDispatch(dims), [x, expert, slot]) => {
             one(moe::dispatch(dims, x, expert, slot, None, ty))
         }
@@ -160,6 +163,7 @@ pub fn evaluate_op(kind: &OpKind, inputs: &[&Value]) -> Result<Vec<Value>> {
             | OpKind::TopK { .. }
             | OpKind::TopKGrad { .. }
             | OpKind::MoeSlots { .. }
+            | OpKind::MoePlaces(_)
             | OpKind::MoeDispatch(_)
             | OpKind::MoeCombine(_)
             | OpKind::MoeGateGrad(_)

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub(super) enum Moe {
     Slots(Slots),
+    Places(Places),
     Dispatch(Routes),
     Combine(Routes),
     GateGrad(Routes),
@@ -31,6 +32,20 @@ pub(super) struct Slots {
     assignments: Vec<[usize; 2]>,
     n_experts: usize,
     capacity: usize,
+}
+
+/// `(expert, slot, turns) -> place`.
+#[derive(Debug, Clone)]
+pub(super) struct Places {
+    /// First assignments of each group in expert, slot and place.
+    groups: Vec<[usize; 3]>,
+    /// Offsets of a group's assignments in expert, slot and place, in (token, choice) order.
+    assignments: Vec<[usize; 3]>,
+    n_choices: usize,
+    n_experts: usize,
+    expert_stride: usize,
+    n_turns: usize,
+    turn_stride: usize,
 }
 
 /// The places of every assignment.
@@ -91,6 +106,23 @@ impl Moe {
                     capacity: *capacity,
                 }))
             }
+            (OpKind::MoePlaces(dims), [expert, slot, turns], [place]) => {
+                let group = without(expert, &[&dims.seq, &dims.choice]);
+                let n_choices = size(expert, &dims.choice)?;
+                let within = [
+                    (dims.seq.clone(), size(expert, &dims.seq)?),
+                    (dims.choice.clone(), n_choices),
+                ];
+                Ok(Moe::Places(Places {
+                    groups: offsets(&group, [expert, slot, place]),
+                    assignments: offsets(&within, [expert, slot, place]),
+                    n_choices,
+                    n_experts: size(turns, &dims.expert)?,
+                    expert_stride: stride(turns, &dims.expert)?,
+                    n_turns: size(turns, &dims.turn)?,
+                    turn_stride: stride(turns, &dims.turn)?,
+                }))
+            }
             (OpKind::MoeDispatch(dims), [x, expert, slot, gate @ ..], [y]) => {
                 Routes::new(dims, expert, slot, gate.first(), x, y, y).map(Moe::Dispatch)
             }
@@ -130,6 +162,10 @@ impl Moe {
         unsafe {
             match self {
                 Moe::Slots(slots) => slots.run(inputs[0].cast(), results[0].cast()),
+                Moe::Places(places) => {
+                    let routes = [inputs[0], inputs[1], inputs[2]].map(|one| one.cast());
+                    places.run(routes, results[0].cast());
+                }
                 Moe::Dispatch(routes) => {
                     let gate = inputs.get(3).map(|gate| gate.cast());
                     routes.dispatch(
@@ -177,6 +213,38 @@ impl Slots {
                 }
                 // SAFETY: as above.
                 unsafe { *slot.add(slot_base + at_slot) = rank };
+            }
+        }
+    }
+}
+
+impl Places {
+    /// # Safety
+    /// As for [`super::Routine::run`].
+    unsafe fn run(&self, [expert, slot, turns]: [*const i32; 3], place: *mut i32) {
+        let mut first = vec![0usize; self.n_experts];
+        for [expert_base, slot_base, place_base] in &self.groups {
+            for (idx, [at_expert, at_slot, at_place]) in self.assignments.iter().enumerate() {
+                // SAFETY: an assignment of the group.
+                let (expert, rank) = unsafe {
+                    (
+                        *expert.add(expert_base + at_expert),
+                        *slot.add(slot_base + at_slot),
+                    )
+                };
+                let expert = local_index(expert, 0, self.n_experts);
+                let mut found = -1;
+                if let (Some(expert), Ok(rank)) = (expert, usize::try_from(rank)) {
+                    if rank == 0 {
+                        first[expert] = idx / self.n_choices;
+                    }
+                    let turn = (first[expert] + rank) % self.n_turns;
+                    let at = expert * self.expert_stride + turn * self.turn_stride;
+                    // SAFETY: an expert and a turn of the table.
+                    found = unsafe { *turns.add(at) };
+                }
+                // SAFETY: as above.
+                unsafe { *place.add(place_base + at_place) = found };
             }
         }
     }

@@ -5,7 +5,7 @@
 
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::name::Dim;
-use meshweave_dsl::op::{MoeDims, MoeMove, OpKind};
+use meshweave_dsl::op::{MoeDims, MoeMove, MoePlaces, OpKind};
 
 use super::super::value::{along, for_each_offset, sizes, strides_over};
 use super::super::{ReferenceError, Result, Value};
@@ -41,6 +41,49 @@ pub(super) fn slots(
                     result.data_mut()[at] = n_assigned[expert] as f64;
                 }
                 n_assigned[expert] += 1;
+            }
+        }
+    });
+    result
+}
+
+/// The replica of every assignment: `turns[expert, (first + slot) mod turns]`, where `first` is the
+/// token that took the expert's slot 0 in the same group.
+pub(super) fn places(dims: &MoePlaces, expert: &Value, slot: &Value, turns: &Value) -> Value {
+    let ty = expert.ty();
+    let batch: Vec<(Dim, usize)> = ty
+        .shape
+        .iter()
+        .filter(|(dim, _)| *dim != dims.seq && *dim != dims.choice)
+        .cloned()
+        .collect();
+    let batch_sizes: Vec<usize> = batch.iter().map(|(_, size)| *size).collect();
+    let names = || batch.iter().map(|(dim, _)| dim);
+    let strides = [strides_over(ty, names()), strides_over(slot.ty(), names())];
+    let strides_of = |ty: &TensorType| [along(ty, &dims.seq).1, along(ty, &dims.choice).1];
+    let (here, there) = (strides_of(ty), strides_of(slot.ty()));
+    let (n_seq, n_choices) = (along(ty, &dims.seq).0, along(ty, &dims.choice).0);
+    let (n_experts, expert_stride) = along(turns.ty(), &dims.expert);
+    let (n_turns, turn_stride) = along(turns.ty(), &dims.turn);
+    let mut result = Value::full(ty.clone(), -1.0);
+    for_each_offset(&batch_sizes, [&strides[0], &strides[1]], |[base, slots]| {
+        let mut first = vec![0; n_experts];
+        for token in 0..n_seq {
+            for choice in 0..n_choices {
+                let at = base + token * here[0] + choice * here[1];
+                let rank = slot.data()[slots + token * there[0] + choice * there[1]];
+                let Some(expert) = local_index(expert.data()[at], 0, n_experts) else {
+                    continue;
+                };
+                if rank < 0.0 {
+                    continue;
+                }
+                if rank == 0.0 {
+                    first[expert] = token;
+                }
+                let turn = (first[expert] + rank as usize) % n_turns;
+                let place = turns.data()[expert * expert_stride + turn * turn_stride];
+                result.data_mut()[at] = place;
             }
         }
     });
