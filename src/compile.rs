@@ -13,9 +13,12 @@ use meshweave_compiler::lower::{Lowered, lower};
 use meshweave_compiler::partition::{Keep, PartitionError, partition};
 use meshweave_compiler::pipeline::{PipelineError, lower_pipeline};
 use meshweave_compiler::simplify::{self, simplify_ranks};
+use meshweave_compiler::storage::Storage;
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::device_code::DeviceCode;
 use meshweave_dsl::diagnostics::Class;
+#[cfg(feature = "mlir")]
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::verify::{verify_local, verify_ranks};
 use meshweave_dsl::pipeline::PipelinePlan;
@@ -82,7 +85,7 @@ pub fn compile(
             .collect();
         emitted.push(("local".into(), texts.join("\n")));
     }
-    let kernels = generate(&fragments, &mut program, options, &mut emitted)?;
+    let kernels = generate(plan, &fragments, &mut program, options, &mut emitted)?;
     clock.lap("generate and link");
     let code = generate_gpu(&fragments, &program, options)?;
     clock.lap("generate for the GPU");
@@ -117,7 +120,7 @@ pub fn compile_pipeline(
     clock.lap("partition, simplify, fuse and lower");
     let mut emitted = Vec::new();
     let fragments = kernels;
-    let kernels = generate(&fragments, &mut program, options, &mut emitted)?;
+    let kernels = generate(plan, &fragments, &mut program, options, &mut emitted)?;
     clock.lap("generate and link");
     let code = generate_gpu(&fragments, &program, options)?;
     clock.lap("generate for the GPU");
@@ -179,6 +182,13 @@ fn lower_plan(
     }
     verify_ranks(&parts.locals).map_err(broken)?;
     clock.lap("verify");
+    if let Some(storage) = Storage::of(graph, plan.storage) {
+        let apply = |local: &Graph| {
+            let given = |id| local.ty(id).dtype;
+            storage.applied(local, given, |position| given(local.outputs[position]))
+        };
+        parts.locals = parts.locals.iter().map(apply).collect();
+    }
     let lowered = lower(graph, plan, &parts, cluster)
         .map_err(|error| Error::plain(Class::Internal, error))?;
     clock.lap("fuse and lower");
@@ -211,6 +221,7 @@ impl Clock {
 
 #[cfg(feature = "mlir")]
 fn generate(
+    plan: &Plan,
     kernels: &[Kernel],
     program: &mut Program,
     options: &CompileOptions,
@@ -218,6 +229,10 @@ fn generate(
 ) -> Result<Vec<u8>> {
     use meshweave_compiler::mlir;
 
+    if plan.storage != DType::F32 {
+        // The host computes in f32 alone; the runtime says so where such a program is to run there.
+        return Ok(Vec::new());
+    }
     let stages = mlir::Stage::all()
         .into_iter()
         .filter(|stage| options.emit.contains(&stage.to_string()));
@@ -300,6 +315,7 @@ fn mlir_error(error: meshweave_compiler::mlir::Error) -> Error {
 
 #[cfg(not(feature = "mlir"))]
 fn generate(
+    _plan: &Plan,
     _kernels: &[Kernel],
     _program: &mut Program,
     _options: &CompileOptions,

@@ -9,15 +9,20 @@ use meshweave_compiler::codegen::kernel::{
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::mlir::{self, GpuTarget};
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
+use meshweave_compiler::storage::Storage;
+use meshweave_dsl::dtype::DType;
 
 use crate::support::ptx::assemble;
 
-/// The kernels of a training step of the golden model.
-fn kernels(capacity_factor: Option<f64>) -> Vec<Kernel> {
+/// The kernels of a training step of the golden model, with activations of a type.
+fn kernels(capacity_factor: Option<f64>, dtype: DType) -> Vec<Kernel> {
     let size = GoldenSize::named("small").unwrap();
     let config = DecoderConfig::golden(&size, capacity_factor);
     let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
-    let graph = differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
+    let mut graph = differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap();
+    if let Some(storage) = Storage::of(&graph, dtype) {
+        graph = storage.applied(&graph, |id| graph.ty(id).dtype, |_| DType::F32);
+    }
     let mut kernels: Vec<Kernel> = Vec::new();
     for item in fuse(&graph).unwrap() {
         if let Item::Fragment(fragment) = item
@@ -35,8 +40,13 @@ fn kernels(capacity_factor: Option<f64>) -> Vec<Kernel> {
 #[test]
 fn a_training_step_assembles_without_spills() {
     for target in [GpuTarget::Sm80, GpuTarget::Sm90] {
-        for capacity_factor in [None, Some(2.0)] {
-            let kernels = kernels(capacity_factor);
+        for (capacity_factor, dtype) in [
+            (None, DType::F32),
+            (Some(2.0), DType::F32),
+            (None, DType::Bf16),
+            (Some(2.0), DType::Bf16),
+        ] {
+            let kernels = kernels(capacity_factor, dtype);
             let ptx = mlir::compile_ptx(&kernels, target, &[]).unwrap();
             let Some(all) = assemble(&ptx.text, target.chip()) else {
                 return;

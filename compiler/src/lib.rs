@@ -11,6 +11,7 @@ pub mod plan;
 pub mod placement;
 pub mod reshard;
 pub mod partition;
+pub mod storage;
 pub mod codegen;
 pub mod lower;
 pub mod cuda;

@@ -21,7 +21,7 @@ pub use link::link;
 pub use passes::{PASSES, PassEntry};
 pub use target::{GpuTarget, HostTarget};
 
-use crate::codegen::kernel::{Kernel, RowProgram};
+use crate::codegen::kernel::{Elem, Kernel, RowProgram};
 use crate::codegen::launch::Launch;
 
 /// What can go wrong between a kernel and its object.
@@ -124,6 +124,18 @@ pub fn compile(
     options: &CompileOptions,
 ) -> Result<HostObject, Error> {
     let (distinct, symbols) = distinct(kernels)?;
+    let is_narrow = |kernel: &&&Kernel| {
+        let mut args = kernel.program().args().iter();
+        args.any(|arg| arg.elem == Elem::Bf16)
+    };
+    if let Some(kernel) = distinct.iter().find(is_narrow) {
+        return Err(Error::Unsupported {
+            message: format!(
+                "`{}` loads or stores bf16, which kernels for hosts do not; take `dtype f32`, or a GPU",
+                kernel.name()
+            ),
+        });
+    }
     if distinct.is_empty() {
         return Ok(HostObject::default());
     }

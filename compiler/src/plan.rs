@@ -35,6 +35,7 @@ mod why;
 #[cfg(test)]
 mod tests;
 
+use crate::storage::stored;
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::cluster::Cluster;
@@ -139,10 +140,12 @@ pub fn search(
 ) -> Result<Solution, SearchError> {
     let start = std::time::Instant::now();
     let request = PlanRequest::new(cluster, directives, options);
-    let plan = match &directives.replay {
+    let graph = &*stored(graph, directives.storage);
+    let mut plan = match &directives.replay {
         Some(replayed) => replay(graph, &request, replayed)?,
         None => plan(graph, &request).map_err(|error| once_a_statement(error, directives))?,
     };
+    plan.storage = directives.storage.unwrap_or(plan.storage);
     let certificate = plan.certificate.clone();
     let certificate = certificate
         .ok_or_else(|| SearchError::Internal("a plan without its certificate".into()))?;

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::{Diagnostic, Sources, Span, has_errors};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::weave::ast::{
     Document, Exchanges, Header, Init as InitStatement, MemoryItem, OffloadTo, RecomputePolicy,
     Reference, Spanned, Statement,
@@ -52,6 +53,8 @@ pub struct Request {
     /// What the batch may be where it is left open, anything where nothing is listed; the job then has
     /// the witness, or the least of these.
     pub open_batch: Option<Vec<usize>>,
+    /// What activations and the operands of products are stored as.
+    pub storage: DType,
     /// What is asked of inference beyond its sizes.
     pub serving: Serving,
     pub init: Init,
@@ -239,6 +242,7 @@ fn request(
     let (mut job, mut init, mut data) = (None, Init::default(), None);
     let mut serving = Serving::default();
     let mut open_batch = None;
+    let mut storage = DType::F32;
     let mut solve = SolveLimits::default();
     let mut jobs: Vec<Span> = Vec::new();
     for statement in document.statements() {
@@ -247,6 +251,7 @@ fn request(
             Statement::Train(train) => {
                 jobs.push(span);
                 (job, open_batch) = job::resolve_train(train, span, step, diagnostics);
+                storage = job::storage(train);
             }
             Statement::Infer(infer) => {
                 jobs.push(span);
@@ -335,6 +340,7 @@ fn request(
         cluster,
         job,
         open_batch,
+        storage,
         serving,
         init,
         data,
@@ -546,8 +552,12 @@ fn refuse_mapping_statements(document: &Document, diagnostics: &mut Vec<Diagnost
                         "give it a value",
                     );
                 }
+                let types = match &statement.node {
+                    Statement::Train(_) => &["f32", "bf16"][..],
+                    _ => &["f32"],
+                };
                 for (key, what) in [
-                    ("dtype", "a type of the computation other than `f32` is"),
+                    ("dtype", ""),
                     ("tokens", "decoding is"),
                     ("ttft", "a target of latency is"),
                     ("tpot", "a target of latency is"),
@@ -556,9 +566,15 @@ fn refuse_mapping_statements(document: &Document, diagnostics: &mut Vec<Diagnost
                     let Some(setting) = job.get(key) else {
                         continue;
                     };
-                    let is_f32 = setting.value().and_then(|value| value.as_str()) == Some("f32");
-                    if !is_f32 {
+                    let word = setting.value().and_then(|value| value.as_str());
+                    if key != "dtype" {
                         refuse(setting.span, what, "remove it");
+                    } else if !word.is_some_and(|word| types.contains(&word)) {
+                        let what = format!(
+                            "a type of the computation other than `{}` is",
+                            types.join("` and `")
+                        );
+                        refuse(setting.span, &what, "remove it");
                     }
                 }
             }

@@ -18,7 +18,7 @@ pub use cost::ATTENTION_BLOCK_ROWS;
 pub use shape::OpError;
 pub use sharding::{Factor, PARTIAL_FACTOR, Spread};
 
-use crate::dtype::Scalar;
+use crate::dtype::{DType, Scalar};
 use crate::layout::{Interval, ReduceKind};
 use crate::name::{Axis, Dim};
 
@@ -45,6 +45,8 @@ pub enum UnaryFn {
     Scale(Scalar),
     /// x + c.
     Shift(Scalar),
+    /// x as another type of floats, rounded to the nearest (ties to even).
+    Cast(DType),
 }
 
 /// A function of two elements.
@@ -336,6 +338,7 @@ impl OpKind {
                 UnaryFn::GeluTanh => "gelu_tanh",
                 UnaryFn::Scale(_) => "scale",
                 UnaryFn::Shift(_) => "shift",
+                UnaryFn::Cast(_) => "cast",
             },
             Self::Binary(function) => match function {
                 BinaryFn::Add => "add",

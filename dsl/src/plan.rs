@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::dtype::DType;
 use crate::graph::{Graph, Op, OpId, TensorId, TensorType};
 use crate::layout::{Layout, Mesh};
 use crate::name::{Axis, Dim};
@@ -85,9 +86,21 @@ pub struct Plan {
     /// The layout in which each source (input, parameter, state, constant) is kept between steps;
     /// replicated where absent. Updated values return to it.
     pub sources: BTreeMap<TensorId, Layout>,
+    /// What activations and the operands of products are stored as. Sources, gradients of parameters
+    /// and what the optimizer computes with are f32 whatever it is.
+    #[serde(default = "f32_storage", skip_serializing_if = "is_f32_storage")]
+    pub storage: DType,
     /// How good it is, where a search made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<Certificate>,
+}
+
+fn f32_storage() -> DType {
+    DType::F32
+}
+
+fn is_f32_storage(storage: &DType) -> bool {
+    *storage == DType::F32
 }
 
 /// What is known about how good a plan is.
@@ -196,6 +209,7 @@ impl Plan {
             mesh,
             placements: vec![Placement::default(); graph.ops.len()],
             sources: BTreeMap::new(),
+            storage: DType::F32,
             certificate: None,
         }
     }

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use libloading::Library;
 use meshweave_dsl::device_code::{DEVICE_CODE_VERSION, DeviceCode};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::{PROGRAM_VERSION, Program};
 use serde::{Deserialize, Serialize};
 
@@ -244,6 +245,14 @@ pub fn load_kernels(program: &Program, object: &[u8]) -> Result<KernelTable> {
 }
 
 fn open(program: &Program, path: &Path) -> Result<KernelTable> {
+    let mut buffers = program.ranks.iter().flat_map(|rank| &rank.buffers);
+    if let Some(narrow) = buffers.find(|buffer| buffer.ty.dtype == DType::Bf16) {
+        return Err(Error::Unsupported(format!(
+            "the program stores `{}` as {}, which hosts do not compute with; run it on a GPU \
+             (`--backend cuda`), or compile with `dtype f32`",
+            narrow.name, narrow.ty.dtype
+        )));
+    }
     let damaged =
         |what: String| Error::Invalid(format!("kernels {}: {what}; compile again", path.display()));
     // SAFETY: the object is the compiler's own output (its hash was checked, or it was just made); it

@@ -109,6 +109,7 @@ pub(super) fn print(
                     "name": gpu.name,
                     "contractions": {"library": gpu.n_by_library, "generated": gpu.n_generated},
                     "other_bytes": gpu.other_bytes,
+                    "host_bytes": gpu.host_bytes,
                 })),
                 "errors": outcome.errors,
                 "report": written.report,

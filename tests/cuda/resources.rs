@@ -85,10 +85,11 @@ fn intensity(entry: &str, source: &str) -> Option<f64> {
 type Case = (String, Action, Vec<Buffer>, Precision);
 
 fn contractions(cases: &mut Vec<Case>) {
-    for (name, dtype, precision) in [
-        ("f32", DType::F32, Precision::F32),
-        ("tf32", DType::F32, Precision::Tf32),
-        ("bf16", DType::Bf16, Precision::F32),
+    for (name, dtype, sums, precision) in [
+        ("f32", DType::F32, DType::F32, Precision::F32),
+        ("tf32", DType::F32, DType::F32, Precision::Tf32),
+        ("bf16", DType::Bf16, DType::Bf16, Precision::F32),
+        ("bf16+=f32", DType::Bf16, DType::F32, Precision::F32),
     ] {
         let (m, n, k) = (8192, 5632, 2048);
         for (order, a, b) in [
@@ -99,8 +100,8 @@ fn contractions(cases: &mut Vec<Case>) {
             let index = |size, a, b, c| ContractIndex { size, a, b, c };
             let mut device = Device::default();
             let mut buffer =
-                |rows, columns| device.declare(&ty(dtype, &[("x", rows), ("y", columns)]));
-            let ids = [buffer(m, k), buffer(k, n), buffer(m, n)];
+                |dtype, rows, columns| device.declare(&ty(dtype, &[("x", rows), ("y", columns)]));
+            let ids = [buffer(dtype, m, k), buffer(dtype, k, n), buffer(sums, m, n)];
             let action = Action::Contract {
                 a: ids[0],
                 b: ids[1],
@@ -110,7 +111,8 @@ fn contractions(cases: &mut Vec<Case>) {
                     index(n, 0, b[0], 1),
                     index(k, a[1], b[1], 0),
                 ],
-                accumulate: false,
+                // Gradients of parameters are summed in f32.
+                accumulate: sums != dtype,
             };
             cases.push((format!("{order} {name}"), action, device.buffers, precision));
         }
@@ -176,14 +178,16 @@ fn attentions(cases: &mut Vec<Case>) {
     }
 }
 
-fn routines(cases: &mut Vec<Case>) {
+/// Routines over features of a type; scores and gates are f32.
+fn routines(cases: &mut Vec<Case>, features: DType) {
+    let wide = |shape: &[(&str, usize)]| ty(features, shape);
     let f32 = |shape: &[(&str, usize)]| ty(DType::F32, shape);
     let i32 = |shape: &[(&str, usize)]| ty(DType::I32, shape);
     let tokens = [("b", 4), ("s", 2048)];
     let with = |last: &[(&'static str, usize)]| [&tokens[..], last].concat();
-    let (choice, x) = (with(&[("k", 2)]), f32(&with(&[("d", 2048)])));
+    let (choice, x) = (with(&[("k", 2)]), wide(&with(&[("d", 2048)])));
     let (expert, gate) = (i32(&choice), f32(&choice));
-    let y = f32(&[("e", 8), ("b", 4), ("c", 640), ("d", 2048)]);
+    let y = wide(&[("e", 8), ("b", 4), ("c", 640), ("d", 2048)]);
     let dims = MoeDims {
         seq: "s".into(),
         choice: "k".into(),
@@ -206,7 +210,7 @@ fn routines(cases: &mut Vec<Case>) {
         (
             OpKind::Transpose { dims: order },
             vec![&x],
-            vec![f32(&[("d", 2048), ("b", 4), ("s", 2048)])],
+            vec![wide(&[("d", 2048), ("b", 4), ("s", 2048)])],
         ),
         (
             OpKind::Slice {
@@ -215,7 +219,7 @@ fn routines(cases: &mut Vec<Case>) {
                 len: 512,
             },
             vec![&x],
-            vec![f32(&with(&[("d", 512)]))],
+            vec![wide(&with(&[("d", 512)]))],
         ),
         (
             OpKind::TopK {
@@ -261,7 +265,11 @@ fn routines(cases: &mut Vec<Case>) {
             inputs,
             results,
         };
-        cases.push((String::new(), action, device.buffers, Precision::F32));
+        let name = match features {
+            DType::F32 => String::new(),
+            other => other.to_string(),
+        };
+        cases.push((name, action, device.buffers, Precision::F32));
     }
 }
 
@@ -270,7 +278,8 @@ fn no_kernel_spills() {
     let mut cases = Vec::new();
     contractions(&mut cases);
     attentions(&mut cases);
-    routines(&mut cases);
+    routines(&mut cases, DType::F32);
+    routines(&mut cases, DType::Bf16);
     let mut table = String::from(
         "kernel                 | shapes                        | chip  | threads | registers | shared B | blocks | occupancy | flop/B\n",
     );

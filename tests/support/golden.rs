@@ -11,6 +11,11 @@ const VOCAB: usize = 40;
 
 /// The training graph; with experts where a capacity factor is given.
 pub fn golden(capacity_factor: Option<f64>, tied: bool) -> Graph {
+    altered(capacity_factor, |config| config.tied = tied)
+}
+
+/// The same with changes to its config.
+pub fn altered(capacity_factor: Option<f64>, alter: impl FnOnce(&mut DecoderConfig)) -> Graph {
     let size = GoldenSize {
         n_layers: 2,
         embed: 16,
@@ -21,7 +26,7 @@ pub fn golden(capacity_factor: Option<f64>, tied: bool) -> Graph {
         batch: 8,
     };
     let mut config = DecoderConfig::golden(&size, capacity_factor);
-    config.tied = tied;
+    alter(&mut config);
     let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
     differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap()
 }

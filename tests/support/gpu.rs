@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use meshweave_dsl::device_code::{Grid, Module};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_runtime::device::cuda::ptx_of;
 use meshweave_runtime::device::gpu::{
@@ -57,6 +58,8 @@ pub struct Simulated {
     teams: Vec<Team>,
     random: u64,
     memory: Vec<(Address, Vec<u8>)>,
+    /// The host's, which copies reach and kernels do not.
+    host_memory: Vec<(Address, Vec<u8>)>,
     next_address: Address,
     modules: Vec<super::ptx::Module>,
     functions: Vec<(ModuleIdx, String, Grid)>,
@@ -86,6 +89,7 @@ enum Queued {
     AllReduce {
         team: usize,
         kind: ReduceKind,
+        dtype: DType,
         src: Address,
         dst: Address,
         n_elements: usize,
@@ -106,6 +110,7 @@ impl Simulated {
             teams: Vec::new(),
             random: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
             memory: Vec::new(),
+            host_memory: Vec::new(),
             next_address: GAP,
             modules: Vec::new(),
             functions: Vec::new(),
@@ -134,15 +139,23 @@ impl Simulated {
     }
 
     fn bytes(&mut self, address: Address, n: usize) -> &mut [u8] {
-        let piece = self.memory.iter_mut().find_map(|(base, bytes)| {
+        let all = self.memory.iter_mut().chain(&mut self.host_memory);
+        let piece = { all }.find_map(|(base, bytes)| {
             let offset = usize::try_from(address.checked_sub(*base)?).ok()?;
             bytes.get_mut(offset..offset.checked_add(n)?)
         });
         piece.unwrap_or_else(|| panic!("{n} bytes at {address:x} are nowhere"))
     }
 
-    fn float(&mut self, address: Address, element: usize) -> &mut [u8] {
-        self.bytes(address + 4 * element as u64, 4)
+    fn read(&mut self, address: Address, dtype: DType, element: usize) -> f32 {
+        let size = dtype.n_bytes();
+        number(dtype, self.bytes(address + (size * element) as u64, size))
+    }
+
+    fn write(&mut self, address: Address, dtype: DType, element: usize, value: f32) {
+        let size = dtype.n_bytes();
+        self.bytes(address + (size * element) as u64, size)
+            .copy_from_slice(&bytes_of(dtype, value));
     }
 
     fn execute(&mut self, work: &Work) {
@@ -182,19 +195,21 @@ impl Simulated {
                 "{p:?} at {address:x}"
             );
         }
-        let read = |this: &mut Self, address, element| {
-            f32::from_le_bytes(this.float(address, element).try_into().unwrap())
-        };
         for l in 0..p.n_batch {
             for (i, j) in (0..p.m).flat_map(|i| (0..p.n).map(move |j| (i, j))) {
                 let at = p.c.batch * l + p.c.row * i + p.c.column * j;
-                let mut sum = if p.accumulate { read(self, c, at) } else { 0.0 };
+                let mut sum = match p.accumulate {
+                    true => self.read(c, p.result, at),
+                    false => 0.0,
+                };
                 for x in 0..p.k {
-                    let left = read(self, a, p.a.batch * l + p.a.row * i + p.a.column * x);
-                    let right = read(self, b, p.b.batch * l + p.b.row * x + p.b.column * j);
+                    let left =
+                        self.read(a, p.factors, p.a.batch * l + p.a.row * i + p.a.column * x);
+                    let right =
+                        self.read(b, p.factors, p.b.batch * l + p.b.row * x + p.b.column * j);
                     sum = left.mul_add(right, sum);
                 }
-                self.float(c, at).copy_from_slice(&sum.to_le_bytes());
+                self.write(c, p.result, at, sum);
             }
         }
     }
@@ -223,6 +238,7 @@ impl Simulated {
             }
             Queued::AllReduce {
                 team,
+                dtype,
                 src,
                 n_elements,
                 is_sent,
@@ -230,7 +246,7 @@ impl Simulated {
             } => {
                 let Team { n_members, .. } = self.teams[*team];
                 if !std::mem::replace(is_sent, true) {
-                    let bytes = self.bytes(*src, 4 * *n_elements).to_vec();
+                    let bytes = self.bytes(*src, dtype.n_bytes() * *n_elements).to_vec();
                     (0..n_members).for_each(|to| self.post(*team, to, bytes.clone()));
                 }
                 self.have_come(*team, &(0..n_members).collect::<Vec<_>>())
@@ -294,6 +310,7 @@ impl Simulated {
             Queued::AllReduce {
                 team,
                 kind,
+                dtype,
                 dst,
                 n_elements,
                 ..
@@ -301,10 +318,9 @@ impl Simulated {
                 let mut total = vec![];
                 for from in 0..self.teams[team].n_members {
                     let bytes = self.take(team, from);
-                    assert_eq!(bytes.len(), 4 * n_elements);
-                    let values = bytes
-                        .chunks_exact(4)
-                        .map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+                    assert_eq!(bytes.len(), dtype.n_bytes() * n_elements);
+                    let values = bytes.chunks_exact(dtype.n_bytes());
+                    let values = values.map(|bytes| number(dtype, bytes));
                     if total.is_empty() {
                         total.extend(values);
                         continue;
@@ -317,7 +333,8 @@ impl Simulated {
                         };
                     }
                 }
-                let bytes: Vec<u8> = total.iter().flat_map(|x: &f32| x.to_le_bytes()).collect();
+                let bytes = total.iter().flat_map(|x: &f32| bytes_of(dtype, *x));
+                let bytes: Vec<u8> = bytes.collect();
                 self.bytes(dst, bytes.len()).copy_from_slice(&bytes);
             }
             _ => {}
@@ -346,6 +363,31 @@ impl Simulated {
     }
 }
 
+/// A number of a type from its bytes.
+fn number(dtype: DType, bytes: &[u8]) -> f32 {
+    match dtype {
+        DType::F32 => f32::from_le_bytes(bytes.try_into().unwrap()),
+        DType::Bf16 => {
+            let bits = u16::from_le_bytes(bytes.try_into().unwrap());
+            f32::from_bits(u32::from(bits) << 16)
+        }
+        DType::F16 | DType::I32 => panic!("no sums of {dtype}"),
+    }
+}
+
+/// Its bytes, rounded to the nearest of the type, ties to even.
+fn bytes_of(dtype: DType, value: f32) -> Vec<u8> {
+    match dtype {
+        DType::F32 => value.to_le_bytes().to_vec(),
+        DType::Bf16 => {
+            let bits = value.to_bits();
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+            ((rounded >> 16) as u16).to_le_bytes().to_vec()
+        }
+        DType::F16 | DType::I32 => panic!("no sums of {dtype}"),
+    }
+}
+
 impl Gpu for Simulated {
     fn name(&self) -> String {
         "no GPU, but an interpreter of PTX (sm_90)".into()
@@ -355,6 +397,12 @@ impl Gpu for Simulated {
         let address = self.next_address;
         self.next_address += (n_bytes as u64).next_multiple_of(GAP) + GAP;
         self.memory.push((address, vec![0; n_bytes]));
+        Ok(address)
+    }
+
+    fn allocate_host(&mut self, n_bytes: usize) -> Result<Address> {
+        let address = self.allocate(n_bytes)?;
+        self.host_memory.extend(self.memory.pop());
         Ok(address)
     }
 
@@ -442,12 +490,14 @@ impl Gpu for Simulated {
                 Work::AllReduce {
                     team,
                     kind,
+                    dtype,
                     src,
                     dst,
                     n_elements,
                 } => Queued::AllReduce {
                     team: team.0,
                     kind: *kind,
+                    dtype: *dtype,
                     src: *src,
                     dst: *dst,
                     n_elements: *n_elements,

@@ -27,6 +27,8 @@ pub enum Elem {
     F64,
     /// 32-bit signed integer: token ids, positions, indices.
     I32,
+    /// 16-bit float with the exponents of a 32-bit one. Arguments only: loaded, it is an `F32`.
+    Bf16,
     /// Result of a comparison; has no storage.
     Bool,
 }
@@ -381,6 +383,9 @@ impl RowProgram {
     /// Stores come in the last pass over a row and after the loads of their lanes, so this holds
     /// when all accesses walk alike and start at the same offsets, at least a row apart.
     pub fn in_place(&self, read: ArgId, written: ArgId) -> bool {
+        if self.args[read.index()].elem.size() != self.args[written.index()].elem.size() {
+            return false;
+        }
         let mut reads = Vec::new();
         let mut writes = Vec::new();
         for inst in &self.body {
@@ -483,13 +488,23 @@ impl Elem {
         match self {
             Self::F32 | Self::I32 => 4,
             Self::F64 => 8,
+            Self::Bf16 => 2,
             Self::Bool => 1,
         }
     }
 
     /// Is it a float?
     pub fn is_float(self) -> bool {
-        matches!(self, Self::F32 | Self::F64)
+        matches!(self, Self::F32 | Self::F64 | Self::Bf16)
+    }
+
+    /// Element of a value that is loaded or stored as this.
+    #[must_use]
+    pub fn as_value(self) -> Self {
+        match self {
+            Self::Bf16 => Self::F32,
+            other => other,
+        }
     }
 }
 

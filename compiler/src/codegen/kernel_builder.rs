@@ -191,7 +191,7 @@ impl KernelBuilder {
         if let Some(idx) = self.program.body.iter().position(|other| *other == inst) {
             return Val(idx as u32);
         }
-        self.push(inst, Some((span, elem)))
+        self.push(inst, Some((span, elem.as_value())))
     }
 
     /// Applies `op`; floats, except `Not` on booleans and `Neg` on anything but booleans.
@@ -304,7 +304,8 @@ impl KernelBuilder {
     /// Combines `v` into an `F32` argument, row after row.
     pub fn accumulate(&mut self, access: Access, kind: ReduceKind, start: StartFrom, v: Val) {
         self.check_store(&access, v);
-        if self.ty(v).elem != Elem::F32 {
+        let arg = self.program.args.get(access.arg.index());
+        if self.ty(v).elem != Elem::F32 || arg.is_some_and(|arg| arg.elem != Elem::F32) {
             self.mistake("accumulator that is not F32".to_string());
         }
         if start == StartFrom::Existing
@@ -454,7 +455,7 @@ impl KernelBuilder {
     fn check_store(&mut self, access: &Access, v: Val) {
         let elem = self.check_access(access);
         let ty = self.ty(v);
-        if ty.elem != elem {
+        if ty.elem != elem.as_value() {
             self.mistake(format!(
                 "arg{} holds {elem:?}, stored is {:?}",
                 access.arg.0, ty.elem

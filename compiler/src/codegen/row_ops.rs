@@ -121,12 +121,10 @@ fn elem_of(graph: &Graph, tensor: TensorId) -> Result<Elem, FuseError> {
     match tensor.ty.dtype {
         DType::F32 => Ok(Elem::F32),
         DType::I32 => Ok(Elem::I32),
-        DType::Bf16 | DType::F16 => Err(FuseError::Unsupported {
+        DType::Bf16 => Ok(Elem::Bf16),
+        DType::F16 => Err(FuseError::Unsupported {
             op: tensor.name.clone(),
-            reason: format!(
-                "host kernels compute in f32 and i32, the tensor is {}; use dtype f32",
-                tensor.ty.dtype
-            ),
+            reason: "no kernel loads or stores f16; use dtype bf16 or f32".into(),
         }),
     }
 }
@@ -332,6 +330,8 @@ impl Lowering<'_> {
                 let term = b.f32(term.0 as f32);
                 b.add(x, term)
             }
+            // Memory rounds: values inside of a kernel are f32.
+            UnaryFn::Cast(_) => x,
         }
     }
 

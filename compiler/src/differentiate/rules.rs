@@ -366,6 +366,10 @@ impl Backward {
             UnaryFn::Neg => self.unary(UnaryFn::Neg, dy, x),
             UnaryFn::Scale(c) => self.unary(UnaryFn::Scale(c), dy, x),
             UnaryFn::Shift(_) => Ok(dy),
+            UnaryFn::Cast(_) => {
+                let dtype = self.ty(x).dtype;
+                self.unary(UnaryFn::Cast(dtype), dy, x)
+            }
             UnaryFn::Exp => self.binary(Mul, dy, y, x),
             UnaryFn::Log => self.binary(Div, dy, x, x),
             UnaryFn::Sqrt => {

@@ -73,6 +73,8 @@ impl<'c> Ops<'c> {
             Elem::F32 => Type::float32(self.context),
             Elem::F64 => Type::float64(self.context),
             Elem::I32 => IntegerType::new(self.context, 32).into(),
+            // Its bits: what computes with it has widened it.
+            Elem::Bf16 => IntegerType::new(self.context, 16).into(),
             Elem::Bool => IntegerType::new(self.context, 1).into(),
         };
         self.formed(elem, form)
@@ -393,16 +395,33 @@ impl<'c> Ops<'c> {
         )
     }
 
-    /// Loads contiguous elements.
+    /// Loads contiguous elements; those of bf16 widened to f32.
     pub fn load(&mut self, ptr: V<'c>, elem: Elem, form: Form) -> Result<V<'c>, Error> {
         let alignment = self.alignment(elem, 64);
         let ty = self.ty(elem, form);
-        self.op1("llvm.load", &[ptr], &[("alignment", alignment)], ty)
+        let v = self.op1("llvm.load", &[ptr], &[("alignment", alignment)], ty)?;
+        if elem != Elem::Bf16 {
+            return Ok(v);
+        }
+        // The upper half of the f32.
+        let i32_ty = self.ty(Elem::I32, form);
+        let wide = self.op1("arith.extui", &[v], &[], i32_ty)?;
+        let half = self.int(form, 16)?;
+        let bits = self.same("arith.shli", &[wide, half])?;
+        self.bitcast(bits, self.ty(Elem::F32, form))
     }
 
-    /// Stores contiguous elements.
+    /// Stores contiguous elements; f32 to bf16 rounds to the nearest, ties to even.
     pub fn store(&mut self, ptr: V<'c>, v: V<'c>, elem: Elem) -> Result<(), Error> {
         let alignment = self.alignment(elem, 64);
+        let v = match elem {
+            Elem::Bf16 => {
+                let bf16_ty = self.parsed("bf16")?;
+                let narrow = self.op1("arith.truncf", &[v], &[], bf16_ty)?;
+                self.bitcast(narrow, self.ty(Elem::Bf16, Form::Scalar))?
+            }
+            _ => v,
+        };
         self.op0("llvm.store", &[v, ptr], &[("alignment", alignment)])
     }
 
@@ -474,9 +493,9 @@ impl<'c> Ops<'c> {
         let zero = match elem {
             Elem::F32 | Elem::F64 => self.float(elem, form, 0.0)?,
             Elem::I32 => self.int(form, 0)?,
-            Elem::Bool => {
+            Elem::Bool | Elem::Bf16 => {
                 return Err(Error::Internal {
-                    message: "masked load of booleans".to_string(),
+                    message: format!("masked load of {elem:?}"),
                 });
             }
         };
@@ -503,6 +522,12 @@ impl<'c> Ops<'c> {
     fn alignment(&self, elem: Elem, bits: u32) -> Attribute<'c> {
         let ty = IntegerType::new(self.context, bits).into();
         IntegerAttribute::new(ty, elem.size() as i64).into()
+    }
+
+    fn parsed(&self, text: &str) -> Result<Type<'c>, Error> {
+        Type::parse(self.context, text).ok_or_else(|| Error::Internal {
+            message: format!("type {text} does not parse"),
+        })
     }
 
     fn attribute(&self, text: &str) -> Result<Attribute<'c>, Error> {

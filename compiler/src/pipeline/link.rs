@@ -8,13 +8,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::graph::{Graph, Op, OpId, Role, TensorId, TensorType};
+use meshweave_dsl::op::{OpKind, UnaryFn};
 use meshweave_dsl::program::{
     Channel, GlobalTensor, PROGRAM_VERSION, Program, RankProgram, Span, TensorPart,
 };
 
-use super::pieces::{Pieces, Slot};
+use super::pieces::{Piece, Pieces, Slot};
 use super::stream::{Event, Run, Streams, Value};
 use super::{PipelineError, Result, name};
+use crate::codegen::fuse::Item;
 use crate::lower::{Lowered, LoweredRanks, Step, lower_ranks};
 use crate::reshard::local_type;
 
@@ -95,6 +97,9 @@ struct Linked {
     values: BTreeMap<Value, TensorId>,
     /// Sources that are updated, where they are kept between steps; `values` has what came last.
     kept: BTreeMap<Value, TensorId>,
+    /// Parameters in the type that products read, by what they are of: made once, by the first piece
+    /// that reads them.
+    casts: BTreeMap<TensorId, TensorId>,
     /// Label and first step.
     spans: Vec<(String, usize)>,
     /// Bytes of the greatest message by the rank that it goes to.
@@ -109,6 +114,7 @@ impl Linked {
             steps: Vec::new(),
             values: BTreeMap::new(),
             kept: BTreeMap::new(),
+            casts: BTreeMap::new(),
             spans: Vec::new(),
             sent_bytes: BTreeMap::new(),
         }
@@ -193,12 +199,13 @@ impl Linker<'_, '_> {
     fn slot(&self, slot: Slot) -> (TensorType, String) {
         let (Slot::Source(id) | Slot::Value(id) | Slot::Sum(id, _) | Slot::Result(id)) = slot;
         let layout = self.pieces.slot_layout(slot);
-        let ty = local_type(
+        let mut ty = local_type(
             self.pieces.graph.ty(id),
             &layout,
             self.pieces.mesh(),
             self.stage_rank,
         );
+        ty.dtype = self.pieces.slot_dtype(slot);
         (ty, name(self.pieces.graph, id).into())
     }
 
@@ -243,10 +250,17 @@ impl Linker<'_, '_> {
         let piece = self.pieces.piece(&run.key)?;
         let local = &piece.locals[self.stage_rank];
         self.begin(&run.label);
-        let mut ids = Vec::with_capacity(local.tensors.len());
+        let mut ids: Vec<TensorId> = Vec::with_capacity(local.tensors.len());
         let mut inputs = run.inputs.iter();
-        for tensor in &local.tensors {
-            let id = if tensor.role == Role::Temp {
+        let casts = source_casts(piece, self.stage_rank);
+        let mut is_made = BTreeSet::new();
+        for (local_id, tensor) in local.tensor_ids().zip(&local.tensors) {
+            let shared = casts.get(&local_id).map(|source| ids[source.index()]);
+            let known = shared.and_then(|source| self.linked.casts.get(&source));
+            let id = if let Some(known) = known {
+                is_made.insert(local_id);
+                *known
+            } else if tensor.role == Role::Temp {
                 let name = format!("{}:{}", run.label, tensor.name);
                 let graph = &mut self.linked.graph;
                 graph.add_source(name, tensor.ty.clone(), Role::Temp)
@@ -256,6 +270,9 @@ impl Linker<'_, '_> {
                 })?;
                 self.value(*input)?
             };
+            if let Some(source) = shared {
+                self.linked.casts.insert(source, id);
+            }
             ids.push(id);
         }
         let graph = &mut self.linked.graph;
@@ -269,7 +286,15 @@ impl Linker<'_, '_> {
                 results: op.results.iter().map(renew).collect(),
             });
         }
-        for item in &piece.items[self.stage_rank] {
+        let is_known = |item: &&Item| match item {
+            Item::Fragment(fragment) => {
+                let mut results = fragment.results.iter();
+                !fragment.results.is_empty() && results.all(|id| is_made.contains(id))
+            }
+            _ => false,
+        };
+        let items = &piece.items[self.stage_rank];
+        for item in items.iter().filter(|item| !is_known(item)) {
             let item = item.renumbered(|op| OpId(op.0 + n_ops), |id| renew(&id));
             self.linked.steps.push(Step::Item(item));
         }
@@ -300,6 +325,25 @@ impl Linker<'_, '_> {
         }
         Ok(())
     }
+}
+
+/// The casts of a piece that are of its sources alone and kernels of their own: result and source.
+fn source_casts(piece: &Piece, stage_rank: usize) -> BTreeMap<TensorId, TensorId> {
+    let local = &piece.locals[stage_rank];
+    let is_source = |id: TensorId| matches!(piece.inputs.get(id.index()), Some(Slot::Source(_)));
+    let items = piece.items[stage_rank].iter();
+    let casts = items.filter_map(|item| match item {
+        Item::Fragment(fragment) => match fragment.ops.as_slice() {
+            [op] => Some(local.op(*op)),
+            _ => None,
+        },
+        _ => None,
+    });
+    let casts = casts.filter(|op| matches!(op.kind, OpKind::Unary(UnaryFn::Cast(_))));
+    casts
+        .filter_map(|op| Some((*op.results.first()?, *op.inputs.first()?)))
+        .filter(|(_, source)| is_source(*source))
+        .collect()
 }
 
 /// One channel for each pair and direction that messages take; those of a rank to itself hold all that

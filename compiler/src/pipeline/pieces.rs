@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::cluster::Cluster;
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::verify::{verify_global, verify_local, verify_ranks};
 use meshweave_dsl::graph::{Graph, Op, OpId, Role, TensorId};
 use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
@@ -24,6 +25,7 @@ use crate::codegen::fuse::{Item, fuse};
 use crate::partition::{Keep, partition_to};
 use crate::reshard::{largest_local_type, reshard_path};
 use crate::simplify::{self, simplify_ranks};
+use crate::storage::Storage;
 
 /// What a piece does in its stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,6 +78,8 @@ pub(super) struct Pieces<'a> {
     pub(super) pipeline: &'a PipelinePlan,
     pub(super) keep: Keep,
     pub(super) cluster: &'a Cluster,
+    /// Where values are stored in other types than the graph's.
+    storage: Option<Storage>,
     producers: Vec<Option<OpId>>,
     consumers: Vec<Vec<OpId>>,
     /// Layouts of the values that pass between pieces.
@@ -101,6 +105,7 @@ impl<'a> Pieces<'a> {
             pipeline,
             keep,
             cluster,
+            storage: Storage::of(graph, plan.storage),
             producers: graph.producers(),
             consumers: graph.consumers(),
             layouts: BTreeMap::new(),
@@ -338,7 +343,17 @@ impl<'a> Pieces<'a> {
         }
     }
 
-    /// The type of a value on a rank of its stage.
+    /// What the tensor of a slot is stored as.
+    pub(super) fn slot_dtype(&self, slot: Slot) -> DType {
+        match (slot, &self.storage) {
+            (Slot::Value(id), Some(storage)) => storage.dtype(id),
+            (Slot::Source(id) | Slot::Value(id) | Slot::Sum(id, _) | Slot::Result(id), _) => {
+                self.graph.ty(id).dtype
+            }
+        }
+    }
+
+    /// The layout of a value on a rank of its stage.
     pub(super) fn slot_layout(&self, slot: Slot) -> Layout {
         match slot {
             Slot::Source(id) => self.plan.source_layout(id),
@@ -388,6 +403,18 @@ impl<'a> Pieces<'a> {
             verify_local(local, rank, self.mesh()).map_err(|error| internal(&error))?;
         }
         verify_ranks(&locals).map_err(|error| internal(&error))?;
+        let locals = match &self.storage {
+            None => locals,
+            Some(storage) => {
+                let given = |local: &Graph, id: TensorId| match draft.inputs.get(id.index()) {
+                    Some(slot) => self.slot_dtype(*slot),
+                    None => local.ty(id).dtype,
+                };
+                let wanted = |position: usize| self.slot_dtype(draft.outputs[position]);
+                let apply = |local: &Graph| storage.applied(local, |id| given(local, id), wanted);
+                locals.iter().map(apply).collect()
+            }
+        };
         let items = locals
             .iter()
             .map(fuse)

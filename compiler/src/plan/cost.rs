@@ -53,7 +53,10 @@ pub fn matmul_op_seconds(
 ) -> f64 {
     let n_flops = kind.n_flops(inputs, results);
     let n_bytes = kind.n_bytes_moved(inputs, results);
-    let dtype = inputs.first().map_or(DType::F32, |ty| ty.dtype);
+    // Both operands are multiplied in the narrower type of the two.
+    let dtypes = inputs.iter().take(2).map(|ty| ty.dtype);
+    let dtype = dtypes.min_by_key(|dtype| dtype.n_bytes());
+    let dtype = dtype.unwrap_or(DType::F32);
     let elements = |ty: Option<&&TensorType>| ty.map_or(1.0, |ty| ty.n_elements() as f64);
     match kind {
         OpKind::Attention(dims) | OpKind::AttentionGrad(dims) => {

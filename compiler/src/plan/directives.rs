@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use meshweave_dsl::diagnostics::Span;
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{OpId, TensorId};
 use meshweave_dsl::layout::{Layout, Mesh, ReduceKind};
 use meshweave_dsl::name::{Axis, Dim};
@@ -20,6 +21,8 @@ pub struct Directives {
     pub rules: Vec<Rule>,
     /// Bytes that a device may use.
     pub budget_bytes: Option<u64>,
+    /// What activations and the operands of products are stored as; as in the graph without it.
+    pub storage: Option<DType>,
     /// A complete plan: nothing is searched, it is checked and priced again.
     pub replay: Option<Plan>,
 }

@@ -3,6 +3,7 @@
 //! Enters: a graph, the request and its plan. Leaves: figures for people and machines.
 //! Invariant: every what-if is a plan of its own, searched and priced like the one explained.
 
+use crate::storage::stored;
 use std::collections::{BTreeMap, BTreeSet};
 
 use meshweave_dsl::cluster::Cluster;
@@ -68,6 +69,7 @@ pub fn explain(
     explained: &Plan,
 ) -> Result<Explanation, SearchError> {
     let request = &PlanRequest::new(cluster, directives, options);
+    let graph = &*stored(graph, directives.storage);
     let price = price_plan(graph, explained, &request.cluster)?;
     let mut costs: BTreeMap<(String, bool), f64> = BTreeMap::new();
     for ((_, op), seconds) in graph.ops().zip(&price.op_s) {

@@ -4,6 +4,7 @@
 //! Invariant: for a plan of the search, the seconds are those of its certificate; a plan that is
 //! loaded is priced again, never believed.
 
+use crate::storage::stored;
 use std::collections::BTreeMap;
 
 use meshweave_dsl::cluster::Cluster;
@@ -47,6 +48,7 @@ pub fn price_plan(graph: &Graph, plan: &Plan, cluster: &Cluster) -> Result<Price
             graph.ops.len()
         )));
     }
+    let graph = &*stored(graph, Some(plan.storage));
     let grid = Grid::new(plan.mesh.clone(), cluster);
     let mut metric = Metric::new(&grid);
     let facts = Facts::new(graph);

@@ -8,6 +8,7 @@
 //!
 //! `meshweave verify` is [`verify_plan`] with a face.
 
+use crate::storage::stored;
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::graph::{Graph, TensorId};
 use meshweave_dsl::layout::{Layout, Mesh};
@@ -130,6 +131,7 @@ pub fn verify_bound(
             "the stored proof is not of this graph, cluster and directives: {what}; plan again"
         ))
     };
+    let graph = &*stored(graph, directives.storage);
     let rules = Rules::new(&directives.rules);
     let classes = Classes::new(graph, &rules, proof.tie);
     let grid = Grid::new(mesh.clone(), cluster);

@@ -74,6 +74,7 @@ pub fn direct(
         meshes: candidates,
         rules,
         budget_bytes,
+        storage: Some(request.storage),
         replay,
     };
     (

@@ -4,6 +4,7 @@
 //! Invariant: every number is in the range in which it means something.
 
 use meshweave_dsl::diagnostics::{Diagnostic, Span};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::units::{Quantity, UnitError};
 use meshweave_dsl::weave::ast::{Goal, Job as JobStatement, Solve};
 
@@ -51,6 +52,16 @@ pub(super) fn resolve_train(
         },
     );
     (job, open_batch)
+}
+
+/// What activations and the operands of products are stored as where the document is executed: f32
+/// unless it says otherwise; what is not executed is refused elsewhere.
+pub(super) fn storage(statement: &JobStatement) -> DType {
+    let setting = statement.get("dtype");
+    match setting.and_then(|setting| setting.value()?.as_str()) {
+        Some("bf16") => DType::Bf16,
+        _ => DType::F32,
+    }
 }
 
 pub(super) fn resolve_infer(

@@ -419,6 +419,7 @@ pub(super) fn replay(
         mesh,
         placements,
         sources,
+        storage: meshweave_dsl::dtype::DType::F32,
         certificate: None,
     })
 }

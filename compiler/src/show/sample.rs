@@ -419,6 +419,7 @@ fn plan(graph: &Graph, mesh: Mesh) -> Plan {
         mesh,
         placements,
         sources,
+        storage: meshweave_dsl::dtype::DType::F32,
         certificate: None,
     }
 }

@@ -3,7 +3,7 @@
 //! Invariant: a rule that accepts its inputs gives results whose sizes follow from them and from
 //! the sizes inside the op; everything else is refused by name, with both numbers.
 
-use super::{AttentionDims, BinaryFn, MoeDims, MoeMove, OpKind};
+use super::{AttentionDims, BinaryFn, MoeDims, MoeMove, OpKind, UnaryFn};
 use crate::dtype::DType;
 use crate::graph::TensorType;
 use crate::name::Dim;
@@ -95,10 +95,15 @@ fn infer(kind: &OpKind, inputs: &[&TensorType]) -> Rule<Vec<TensorType>> {
                 shape,
             })
         }
-        OpKind::Unary(_) => {
+        OpKind::Unary(function) => {
             let [x] = take(inputs)?;
             is_float(x)?;
-            one(x.clone())
+            let mut ty = x.clone();
+            if let UnaryFn::Cast(dtype) = function {
+                ty.dtype = *dtype;
+                is_float(&ty)?;
+            }
+            one(ty)
         }
         OpKind::Binary(function) => {
             let [a, b] = take(inputs)?;

@@ -43,6 +43,8 @@ pub struct Cuda {
     name: String,
     target: String,
     memory: Vec<sys::CUdeviceptr>,
+    /// Pinned memory of the host.
+    host_memory: Vec<Address>,
     modules: Vec<sys::CUmodule>,
     functions: Vec<(sys::CUfunction, Grid)>,
     streams: Vec<sys::CUstream>,
@@ -128,6 +130,7 @@ impl Cuda {
             name,
             target: format!("sm_{major}{minor}"),
             memory: Vec::new(),
+            host_memory: Vec::new(),
             modules: Vec::new(),
             functions: Vec::new(),
             streams: Vec::new(),
@@ -187,8 +190,10 @@ impl Cuda {
                 if *n_bytes == 0 {
                     return Ok(());
                 }
-                // SAFETY: both ranges lie in memory of this device.
-                unsafe { result::memcpy_dtod_async(*to, *from, *n_bytes, stream) }
+                // SAFETY: both ranges lie in memory of this device, or in pinned memory of the host, of
+                // which the driver knows by their addresses which is which.
+                unsafe { sys::cuMemcpyAsync(*to, *from, *n_bytes, stream) }
+                    .result()
                     .map_err(|error| failed("cannot copy", error))
             }
             Work::Product { product, a, b, c } => match &mut self.blas {
@@ -201,10 +206,11 @@ impl Cuda {
             Work::AllReduce {
                 team,
                 kind,
+                dtype,
                 src,
                 dst,
                 n_elements,
-            } => self.teams[team.0].all_reduce(*kind, (*src, *dst, *n_elements), stream),
+            } => self.teams[team.0].all_reduce((*kind, *dtype), (*src, *dst, *n_elements), stream),
             Work::Record(EventIdx(event)) => {
                 // SAFETY: both handles are this device's.
                 unsafe { result::event::record(self.events[*event], stream) }
@@ -243,6 +249,23 @@ impl Gpu for Cuda {
         // Streams do not wait for what the device clears.
         self.synchronize()?;
         Ok(address)
+    }
+
+    fn allocate_host(&mut self, n_bytes: usize) -> Result<Address> {
+        self.enter()?;
+        let n_bytes = n_bytes.max(256);
+        // SAFETY: the memory is freed with this value; it is given out zeroed.
+        let memory = unsafe { result::malloc_host(n_bytes, 0) }.map_err(|error| {
+            Error::Exhausted(format!(
+                "the host cannot pin {n_bytes} bytes for what is offloaded ({error:?}); offload less, or \
+                 raise the limit of locked memory"
+            ))
+        })?;
+        self.host_memory.push(memory as u64);
+        // SAFETY: the memory was just allocated, of this size.
+        unsafe { memory.cast::<u8>().write_bytes(0, n_bytes) };
+        // Host and device share one space of addresses on every 64-bit system.
+        Ok(memory as u64)
     }
 
     fn upload(&mut self, to: Address, words: &[u32]) -> Result<()> {
@@ -432,6 +455,9 @@ impl Drop for Cuda {
             }
             for module in &self.modules {
                 let _ = result::module::unload(*module);
+            }
+            for memory in &self.host_memory {
+                let _ = result::free_host(*memory as *mut c_void);
             }
             for memory in &self.memory {
                 let _ = result::free_sync(*memory);

@@ -8,6 +8,7 @@
 //! the streams in any order that the rules allow, so that a missing wait shows as a wrong result.
 
 use meshweave_dsl::device_code::{Grid, Module};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::layout::ReduceKind;
 
 use crate::error::Result;
@@ -64,7 +65,8 @@ pub enum Work {
         function: FunctionIdx,
         args: Vec<Value>,
     },
-    /// Copies within the device's memory; the ranges do not overlap.
+    /// Copies within the device's memory, or between it and memory of [`Gpu::allocate_host`]; the ranges
+    /// do not overlap.
     Copy {
         to: Address,
         from: Address,
@@ -84,10 +86,11 @@ pub enum Work {
         sends: Vec<Part>,
         recvs: Vec<Part>,
     },
-    /// All members' f32, combined by sum or maximum; in place where the addresses are the same.
+    /// All members' elements, combined by sum or maximum; in place where the addresses are the same.
     AllReduce {
         team: TeamIdx,
         kind: ReduceKind,
+        dtype: DType,
         src: Address,
         dst: Address,
         n_elements: usize,
@@ -111,7 +114,7 @@ pub struct Command {
     pub work: Work,
 }
 
-/// A batch of matrix products of f32 with f32 sums: `c[l, i, j] = Σ a[l, i, x] b[l, x, j]`, added to
+/// A batch of matrix products with f32 sums: `c[l, i, j] = Σ a[l, i, x] b[l, x, j]`, added to
 /// what is there where it accumulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Product {
@@ -125,6 +128,10 @@ pub struct Product {
     pub a: Matrix,
     pub b: Matrix,
     pub c: Matrix,
+    /// Of `a` and `b`.
+    pub factors: DType,
+    /// Of `c`.
+    pub result: DType,
     pub accumulate: bool,
     /// A power of two of which the addresses of all operands and batches are multiples.
     pub alignment: usize,
@@ -148,6 +155,13 @@ pub trait Gpu: Send {
     /// # Errors
     /// `Exhausted` when the device has no such memory.
     fn allocate(&mut self, n_bytes: usize) -> Result<Address>;
+
+    /// Memory of the host, of so many zero bytes, whose pages stay where they are: copies on streams go
+    /// to and from it, kernels do not reach it.
+    ///
+    /// # Errors
+    /// `Exhausted` when the host has no such memory.
+    fn allocate_host(&mut self, n_bytes: usize) -> Result<Address>;
 
     /// Copies from the host; waits until it is done.
     ///

@@ -122,6 +122,7 @@ pub(in crate::executor) struct OnGpu {
     spans: Vec<Vec<Span>>,
     choices: BTreeMap<(usize, usize), Choice>,
     other_bytes: usize,
+    host_bytes: usize,
 }
 
 impl OnGpu {
@@ -150,12 +151,18 @@ impl OnGpu {
             let arena = is_here(rank).then(|| gpu.allocate(arena_bytes));
             places.push(arena.transpose()?.map(place));
         }
-        // A channel to another device keeps its messages where they come from.
+        // A channel to another device keeps its messages where they come from; one of a rank to itself
+        // is what is offloaded, and rests with the host.
+        let mut host_bytes = 0;
         let channels = program.channels.iter().map(|channel| {
-            if is_here(channel.from) {
-                gpu.allocate(channel.depth * channel.n_bytes)
-            } else {
+            let n_bytes = channel.depth * channel.n_bytes;
+            if !is_here(channel.from) {
                 Ok(0)
+            } else if channel.from == channel.to {
+                host_bytes += n_bytes;
+                gpu.allocate_host(n_bytes)
+            } else {
+                gpu.allocate(n_bytes)
             }
         });
         let channels = channels.collect::<Result<Vec<_>>>()?;
@@ -226,6 +233,7 @@ impl OnGpu {
             spans: n_instructions.map(|n| vec![Span::default(); n]).collect(),
             choices,
             other_bytes: table_bytes + staging_bytes,
+            host_bytes,
         })
     }
 
@@ -251,6 +259,11 @@ impl OnGpu {
     /// Bytes besides arenas and channels.
     pub(super) fn other_bytes(&self) -> usize {
         self.other_bytes
+    }
+
+    /// Bytes of the host's memory, for what is offloaded.
+    pub(super) fn host_bytes(&self) -> usize {
+        self.host_bytes
     }
 
     /// Contractions by what does them.

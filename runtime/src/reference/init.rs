@@ -217,7 +217,7 @@ pub fn golden_inputs(graph: &Graph, n_vocab: usize) -> Result<BTreeMap<TensorId,
 }
 
 /// The nearest number of the type (ties to even).
-fn rounded(x: f64, dtype: DType) -> f64 {
+pub(super) fn rounded(x: f64, dtype: DType) -> f64 {
     match dtype {
         DType::F32 => f64::from(x as f32),
         DType::Bf16 => to_significand(x, 8, -126, f64::from_bits(0x47EF_E000_0000_0000)),

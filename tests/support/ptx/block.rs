@@ -322,6 +322,19 @@ impl<'a, 'm> Block<'a, 'm> {
                 }
                 self.set(idx, &inst.args[0], function(&operands));
             }
+            Op::Pack(bits) => {
+                let parts = inst.args[1..].iter().rev();
+                let packed = parts.fold(0, |all, arg| {
+                    all << bits | self.value(idx, arg) & ((1 << bits) - 1)
+                });
+                self.set(idx, &inst.args[0], packed);
+            }
+            Op::Unpack(n, bits) => {
+                let all = self.value(idx, &inst.args[n]);
+                for (piece, arg) in inst.args[..n].iter().enumerate() {
+                    self.set(idx, arg, all >> (piece * bits) & ((1 << bits) - 1));
+                }
+            }
             Op::LdParam => {
                 let value = self.value(idx, &inst.args[1]);
                 self.set(idx, &inst.args[0], value);

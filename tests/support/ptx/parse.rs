@@ -27,6 +27,10 @@ pub(super) struct Inst {
 pub(super) enum Op {
     /// A function of the operands behind the first, which it sets.
     Compute(fn(&[u64]) -> u64),
+    /// The operands in one, the first lowest, each of so many bits.
+    Pack(usize),
+    /// The last operand in so many pieces of so many bits, the lowest first.
+    Unpack(usize, usize),
     LdParam,
     /// So many elements of so many bytes, sign-extended or not.
     Load {
@@ -229,7 +233,8 @@ impl Entry {
                 if let Some(special) = special(text) {
                     return Arg::Special(special);
                 }
-                if text.starts_with('%') {
+                // What is unpacked and not wanted.
+                if text.starts_with('%') || text == "_" {
                     return Arg::Register(register(text));
                 }
                 if let Some(at) = shared.find(text) {
@@ -274,6 +279,14 @@ impl Op {
     fn of(name: &str, operands: &str) -> Option<Self> {
         Some(match name {
             "ret" | "exit" => Self::Return,
+            "mov.b32" | "mov.b64" if operands.contains('{') => {
+                let n = operands.split(['{', '}']).nth(1)?.split(',').count();
+                let bits = name[5..].parse::<usize>().ok()? / n;
+                match operands.trim().starts_with('{') {
+                    true => Self::Unpack(n, bits),
+                    false => Self::Pack(bits),
+                }
+            }
             "bar.sync" | "barrier.sync" => {
                 assert!(operands.trim() == "0", "barrier {operands}");
                 Self::Barrier

@@ -158,7 +158,7 @@ impl<'c> Function<'_, 'c> {
                     self.loop_over(first, extent, step, &[], |this, lane, _| {
                         let zero = match this.elem(access) {
                             Elem::I32 => this.ops.int(Form::Scalar, 0)?,
-                            elem => this.ops.float(elem, Form::Scalar, 0.0)?,
+                            elem => this.ops.float(elem.as_value(), Form::Scalar, 0.0)?,
                         };
                         this.store_lane(access, ptr, lane, zero)?;
                         Ok(Vec::new())

@@ -11,6 +11,7 @@ use std::ffi::c_void;
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::result as driver;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
+use meshweave_dsl::dtype::DType;
 
 use super::nvrtc::preload;
 use super::{Precision, StreamIdx};
@@ -143,9 +144,17 @@ impl Blas {
             return Ok(None);
         };
         let failed = |error| blas_error("cannot prepare a product", error);
-        let compute = match self.precision {
-            Precision::F32 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            Precision::Tf32 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        // The library has products of f32, and of bf16 to either, with f32 sums.
+        let types = [product.factors, product.result].map(data_type);
+        let [Some(factors), Some(sums)] = types else {
+            return Ok(None);
+        };
+        if product.factors == DType::F32 && product.result != DType::F32 {
+            return Ok(None);
+        }
+        let compute = match (product.factors, self.precision) {
+            (DType::F32, Precision::Tf32) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+            _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
         };
         let f32_type = sys::cudaDataType_t::CUDA_R_32F;
         let operation = result::create_matmul_desc(compute, f32_type).map_err(failed)?;
@@ -172,14 +181,14 @@ impl Blas {
         } else {
             (product.a, product.b)
         };
-        let layout = |operand: Operand, rows: usize, columns: usize, batch: usize| {
+        let layout = |data_type, operand: Operand, rows: usize, columns: usize, batch: usize| {
             let (rows, columns) = if operand.transposed {
                 (columns, rows)
             } else {
                 (rows, columns)
             };
             let (rows, columns, pitch) = (rows as u64, columns as u64, operand.pitch as i64);
-            let layout = result::create_matrix_layout(f32_type, rows, columns, pitch)?;
+            let layout = result::create_matrix_layout(data_type, rows, columns, pitch)?;
             let (count, stride) = (product.n_batch as i32, batch as i64);
             // SAFETY: the attributes have these types.
             unsafe {
@@ -202,9 +211,9 @@ impl Blas {
             Ok::<_, result::CublasError>(layout)
         };
         let layouts = [
-            layout(form.a, form.m, form.k, a.batch).map_err(failed)?,
-            layout(form.b, form.k, form.n, b.batch).map_err(failed)?,
-            layout(form.c, form.m, form.n, product.c.batch).map_err(failed)?,
+            layout(factors, form.a, form.m, form.k, a.batch).map_err(failed)?,
+            layout(factors, form.b, form.k, form.n, b.batch).map_err(failed)?,
+            layout(sums, form.c, form.m, form.n, product.c.batch).map_err(failed)?,
         ];
         let Some(algorithm) = self.algorithm(operation, layouts, product.alignment)? else {
             return Ok(None);
@@ -332,6 +341,15 @@ impl Drop for Blas {
     }
 }
 
+/// The library's name of an element type; `None` where it is not given such products.
+fn data_type(dtype: DType) -> Option<sys::cudaDataType_t> {
+    match dtype {
+        DType::F32 => Some(sys::cudaDataType_t::CUDA_R_32F),
+        DType::Bf16 => Some(sys::cudaDataType_t::CUDA_R_16BF),
+        DType::F16 | DType::I32 => None,
+    }
+}
+
 fn blas_error(what: &str, error: result::CublasError) -> Error {
     Error::Exhausted(format!(
         "cuBLASLt {what}: {error}; check that it is of the driver's version, or hide it from the loader: \
@@ -377,7 +395,11 @@ mod tests {
             let (b, n_b) = dense(k, n, turned[1]);
             let (c, n_c) = dense(m, n, turned[2]);
             let product =
-                Product { m, n, k, n_batch: 1, a, b, c, accumulate: false, alignment: 4 };
+                Product {
+                    m, n, k, n_batch: 1, a, b, c,
+                    factors: DType::F32, result: DType::F32,
+                    accumulate: false, alignment: 4,
+                };
             let form = Form::of(&product).unwrap();
             let values = |n: usize| (0..n).map(|i| (i % 7) as f32 - 3.0).collect::<Vec<_>>();
             let (a_values, b_values) = (values(n_a), values(n_b));

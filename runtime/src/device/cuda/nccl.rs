@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 
 use cudarc::driver::sys::CUstream;
 use cudarc::nccl::{result, sys};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::layout::ReduceKind;
 
 use super::nvrtc::preload;
@@ -116,13 +117,13 @@ impl Team {
         Ok(())
     }
 
-    /// Combines `n` f32 of all members.
+    /// Combines `n` elements of all members.
     ///
     /// # Errors
-    /// Those of NCCL; `Internal` for a kind that it lacks.
+    /// Those of NCCL; `Internal` for a kind or a type that it lacks.
     pub(super) fn all_reduce(
         &self,
-        kind: ReduceKind,
+        (kind, dtype): (ReduceKind, DType),
         (src, dst, n): (Address, Address, usize),
         stream: CUstream,
     ) -> Result<()> {
@@ -133,7 +134,12 @@ impl Team {
                 return Err(Error::Internal("NCCL has no logarithm of sums".into()));
             }
         };
-        let dtype = sys::ncclDataType_t::ncclFloat32;
+        let dtype = match dtype {
+            DType::F32 => sys::ncclDataType_t::ncclFloat32,
+            DType::Bf16 => sys::ncclDataType_t::ncclBfloat16,
+            DType::F16 => sys::ncclDataType_t::ncclFloat16,
+            DType::I32 => sys::ncclDataType_t::ncclInt32,
+        };
         // SAFETY: both buffers lie in this device's memory and hold as many elements.
         unsafe {
             result::all_reduce(

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 
 use meshweave_dsl::device_code::Grid;
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::op::OpKind;
@@ -40,6 +41,8 @@ pub(super) struct Launcher<'a> {
     pub(super) gpu: &'a mut dyn Gpu,
     pub(super) functions: &'a mut Functions,
     pub(super) tables: &'a mut Tables,
+    /// Of the collective's elements.
+    pub(super) dtype: DType,
 }
 
 /// One member's part in a collective; addresses of members on other devices mean nothing here.
@@ -50,6 +53,13 @@ pub(super) struct Member<'a> {
     pub(super) dst: Address,
     pub(super) src_ty: &'a TensorType,
     pub(super) dst_ty: &'a TensorType,
+}
+
+impl Member<'_> {
+    /// Of its elements.
+    pub(super) fn dtype(&self) -> DType {
+        self.dst_ty.dtype
+    }
 }
 
 /// What a collective does; members are counted in the order of the group.
@@ -131,6 +141,10 @@ impl Collective {
         let Some(first) = members.first() else {
             return Ok(Self::Moves(Vec::new()));
         };
+        for member in members {
+            let own = [member.src_ty.dtype, member.dst_ty.dtype];
+            ensure(member, own == [first.dtype(); 2])?;
+        }
         match first.op {
             OpKind::AllReduce { kind, .. } => {
                 let n_elements = first.src_ty.n_elements();
@@ -313,8 +327,8 @@ impl Launcher<'_> {
         match collective {
             Collective::Moves(moves) => {
                 let copies = moves.iter().map(|one| {
-                    let src = words(members[one.source].src, one.from);
-                    let dst = words(members[one.target].dst, one.to);
+                    let src = self.element(members[one.source].src, one.from);
+                    let dst = self.element(members[one.target].dst, one.to);
                     self.copy(&one.loops, src, dst)
                 });
                 copies.collect()
@@ -331,6 +345,11 @@ impl Launcher<'_> {
                 works.collect()
             }
         }
+    }
+
+    /// The address of a buffer's element.
+    pub(super) fn element(&self, buffer: Address, n: usize) -> Address {
+        buffer + (self.dtype.n_bytes() * n) as u64
     }
 
     /// The function for so many elements.
@@ -360,8 +379,18 @@ impl Launcher<'_> {
             ReduceKind::Lse => 2,
         };
         let int = |n: usize| Value::Int(n as i64);
+        let name = match self.dtype {
+            DType::F32 => "meshweave_reduce",
+            DType::Bf16 => "meshweave_reduce_bf16",
+            DType::F16 | DType::I32 => {
+                return Err(Error::Unsupported(format!(
+                    "a reduction of {} between ranks on GPUs; reduce f32 or bf16",
+                    self.dtype
+                )));
+            }
+        };
         Ok(Work::Launch {
-            function: self.function("meshweave_reduce", rows.n_elements())?,
+            function: self.function(name, rows.n_elements())?,
             args: vec![
                 self.tables.add(sources),
                 int(sources.len()),
@@ -388,13 +417,17 @@ impl Launcher<'_> {
             return Ok(Work::Copy {
                 to: dst,
                 from: src,
-                n_bytes: inner.size * 4,
+                n_bytes: inner.size * self.dtype.n_bytes(),
             });
         }
         let int = |n: usize| Value::Int(n as i64);
         let n_elements = outer.size * middle.size * inner.size;
+        let name = match self.dtype.n_bytes() {
+            2 => "meshweave_copy_half",
+            _ => "meshweave_copy",
+        };
         Ok(Work::Launch {
-            function: self.function("meshweave_copy", n_elements)?,
+            function: self.function(name, n_elements)?,
             args: vec![
                 Value::Address(dst),
                 Value::Address(src),
@@ -408,11 +441,6 @@ impl Launcher<'_> {
             ],
         })
     }
-}
-
-/// The address of a buffer's word.
-pub(super) fn words(buffer: Address, n: usize) -> Address {
-    buffer + 4 * n as u64
 }
 
 fn check_division(member: &Member<'_>, division: &Division, n_members: usize) -> Result<()> {

@@ -6,17 +6,19 @@
 //! Invariant: where all ranks are here, a collective stands once, after all its members have come to it;
 //! a message is copied into its channel before it is copied out, and a channel never holds more than its
 //! depth. Where one is, collectives follow one another on one stream, and the messages of a channel on
-//! another of their own.
+//! another of their own. What a rank offloads has a stream out and one back, so that copies overlap both
+//! its work and each other.
 
 use std::collections::BTreeMap;
 
 use meshweave_dsl::device_code::{Argument, DeviceCode, Launch};
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::program::{Action, Buffer, BufferId, Program};
 
 use super::collective::{Collective, Functions, Launcher, Member};
 use super::order::{Item, Range};
-use super::product::products;
+use super::product::{place, products};
 use super::remote::{Own, Staging};
 use super::{Choice, Tables};
 use crate::device::gpu::{
@@ -164,12 +166,36 @@ impl<'a> Site<'a> {
         (StreamIdx(first), StreamIdx(first + 1))
     }
 
-    /// Streams in use: two a rank here, and one a channel to or from other devices.
+    /// Streams in use: two a rank here, one a channel to or from other devices, and two a channel of a
+    /// rank to itself.
     pub(super) fn n_streams(&self) -> usize {
+        self.first_offloading() + 2 * self.n_offloading(self.program.channels.len())
+    }
+
+    /// The first stream of what is offloaded.
+    fn first_offloading(&self) -> usize {
         match &self.apart {
             Some(_) => 2 + self.program.channels.len(),
             None => 2 * self.program.ranks.len(),
         }
+    }
+
+    /// Channels of ranks to themselves among the first ones.
+    fn n_offloading(&self, n_channels: usize) -> usize {
+        let channels = self.program.channels[..n_channels].iter();
+        channels
+            .filter(|channel| channel.from == channel.to)
+            .count()
+    }
+
+    /// The stream of a copy into a channel, or out of it.
+    fn message_stream(&self, rank: usize, channel_idx: usize, is_out: bool) -> StreamIdx {
+        let channel = &self.program.channels[channel_idx];
+        if channel.from != channel.to {
+            return self.streams(rank).1;
+        }
+        let pair = self.first_offloading() + 2 * self.n_offloading(channel_idx);
+        StreamIdx(pair + usize::from(is_out))
     }
 
     /// Work that concerns one rank alone.
@@ -216,11 +242,9 @@ impl<'a> Site<'a> {
                 } else {
                     vec![*a, *b]
                 };
-                let operands = [
-                    self.address(rank, *a)?,
-                    self.address(rank, *b)?,
-                    self.address(rank, *c)?,
-                ];
+                let operand =
+                    |id| Ok::<_, Error>((self.address(rank, id)?, self.ty(rank, id)?.dtype));
+                let operands = [operand(*a)?, operand(*b)?, operand(*c)?];
                 let calls = match products(indices, *accumulate, operands)? {
                     Some(calls) => self
                         .gpu
@@ -232,7 +256,7 @@ impl<'a> Site<'a> {
                     Some((product, offsets)) => {
                         self.choices.insert(at, Choice::Library);
                         let call = |offsets: [usize; 3]| {
-                            let [a, b, c] = [0, 1, 2].map(|i| operands[i] + 4 * offsets[i] as u64);
+                            let [a, b, c] = [0, 1, 2].map(|i| place(operands[i], offsets[i]));
                             Work::Product { product, a, b, c }
                         };
                         offsets.into_iter().map(call).collect()
@@ -296,7 +320,9 @@ impl<'a> Site<'a> {
             members.push(self.member(at)?);
         }
         let collective = Collective::of(&members)?;
-        let work = self.launcher().here(&collective, &members)?;
+        let work = self
+            .launcher(members[0].dtype())
+            .here(&collective, &members)?;
         let range = |address: Address, ty: &TensorType| Range::new(address, ty.n_bytes());
         let item = Item {
             stream: self.streams(group[0]).1,
@@ -340,6 +366,7 @@ impl<'a> Site<'a> {
         let own = &members[position];
         let (src, dst, n_src, n_dst) =
             (own.src, own.dst, own.src_ty.n_bytes(), own.dst_ty.n_bytes());
+        let dtype = own.dtype();
         let Some(apart) = &mut self.apart else {
             return Err(Error::Internal("all ranks are here".into()));
         };
@@ -355,6 +382,7 @@ impl<'a> Site<'a> {
             gpu: &mut *self.gpu,
             functions: &mut self.collectives,
             tables: &mut self.tables,
+            dtype,
         };
         let work = launcher.remote(&collective, own, &mut apart.staging)?;
         Ok(Item {
@@ -366,11 +394,12 @@ impl<'a> Site<'a> {
         })
     }
 
-    fn launcher(&mut self) -> Launcher<'_> {
+    fn launcher(&mut self, dtype: DType) -> Launcher<'_> {
         Launcher {
             gpu: &mut *self.gpu,
             functions: &mut self.collectives,
             tables: &mut self.tables,
+            dtype,
         }
     }
 
@@ -448,7 +477,7 @@ impl<'a> Site<'a> {
         let n_bytes = self.ty(rank, src)?.n_bytes();
         let slot = self.slot(channel_idx, n_before, n_bytes)?;
         let from = self.address(rank, src)?;
-        let stream = self.streams(rank).1;
+        let stream = self.message_stream(rank, channel_idx, false);
         Ok((message(at, stream, from, slot, n_bytes), slot))
     }
 
@@ -531,7 +560,7 @@ impl<'a> Site<'a> {
         let n_bytes = self.ty(rank, dst)?.n_bytes();
         let slot = self.slot(channel_idx, n_before, n_bytes)?;
         let to = self.address(rank, dst)?;
-        let stream = self.streams(rank).1;
+        let stream = self.message_stream(rank, channel_idx, true);
         Ok(Outcome::Items(vec![message(at, stream, slot, to, n_bytes)]))
     }
 

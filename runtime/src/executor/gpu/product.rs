@@ -4,6 +4,7 @@
 //! or nothing, where the generated kernel serves better.
 //! Invariant: the products together are the contraction, each element of `c` summed in one product.
 
+use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::ContractIndex;
 
 use crate::contract::{ContractOptions, ContractPlan};
@@ -24,16 +25,20 @@ pub(super) struct Calls {
     pub(super) offsets: Vec<[usize; 3]>,
 }
 
-/// The products of a contraction of operands at these addresses; `None` where there would be too many, or of strides that no library
-/// takes.
+/// The products of a contraction of operands at these addresses and of these types; `None` where there
+/// would be too many, or of strides or types that no library takes.
 ///
 /// # Errors
 /// `Invalid` when the contraction is damaged.
 pub(super) fn products(
     indices: &[ContractIndex],
     accumulate: bool,
-    operands: [Address; 3],
+    operands: [(Address, DType); 3],
 ) -> Result<Option<Calls>> {
+    let [(_, factors), (_, b_dtype), (_, result)] = operands;
+    if factors != b_dtype || !factors.is_float() || !result.is_float() {
+        return Ok(None);
+    }
     let options = ContractOptions {
         accumulate,
         ..ContractOptions::default()
@@ -69,6 +74,8 @@ pub(super) fn products(
         a: matrix(m.a, k.a, batch.a),
         b: matrix(k.b, n.b, batch.b),
         c: matrix(m.c, n.c, batch.c),
+        factors,
+        result,
         accumulate,
         alignment: 1,
     };
@@ -92,13 +99,19 @@ pub(super) fn products(
     }
     let starts = offsets
         .iter()
-        .flat_map(|offsets| [0, 1, 2].map(|i| operands[i] + 4 * offsets[i] as u64));
-    let strides = [product.a, product.b, product.c].map(|matrix| 4 * matrix.batch as u64);
+        .flat_map(|offsets| [0, 1, 2].map(|i| place(operands[i], offsets[i])));
+    let batches = [product.a, product.b, product.c].map(|matrix| matrix.batch);
+    let strides = [0, 1, 2].map(|i| place((0, operands[i].1), batches[i]));
     let bits = starts
         .chain(strides)
         .fold(MAX_ALIGNMENT, |bits, n| bits | n);
     product.alignment = 1 << bits.trailing_zeros();
     Ok(Some(Calls { product, offsets }))
+}
+
+/// The address of an element of an operand.
+pub(super) fn place((address, dtype): (Address, DType), element: usize) -> Address {
+    address + (dtype.n_bytes() * element) as u64
 }
 
 #[cfg(test)]
@@ -154,7 +167,7 @@ mod tests {
             let mut expected = vec![0.0; spans[2]];
             let plan = ContractPlan::new(&indices, ContractOptions::default()).unwrap();
             plan.run(&a, &b, &mut expected).unwrap();
-            if let Some(calls) = products(&indices, false, [256; 3]).unwrap() {
+            if let Some(calls) = products(&indices, false, [(256, DType::F32); 3]).unwrap() {
                 let mut found = vec![0.0; spans[2]];
                 run(&calls, &a, &b, &mut found);
                 prop_assert_eq!(found, expected);

@@ -7,7 +7,7 @@
 
 use meshweave_dsl::layout::ReduceKind;
 
-use super::collective::{Collective, Launcher, Move, Rows, words};
+use super::collective::{Collective, Launcher, Move, Rows};
 use crate::device::gpu::{Address, Part, TeamIdx, Work};
 use crate::error::Result;
 use crate::strided::CopyLoop;
@@ -32,9 +32,9 @@ impl Staging {
         self.used = 0;
     }
 
-    fn take(&mut self, n_elements: usize) -> Address {
+    fn take(&mut self, n_bytes: usize) -> Address {
         let address = IN_STAGING | self.used as u64;
-        self.used += (4 * n_elements).next_multiple_of(ALIGNMENT);
+        self.used += n_bytes.next_multiple_of(ALIGNMENT);
         self.n_bytes = self.n_bytes.max(self.used);
         address
     }
@@ -68,6 +68,7 @@ impl Launcher<'_> {
                 Ok(vec![Work::AllReduce {
                     team: own.team,
                     kind: *kind,
+                    dtype: self.dtype,
                     src: own.src,
                     dst: own.dst,
                     n_elements: *n_elements,
@@ -91,9 +92,12 @@ impl Launcher<'_> {
         staging: &mut Staging,
     ) -> Result<Vec<Work>> {
         let n_own = rows[own.member].n_elements();
-        let slots: Vec<Address> = (0..own.n_members).map(|_| staging.take(n_own)).collect();
+        let size = self.dtype.n_bytes();
+        let slots: Vec<Address> = (0..own.n_members)
+            .map(|_| staging.take(size * n_own))
+            .collect();
         let pitch = match slots.as_slice() {
-            [first, second, ..] => ((second - first) / 4) as usize,
+            [first, second, ..] => (second - first) as usize / size,
             _ => 0,
         };
         let mut moves = Vec::new();
@@ -127,8 +131,11 @@ impl Launcher<'_> {
             if n_elements == 0 {
                 continue;
             }
-            let n_bytes = 4 * n_elements;
-            let (src, dst) = (words(own.src, one.from), words(own.dst, one.to));
+            let n_bytes = self.dtype.n_bytes() * n_elements;
+            let (src, dst) = (
+                self.element(own.src, one.from),
+                self.element(own.dst, one.to),
+            );
             match (one.source == own.member, one.target == own.member) {
                 (true, true) => after.push(self.copy(&one.loops, src, dst)?),
                 (true, false) => {
@@ -136,7 +143,7 @@ impl Launcher<'_> {
                     let address = if is_dense(&one.loops, |l| l.src) {
                         src
                     } else {
-                        let slot = staging.take(n_elements);
+                        let slot = staging.take(n_bytes);
                         before.push(self.copy(&packed, src, slot)?);
                         slot
                     };
@@ -152,7 +159,7 @@ impl Launcher<'_> {
                     let address = if is_dense(&one.loops, |l| l.dst) {
                         dst
                     } else {
-                        let slot = staging.take(n_elements);
+                        let slot = staging.take(n_bytes);
                         after.push(self.copy(&packed, slot, dst)?);
                         slot
                     };

@@ -29,6 +29,8 @@ pub struct GpuUse {
     pub n_generated: usize,
     /// Bytes besides arenas and channels: tables, and elements on their way to other devices.
     pub other_bytes: usize,
+    /// Bytes of the host's memory, pinned, for what is offloaded.
+    pub host_bytes: usize,
 }
 
 impl Session {
@@ -89,6 +91,7 @@ impl Session {
             n_by_library: gpu.n_contractions(Choice::Library),
             n_generated: gpu.n_contractions(Choice::Generated),
             other_bytes: gpu.other_bytes(),
+            host_bytes: gpu.host_bytes(),
         })
     }
 

@@ -7,12 +7,17 @@ use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::op::{BinaryFn, UnaryFn};
 
 use super::super::Value;
+use super::super::init::rounded;
 use super::super::value::{for_each_offset, sizes, strides_over};
 use super::neutral;
 
 pub(super) fn unary(function: UnaryFn, x: &Value) -> Value {
     let data = x.data();
-    Value::from_fn(x.ty().clone(), |i| apply_unary(function, data[i]))
+    let mut ty = x.ty().clone();
+    if let UnaryFn::Cast(dtype) = function {
+        ty.dtype = dtype;
+    }
+    Value::from_fn(ty, |i| apply_unary(function, data[i]))
 }
 
 pub(super) fn binary(function: BinaryFn, a: &Value, b: &Value, ty: TensorType) -> Value {
@@ -128,6 +133,7 @@ fn apply_unary(function: UnaryFn, x: f64) -> f64 {
         UnaryFn::GeluTanh => 0.5 * x * (1.0 + gelu_argument(x).tanh()),
         UnaryFn::Scale(c) => c.0 * x,
         UnaryFn::Shift(c) => x + c.0,
+        UnaryFn::Cast(dtype) => rounded(x, dtype),
     }
 }
 
