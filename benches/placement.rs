@@ -4,8 +4,9 @@
 //! the bound.
 
 use divan::Bencher;
+use meshweave_compiler::parallel::in_parallel;
 use meshweave_compiler::placement::balance::{Slots, balance};
-use meshweave_compiler::placement::bounds::{certify, evaluate, in_parallel};
+use meshweave_compiler::placement::bounds::{certify, evaluate};
 use meshweave_compiler::placement::chain::{Chain, Levels};
 use meshweave_compiler::placement::exact::{assignments, dynamic};
 use meshweave_compiler::placement::search::{SearchOptions, search};

@@ -2,8 +2,9 @@
 //! known to be.
 //!
 //! `cargo bench --bench planning --no-default-features` (or `-- 8x8`, `-- mapping`, any part of a row's
-//! name). The searches run on one thread: CPU seconds compare across machines and loads. "Untied" lets
-//! every layer choose for itself; mappings have everything open. Steps are predicted, bounds are bounds.
+//! name). Searches of ops run on one thread, those of mappings on all cores: CPU seconds compare across
+//! machines and loads. "Untied" lets every layer choose for itself; mappings have everything open. Steps
+//! are predicted, bounds are bounds.
 
 use std::time::Instant;
 

@@ -1,5 +1,6 @@
 //! Functions between the types of `meshweave-dsl`.
 
+pub mod parallel;
 pub mod model;
 pub mod import;
 pub mod replicate;

@@ -23,6 +23,7 @@ pub use target::{GpuTarget, HostTarget};
 
 use crate::codegen::kernel::{Elem, Kernel, RowProgram};
 use crate::codegen::launch::Launch;
+use crate::parallel::available;
 
 /// What can go wrong between a kernel and its object.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -97,7 +98,7 @@ pub struct CompileOptions {
 impl Default for CompileOptions {
     fn default() -> Self {
         Self {
-            n_threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(8)),
+            n_threads: available().min(8),
             stages: Vec::new(),
         }
     }

@@ -238,6 +238,30 @@ impl Mpi {
         self.check("MPI_Comm_set_errhandler", code)
     }
 
+    /// A communicator of these ranks of another one, in their order; all of them call this together.
+    /// Members of several such at once tell them apart by the tag, at most 32767.
+    ///
+    /// # Errors
+    /// `Exhausted` when MPI refuses.
+    pub(crate) fn subset(&self, of: Handle, ranks: &[usize], tag: c_int) -> Result<Handle> {
+        let members: Vec<c_int> = ranks.iter().map(|rank| *rank as c_int).collect();
+        let n_members = members.len() as c_int;
+        let (mut all, mut group, mut made) = (Handle::EMPTY, Handle::EMPTY, Handle::EMPTY);
+        let functions = &self.functions;
+        // SAFETY: the out-parameters are locals; `members` holds as many ranks as said.
+        unsafe {
+            self.check("MPI_Comm_group", (functions.comm_group)(of, &raw mut all))?;
+            let code = (functions.group_incl)(all, n_members, members.as_ptr(), &raw mut group);
+            self.check("MPI_Group_incl", code)?;
+            let code = (functions.comm_create_group)(of, group, tag, &raw mut made);
+            self.check("MPI_Comm_create_group", code)?;
+            (functions.group_free)(&raw mut group);
+            (functions.group_free)(&raw mut all);
+        }
+        self.return_errors(made)?;
+        Ok(made)
+    }
+
     /// The error behind a code that is not success.
     pub(crate) fn check(&self, call: &str, code: c_int) -> Result<()> {
         if code == 0 {

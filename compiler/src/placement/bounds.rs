@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::chain::{Chain, transpose};
 use super::eigen::{eigenvalues, product_transposed_right};
 use super::matching::{self, Prices};
+use crate::parallel::in_parallel;
 
 /// Proofs of a bound, pair of layers by pair of layers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -134,28 +135,4 @@ pub fn center(matrix: &[f64], n: usize) -> (Vec<f64>, f64) {
 /// In double precision.
 pub fn widen(matrix: &[f32]) -> Vec<f64> {
     matrix.iter().map(|x| f64::from(*x)).collect()
-}
-
-/// `f(0), f(1), …` on several threads, in order.
-pub fn in_parallel<T: Send>(n: usize, threads: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let threads = threads.clamp(1, n.max(1));
-    let share = n.div_ceil(threads).max(1);
-    let f = &f;
-    std::thread::scope(|scope| {
-        let running: Vec<_> = (0..n)
-            .step_by(share)
-            .map(|from| {
-                scope.spawn(move || (from..(from + share).min(n)).map(f).collect::<Vec<T>>())
-            })
-            .collect();
-        let mut all = Vec::with_capacity(n);
-        for thread in running {
-            match thread.join() {
-                Ok(part) => all.extend(part),
-                // The panic goes on where it would have without threads.
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        all
-    })
 }

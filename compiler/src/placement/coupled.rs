@@ -21,12 +21,13 @@
 //! Multipliers are found by a subgradient method: A and C are the gradients of the nuclear norm
 //! `2‖Y^½ N Y′^½‖` at smoothed projections Y, and R moves toward agreement of both sides' Z.
 
-use super::bounds::{center, in_parallel, widen};
+use super::bounds::{center, widen};
 use super::chain::Chain;
 use super::eigen::{
     Eigen, eigenvalues, product, product_transposed_left, product_transposed_right,
 };
 use super::matching::{self, Prices};
+use crate::parallel::in_parallel;
 
 /// Multipliers of the whole chain.
 #[derive(Clone, Debug, PartialEq)]

@@ -7,9 +7,9 @@
 use meshweave_dsl::trace::synth::Random;
 
 use super::assign::assign;
-use super::bounds::in_parallel;
 use super::chain::{Chain, Division, Levels};
 use super::split::{MOST_MOVABLE, Splitter};
+use crate::parallel::{available, in_parallel};
 
 /// How long to search, counted in steps and never in seconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,7 +31,7 @@ impl Default for SearchOptions {
             sweeps: 12,
             rounds: 6,
             starts: 2,
-            threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            threads: available(),
             seed: 0,
         }
     }

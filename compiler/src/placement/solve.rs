@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::PlacementError;
 use super::balance::{Slots, balance};
-use super::bounds::{Certificate, Proof, certify, evaluate, in_parallel};
+use super::bounds::{Certificate, Proof, certify, evaluate};
 use super::chain::{Chain, Division, Levels};
 use super::coupled::{CoupledOptions, Multipliers};
 use super::exact;
@@ -20,6 +20,7 @@ use super::matching::Prices;
 use super::migrate::nearest;
 use super::price::{Balance, Costs, Kept, balance_of, kept};
 use super::search::{SearchOptions, improve, search};
+use crate::parallel::in_parallel;
 
 /// What the placement is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

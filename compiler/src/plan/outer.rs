@@ -13,6 +13,7 @@ mod grids;
 mod bound;
 mod stages;
 mod saving;
+mod expand;
 mod search;
 mod serving;
 mod only;
@@ -153,8 +154,12 @@ pub fn search(
         space,
     };
     let n_devices = cluster.n_devices();
+    let layers = bound::Layers::default();
     let (outcome, placed) = match cluster.is_flat() {
-        true => (search_in_order(&problem, options, start)?, cluster.clone()),
+        true => (
+            search_in_order(&problem, options, start, &layers)?,
+            cluster.clone(),
+        ),
         false => arrange::search(&problem, options, start)?,
     };
     let problem = Problem {
@@ -166,12 +171,7 @@ pub fn search(
     }
     let not_searched = not_searched(&problem, &outcome);
     let mut best = outcome.best;
-    let choice = families::choose(
-        &problem,
-        &mut bound::Layers::default(),
-        &best,
-        &outcome.of_family,
-    );
+    let choice = families::choose(&problem, &layers, &best, &outcome.of_family);
     let (first, simulated_s) = choice
         .first
         .ok_or_else(|| OuterError::Internal("nothing found".into()))?;
@@ -182,6 +182,7 @@ pub fn search(
     best.retain(|other| other.mapping != first.mapping);
     // A schedule of uneven stages may take less than its closed form says.
     let lower_bound_s = outcome
+        .seen
         .lower_bound_s
         .min(simulated_s.unwrap_or(f64::INFINITY));
     let memories = Memories::new(&workload, &first.mapping);
@@ -207,7 +208,7 @@ pub fn search(
         budget_bytes: space.budget_bytes,
         n_devices,
         n_idle: n_devices - first.mapping.n_ranks(),
-        counts: outcome.counts,
+        counts: outcome.seen.counts,
         not_searched,
     };
     Ok(Found {
@@ -225,17 +226,17 @@ fn search_in_order(
     problem: &Problem<'_>,
     options: &Options,
     start: std::time::Instant,
+    layers: &bound::Layers,
 ) -> Result<search::Outcome, OuterError> {
-    let mut layers = bound::Layers::default();
     let n_devices = problem.cluster.n_devices();
     let mut sweep = sweep(problem, options, start, |problem, options| {
-        search::search(problem, options, n_devices, &mut layers)
+        search::search(problem, options, n_devices, layers)
     });
     // Where nodes are not alike, other orders leave some of them out.
     if sweep.counts().n_nodes == 0 && problem.cluster.is_flat() {
         sweep = self::sweep(problem, options, start, |problem, options| {
-            let none = search::search(problem, options, n_devices, &mut layers);
-            with_idle_devices(problem, options, none, &mut layers)
+            let none = search::search(problem, options, n_devices, layers);
+            with_idle_devices(problem, options, none, layers)
         });
     }
     let outcome = sweep.finish();
@@ -279,7 +280,7 @@ fn with_idle_devices(
     problem: &Problem<'_>,
     options: &Options,
     none: search::Outcome,
-    layers: &mut bound::Layers,
+    layers: &bound::Layers,
 ) -> search::Outcome {
     let node = problem.cluster.devices_per_node.max(1);
     let n_devices = problem.cluster.n_devices();
@@ -295,13 +296,13 @@ fn with_idle_devices(
             ..options.clone()
         };
         let mut found = search::search(problem, &with_bound, n_ranks, layers);
-        let counts = best.counts.and(found.counts);
+        let counts = best.seen.counts.and(found.seen.counts);
         if found.best.is_empty() && !best.best.is_empty() {
-            best.lower_bound_s = best.lower_bound_s.min(found.lower_bound_s);
-            best.counts = counts;
-        } else if !found.best.is_empty() || found.counts.n_nodes > 0 {
-            found.lower_bound_s = found.lower_bound_s.min(best.lower_bound_s);
-            found.counts = counts;
+            best.seen.lower_bound_s = best.seen.lower_bound_s.min(found.seen.lower_bound_s);
+            best.seen.counts = counts;
+        } else if !found.best.is_empty() || found.seen.counts.n_nodes > 0 {
+            found.seen.lower_bound_s = found.seen.lower_bound_s.min(best.seen.lower_bound_s);
+            found.seen.counts = counts;
             best = found;
         }
     }
@@ -312,7 +313,7 @@ fn with_idle_devices(
 fn why_nothing(problem: &Problem<'_>, outcome: &search::Outcome) -> OuterError {
     let cluster = problem.cluster;
     let n_devices = cluster.n_devices();
-    if outcome.counts.n_nodes == 0 {
+    if outcome.seen.counts.n_nodes == 0 {
         let reasons = outcome.objections.most_frequent();
         return OuterError::Invalid {
             message: format!(
@@ -327,33 +328,33 @@ fn why_nothing(problem: &Problem<'_>, outcome: &search::Outcome) -> OuterError {
         };
     }
     if let Some(most_first_s) = problem.space.most_first_s
-        && outcome.fastest_first_s.is_finite()
-        && outcome.fastest_first_s > most_first_s
+        && outcome.seen.fastest_first_s.is_finite()
+        && outcome.seen.fastest_first_s > most_first_s
     {
         return OuterError::Infeasible {
             message: format!(
                 "the first token of a prompt of {} takes {} at least (predicted), and {} are allowed; \
                  allow more, or take more or faster devices",
                 problem.workload.seq,
-                Seconds(outcome.fastest_first_s),
+                Seconds(outcome.seen.fastest_first_s),
                 Seconds(most_first_s)
             ),
             least_bytes: 0,
         };
     }
-    if outcome.fastest_s.is_finite() {
+    if outcome.seen.fastest_s.is_finite() {
         let most_s = problem.space.most_s.unwrap_or(0.0);
         return OuterError::Infeasible {
             message: format!(
                 "the fastest step takes {} (predicted), and {} are allowed; allow more, lower the batch, \
                  or take more or faster devices",
-                Seconds(outcome.fastest_s),
+                Seconds(outcome.seen.fastest_s),
                 Seconds(most_s)
             ),
             least_bytes: 0,
         };
     }
-    if let Some((least, _)) = &outcome.closest {
+    if let Some((least, _)) = &outcome.seen.closest {
         let state = state_bytes(problem) / n_devices as f64;
         return OuterError::Infeasible {
             message: format!(
@@ -367,6 +368,7 @@ fn why_nothing(problem: &Problem<'_>, outcome: &search::Outcome) -> OuterError {
         };
     }
     let reason = outcome
+        .seen
         .unpriced
         .iter()
         .max_by_key(|(_, count)| **count)

@@ -9,6 +9,7 @@
 //! they must stay until the process ends ([`Communicator::settle`] says whose failure to report).
 
 mod calls;
+mod hosts;
 mod moves;
 mod watch;
 
@@ -23,7 +24,7 @@ use meshweave_dsl::program::Program;
 use super::{CollectiveStats, Communicator, Crossing, Division, GroupIdx, Place, describe};
 use crate::error::{Error, Result};
 use crate::mpi::{Handle, Mpi};
-use moves::{Route, fold, route, rows, sized, words, words_as_floats, words_mut};
+use moves::{Route, copies, fold, route, rows, sized, words, words_as_floats, words_mut};
 use watch::{Waiting, Watch};
 
 /// Up to this many elements every member reduces everything by itself, which saves an exchange.
@@ -69,27 +70,28 @@ struct Member {
 impl MpiCommunicator {
     /// This process' communicator; a wait of `timeout` fails.
     ///
+    /// Ranks fill one host after another, however the launcher dealt them out: the innermost axes of a
+    /// mesh lie within hosts.
+    ///
     /// # Errors
     /// `Exhausted` when MPI refuses.
     pub fn new(mpi: Arc<Mpi>, timeout: Duration) -> Result<MpiCommunicator> {
-        let (mut rank, mut size) = (0, 0);
+        let order = hosts::in_order(&hosts::of_ranks(&mpi)?);
+        let all = mpi.subset(mpi.world, &order, TAG)?;
+        let (mut rank, n_ranks) = (0, order.len());
         let (mut messages, mut control) = (Handle::EMPTY, Handle::EMPTY);
-        // SAFETY: the out-parameters are locals; the world's communicator is always valid.
+        // SAFETY: the out-parameters are locals; the communicator was made above.
         unsafe {
             mpi.check(
                 "MPI_Comm_rank",
-                (mpi.functions.comm_rank)(mpi.world, &raw mut rank),
-            )?;
-            mpi.check(
-                "MPI_Comm_size",
-                (mpi.functions.comm_size)(mpi.world, &raw mut size),
+                (mpi.functions.comm_rank)(all, &raw mut rank),
             )?;
             for comm in [&raw mut messages, &raw mut control] {
-                mpi.check("MPI_Comm_dup", (mpi.functions.comm_dup)(mpi.world, comm))?;
+                mpi.check("MPI_Comm_dup", (mpi.functions.comm_dup)(all, comm))?;
                 mpi.return_errors(*comm)?;
             }
         }
-        let (rank, n_ranks) = (rank as usize, size as usize);
+        let rank = rank as usize;
         Ok(MpiCommunicator {
             mpi,
             rank,
@@ -248,30 +250,10 @@ impl Communicator for MpiCommunicator {
         };
         let mut comm = None;
         if ranks.len() > 1 {
-            let members: Vec<c_int> = ranks.iter().map(|rank| *rank as c_int).collect();
-            let (mut world, mut group, mut made) = (Handle::EMPTY, Handle::EMPTY, Handle::EMPTY);
-            let functions = &self.mpi.functions;
             // Members join in the order of their instructions, in which they also call: what would
-            // stand still here would stand still there.
-            // SAFETY: the out-parameters are locals; `members` holds as many ranks as said.
-            unsafe {
-                let n_members = members.len() as c_int;
-                self.mpi.check(
-                    "MPI_Comm_group",
-                    (functions.comm_group)(self.messages, &raw mut world),
-                )?;
-                let code =
-                    (functions.group_incl)(world, n_members, members.as_ptr(), &raw mut group);
-                self.mpi.check("MPI_Group_incl", code)?;
-                // The tag keeps groups apart that are made at the same time; its least bound is 32767.
-                let tag = hash_ranks(ranks);
-                let code = (functions.comm_create_group)(self.messages, group, tag, &raw mut made);
-                self.mpi.check("MPI_Comm_create_group", code)?;
-                (functions.group_free)(&raw mut group);
-                (functions.group_free)(&raw mut world);
-            }
-            self.mpi.return_errors(made)?;
-            comm = Some(made);
+            // stand still here would stand still there. The tag keeps groups apart that are made at
+            // the same time.
+            comm = Some(self.mpi.subset(self.messages, ranks, hash_ranks(ranks))?);
         }
         self.groups.push(Member {
             ranks: ranks.to_vec(),
@@ -438,9 +420,11 @@ impl Communicator for MpiCommunicator {
         let (n_src, n_dst): (usize, usize) = (sent.iter().sum(), arriving.iter().sum());
         self.ensure_len(CALL, "source", src.len(), n_src)?;
         self.ensure_len(CALL, "destination", dst.len(), n_dst)?;
-        let mut packed = sized(&mut self.packed, n_src);
+        // Parts that lie one after another, in the order of members, travel from and to where they are.
+        let (packs, unpacks) = copies(crossing);
+        let mut packed = sized(&mut self.packed, if packs { n_src } else { 0 });
         let mut at = 0;
-        for (route, count) in routes.iter().zip(&sent) {
+        for (route, count) in routes.iter().zip(&sent).filter(|_| packs) {
             // SAFETY: the routes' parts of `src` add up to it, so each lies inside of both.
             unsafe {
                 let (from, to) = (src.as_ptr().add(route.from), packed.as_mut_ptr().add(at));
@@ -448,10 +432,15 @@ impl Communicator for MpiCommunicator {
             }
             at += count;
         }
-        let mut received = sized(&mut self.received, n_dst);
-        let outcome =
-            self.exchange_words(CALL, group, (&packed, &sent), (&mut received, &arriving));
-        if outcome.is_ok() {
+        let mut received = sized(&mut self.received, if unpacks { n_dst } else { 0 });
+        let out = if packs { &packed } else { src };
+        let place = if unpacks {
+            &mut received[..]
+        } else {
+            &mut dst[..]
+        };
+        let outcome = self.exchange_words(CALL, group, (out, &sent), (place, &arriving));
+        if outcome.is_ok() && unpacks {
             let mut at = 0;
             for (route, count) in routes.iter().zip(&arriving) {
                 // SAFETY: the routes' parts of `dst` add up to it, so each lies inside of both.

@@ -7,7 +7,7 @@
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::mapping::{AxisGroups, GridAxis, Mapping};
 
-use super::memory::schedules::runs_of_backward;
+use super::memory::schedules::{runs_of_backward, stages_of_rank};
 use super::workload::Workload;
 use crate::plan::cost::compute::stream_seconds;
 use crate::plan::cost::links::{GroupShape, Traffic, traffic_seconds};
@@ -78,8 +78,9 @@ pub fn data_parallel_s(
     };
     let mut total = pieces * workload.software.piece_s;
     let n_reductions = reductions(workload, mapping, cover);
-    // Both groups' messages run under the same passes: the last reduction's are those of one microbatch.
-    let (mut forward_s, mut backward_s) = (cover.forward_s, cover.backward_s);
+    // Both groups' messages run under the same passes.
+    let mut forward = Run::of(mapping, cover, cover.forward_s);
+    let mut backward = Run::of(mapping, cover, cover.backward_s);
     let mut between_s = cover.n_microbatches / n_reductions * cover.backward_s;
     for (group, weights) in groups {
         let shape = GroupShape::of_axis(group, cluster);
@@ -109,13 +110,56 @@ pub fn data_parallel_s(
         let earlier = n_reductions - 1.0;
         total += if workload.software.overlap_dp {
             earlier * exposed(reduce, &mut between_s)
-                + exposed(reduce, &mut backward_s)
-                + exposed(gather, &mut forward_s)
+                + backward.exposed(reduce)
+                + forward.exposed(gather)
         } else {
             n_reductions * reduce + gather
         };
     }
     total
+}
+
+/// The passes under which a rank's stages exchange once a step: gradients behind each stage's last
+/// microbatch, parameters before its first.
+///
+/// Of several stages all but the last one's gradients (the first one's parameters) move while the rank
+/// is busy with runs of the others; those of the one at the end have only its own pass.
+struct Run {
+    /// Part of the weights at the end.
+    end: f64,
+    others_s: f64,
+    end_s: f64,
+}
+
+impl Run {
+    /// `pass_s`: of a microbatch through all stages of the rank.
+    fn of(mapping: &Mapping, cover: Cover, pass_s: f64) -> Self {
+        let pipeline = &mapping.pipeline;
+        let end = 1.0 / stages_of_rank(&pipeline.schedule, pipeline.chunks) as f64;
+        let n_runs = runs_of(mapping, cover) as f64;
+        Self {
+            end,
+            others_s: (1.0 - end) * pass_s * cover.n_microbatches / n_runs,
+            end_s: end * pass_s,
+        }
+    }
+
+    /// What stays of a collective of all stages.
+    fn exposed(&mut self, seconds: f64) -> f64 {
+        exposed(self.end * seconds, &mut self.end_s)
+            + uncovered((1.0 - self.end) * seconds, &mut self.others_s)
+    }
+}
+
+/// Runs of microbatches through each stage of a rank.
+fn runs_of(mapping: &Mapping, cover: Cover) -> usize {
+    let pipeline = &mapping.pipeline;
+    runs_of_backward(
+        &pipeline.schedule,
+        mapping.pp,
+        pipeline.chunks,
+        cover.n_microbatches as usize,
+    )
 }
 
 /// Reductions of every gradient a step.
@@ -125,16 +169,10 @@ pub fn data_parallel_s(
 /// stage, whose gradients are reduced when its rank turns to another (Lamy-Poirier 2023, arXiv
 /// 2211.05953, §3.2).
 fn reductions(workload: &Workload, mapping: &Mapping, cover: Cover) -> f64 {
-    let pipeline = &mapping.pipeline;
     match mapping.zero.stage {
         2 if workload.software.reduces_whole => 1.0,
         2 if mapping.pp == 1 => cover.n_microbatches,
-        2 => runs_of_backward(
-            &pipeline.schedule,
-            mapping.pp,
-            pipeline.chunks,
-            cover.n_microbatches as usize,
-        ) as f64,
+        2 => runs_of(mapping, cover) as f64,
         _ => 1.0,
     }
 }
@@ -142,10 +180,14 @@ fn reductions(workload: &Workload, mapping: &Mapping, cover: Cover) -> f64 {
 /// What stays of a collective that runs in buckets under a pass, of which it leaves the rest to others.
 fn exposed(seconds: f64, under_s: &mut f64) -> f64 {
     let bucket = seconds / N_BUCKETS;
-    let rest = seconds - bucket;
-    let covered = rest.min(*under_s);
+    bucket + uncovered(seconds - bucket, under_s)
+}
+
+/// What stays of a collective that runs beside a pass, of which it leaves the rest to others.
+fn uncovered(seconds: f64, under_s: &mut f64) -> f64 {
+    let covered = seconds.min(*under_s);
     *under_s -= covered;
-    bucket + rest - covered + CONTENTION * covered
+    seconds - covered + CONTENTION * covered
 }
 
 /// Layers are gathered before they run, forward and backward, and their gradients scattered, every

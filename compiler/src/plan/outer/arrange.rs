@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use meshweave_dsl::cluster::Cluster;
 
+use super::bound::Layers;
 use super::search::Outcome;
 use super::{Options, OuterError, Problem, search_in_order};
 
@@ -50,7 +51,7 @@ pub(super) fn search(
             better_than_s: known_s.or(options.better_than_s),
             ..options.clone()
         };
-        let found = search_in_order(&own, &with_bound, start)?;
+        let found = search_in_order(&own, &with_bound, start, &Layers::default())?;
         best = Some(match best {
             None => (found, placed),
             Some(known) => better(problem, known, (found, placed)),
@@ -69,9 +70,9 @@ fn better(
         let found = outcome.best.first().map(|priced| priced.batch);
         found.unwrap_or(problem.workload.batch).max(1) as f64
     };
-    let bound_s = |outcome: &Outcome| outcome.lower_bound_s / batch(outcome);
+    let bound_s = |outcome: &Outcome| outcome.seen.lower_bound_s / batch(outcome);
     let a_sequence_s = bound_s(&known.0).min(bound_s(&later.0));
-    let counts = known.0.counts.and(later.0.counts);
+    let counts = known.0.seen.counts.and(later.0.seen.counts);
     let is_out_of_time = known.0.is_out_of_time || later.0.is_out_of_time;
     let is_later = match (known.0.best.first(), later.0.best.first()) {
         (Some(one), Some(other)) => other.a_sequence_s() < one.a_sequence_s(),
@@ -80,7 +81,7 @@ fn better(
         // Neither fits: the one that came closer says why.
         (None, None) => {
             let least = |outcome: &Outcome| {
-                let closest = outcome.closest.as_ref();
+                let closest = outcome.seen.closest.as_ref();
                 closest.map_or(u64::MAX, |(bytes, _)| *bytes)
             };
             least(&later.0) < least(&known.0)
@@ -91,11 +92,15 @@ fn better(
     } else {
         (known, later)
     };
-    taken.0.lower_bound_s = a_sequence_s * batch(&taken.0);
-    taken.0.counts = counts;
+    taken.0.seen.lower_bound_s = a_sequence_s * batch(&taken.0);
+    taken.0.seen.counts = counts;
     taken.0.is_out_of_time = is_out_of_time;
-    taken.0.fastest_s = taken.0.fastest_s.min(other.0.fastest_s);
-    taken.0.fastest_first_s = taken.0.fastest_first_s.min(other.0.fastest_first_s);
+    taken.0.seen.fastest_s = taken.0.seen.fastest_s.min(other.0.seen.fastest_s);
+    taken.0.seen.fastest_first_s = taken
+        .0
+        .seen
+        .fastest_first_s
+        .min(other.0.seen.fastest_first_s);
     taken
 }
 

@@ -8,14 +8,15 @@
 //! reduction, no optimizer, nothing computed again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero};
 
 use super::Problem;
+use super::expand::{chunk_counts, zero_stages};
 use super::grids::{Grid, LayerKey};
 use super::saving::front;
-use super::search::{chunk_counts, zero_stages};
 use super::space::{Cuts, ShardGroup, Space, Whole};
 use super::stages::balanced;
 use crate::plan::estimate::layer::{LayerCost, Pricer};
@@ -148,30 +149,52 @@ impl LayerCosts {
     }
 }
 
+/// What was computed before, for all threads.
+struct Memo<K, V>(Mutex<BTreeMap<K, Arc<V>>>);
+
+impl<K, V> Default for Memo<K, V> {
+    fn default() -> Self {
+        Self(Mutex::new(BTreeMap::new()))
+    }
+}
+
+impl<K: Ord, V> Memo<K, V> {
+    fn known(&self) -> MutexGuard<'_, BTreeMap<K, Arc<V>>> {
+        // Whoever panics here has not yet changed anything.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Two threads that ask at once may both compute it, and get the same.
+    fn get(&self, key: K, compute: impl FnOnce() -> V) -> Arc<V> {
+        if let Some(known) = self.known().get(&key) {
+            return Arc::clone(known);
+        }
+        let value = Arc::new(compute());
+        Arc::clone(self.known().entry(key).or_insert(value))
+    }
+}
+
+/// Sets of parts of a layer, each with seconds.
+pub(super) type ModuleSets = Vec<(f64, BTreeSet<Module>)>;
+
 /// Layer prices that were asked for before.
 #[derive(Default)]
 pub(super) struct Layers {
-    known: BTreeMap<LayerKey, LayerCosts>,
-    module_sets: BTreeMap<LayerKey, Vec<(f64, BTreeSet<Module>)>>,
-    cuts: BTreeMap<(LayerKey, usize), Option<Vec<usize>>>,
+    costs: Memo<LayerKey, LayerCosts>,
+    module_sets: Memo<LayerKey, ModuleSets>,
+    cuts: Memo<(LayerKey, usize), Option<Vec<usize>>>,
 }
 
 impl Layers {
     /// The layers' prices.
-    pub fn costs(&mut self, problem: &Problem<'_>, key: LayerKey) -> &LayerCosts {
-        self.known
-            .entry(key)
-            .or_insert_with(|| probe(problem, &key))
+    pub fn costs(&self, problem: &Problem<'_>, key: LayerKey) -> Arc<LayerCosts> {
+        self.costs.get(key, || probe(problem, &key))
     }
 
     /// The worthwhile sets of parts to compute again, with the seconds that each takes more over all
     /// layers of a microbatch.
-    pub fn module_sets(
-        &mut self,
-        problem: &Problem<'_>,
-        key: &LayerKey,
-    ) -> &[(f64, BTreeSet<Module>)] {
-        self.module_sets.entry(*key).or_insert_with(|| {
+    pub fn module_sets(&self, problem: &Problem<'_>, key: &LayerKey) -> Arc<ModuleSets> {
+        self.module_sets.get(*key, || {
             let space = problem.space;
             let worth: Vec<(Module, f64, f64)> = space
                 .maybe_again
@@ -184,22 +207,18 @@ impl Layers {
 
     /// The layers of each of so many stages, where that is faster than as many in each; see [`balanced`].
     pub fn balanced(
-        &mut self,
+        &self,
         problem: &Problem<'_>,
         key: LayerKey,
         n_stages: usize,
-    ) -> Option<Vec<usize>> {
-        if let Some(known) = self.cuts.get(&(key, n_stages)) {
-            return known.clone();
-        }
-        let cut = balanced(self.costs(problem, key), n_stages);
-        self.cuts.insert((key, n_stages), cut.clone());
-        cut
+    ) -> Arc<Option<Vec<usize>>> {
+        let compute = || balanced(&self.costs(problem, key), n_stages);
+        self.cuts.get((key, n_stages), compute)
     }
 
     /// How many were asked for.
     pub fn len(&self) -> usize {
-        self.known.len()
+        self.costs.known().len()
     }
 }
 

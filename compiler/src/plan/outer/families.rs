@@ -11,7 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::bound::Layers;
-use super::search::{Priced, grid_of, key_of, pipelines_of, worst_bytes};
+use super::expand::{pipelines_of, worst_bytes};
+use super::grids::{grid_of, key_of};
+use super::search::Priced;
+use crate::parallel::{available, in_parallel};
 use crate::plan::estimate::{Estimate, Job, Workload, estimate, family, pair_slowdown};
 use crate::schedule::{Builtin, Costs, Shape, StageCosts, simulate, unchecked};
 
@@ -55,7 +58,7 @@ struct Candidate {
 /// Compares the families at the best mappings, `best` fastest first, `of_family` the best of each.
 pub(super) fn choose(
     problem: &Problem<'_>,
-    layers: &mut Layers,
+    layers: &Layers,
     best: &[Priced],
     of_family: &[Priced],
 ) -> Choice {
@@ -81,9 +84,10 @@ pub(super) fn choose(
     let is_training = workload.job == Job::Train;
     let mut candidates: Vec<Candidate> = Vec::new();
     if first.mapping.pp > 1 && is_training {
-        for family in Builtin::families() {
-            candidates.push(candidate(problem, layers, family, first, of_family));
-        }
+        let families: Vec<Builtin> = Builtin::families().collect();
+        candidates = in_parallel(families.len(), available(), |idx| {
+            candidate(problem, layers, families[idx], first, of_family)
+        });
     }
     let limit_s = first.estimate.step_s * (1.0 + CLOSE);
     let mut order: Vec<(usize, f64)> = candidates
@@ -96,11 +100,14 @@ pub(super) fn choose(
         .filter(|(_, seconds)| *seconds <= limit_s)
         .collect();
     order.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-    for (idx, _) in order.into_iter().take(MOST_SIMULATED) {
-        let candidate = &mut candidates[idx];
-        if let Ok(priced) = &candidate.priced {
-            candidate.simulated_s = simulated_s(problem, priced);
-        }
+    order.truncate(MOST_SIMULATED);
+    let near: Vec<&Priced> = order
+        .iter()
+        .filter_map(|(idx, _)| candidates[*idx].priced.as_ref().ok())
+        .collect();
+    let simulated = simulated_s_of(problem, &near);
+    for ((idx, _), seconds) in order.into_iter().zip(simulated) {
+        candidates[idx].simulated_s = seconds;
     }
     // Other grids, which the families' own mappings need not cover.
     let mut all: Vec<(Priced, Option<f64>)> = candidates
@@ -109,13 +116,13 @@ pub(super) fn choose(
         .filter(|(priced, simulated)| simulated.is_some() || priced.mapping == first.mapping)
         .collect();
     let of_batch = best.iter().filter(|priced| priced.batch == first.batch);
-    for priced in of_batch.take(N_GRIDS) {
-        let is_new = all.iter().all(|(known, _)| known.mapping != priced.mapping);
-        if is_new && priced.estimate.step_s <= first.estimate.step_s * (1.0 + CLOSE_GRID) {
-            let seconds = simulated_s(problem, priced);
-            all.push((priced.clone(), seconds));
-        }
-    }
+    let others: Vec<&Priced> = of_batch
+        .take(N_GRIDS)
+        .filter(|priced| all.iter().all(|(known, _)| known.mapping != priced.mapping))
+        .filter(|priced| priced.estimate.step_s <= first.estimate.step_s * (1.0 + CLOSE_GRID))
+        .collect();
+    let simulated = simulated_s_of(problem, &others);
+    all.extend(others.into_iter().cloned().zip(simulated));
     let seconds = |(priced, simulated): &(Priced, Option<f64>)| {
         simulated.unwrap_or(priced.estimate.step_s) * weight(problem, &priced.mapping)
     };
@@ -147,7 +154,7 @@ fn weight(problem: &Problem<'_>, mapping: &Mapping) -> f64 {
 /// schedule.
 fn candidate(
     problem: &Problem<'_>,
-    layers: &mut Layers,
+    layers: &Layers,
     family: Builtin,
     first: &Priced,
     of_family: &[Priced],
@@ -216,7 +223,7 @@ fn candidate(
 /// A mapping with the schedules of another family, in all numbers of chunks and cuts of the space.
 fn with_family(
     problem: &Problem<'_>,
-    layers: &mut Layers,
+    layers: &Layers,
     family: Builtin,
     mapping: &Mapping,
 ) -> Vec<Mapping> {
@@ -314,6 +321,13 @@ fn rows(
 const MOST_ACTIONS: usize = 60_000;
 /// Rounds of all ranks in those two: filled and drained, with some of the steady state between.
 const ROUNDS: [usize; 2] = [4, 6];
+
+/// The same of several mappings.
+fn simulated_s_of(problem: &Problem<'_>, mappings: &[&Priced]) -> Vec<Option<f64>> {
+    in_parallel(mappings.len(), available(), |idx| {
+        simulated_s(problem, mappings[idx])
+    })
+}
 
 /// Seconds of a step with its schedule run action by action; `None` where there is no pipeline.
 ///

@@ -379,3 +379,29 @@ pub(super) fn layer_keys(problem: &Problem<'_>, grid: &Family) -> Vec<LayerKey> 
     }
     keys
 }
+
+/// The degrees of a mapping.
+pub(super) fn grid_of(mapping: &Mapping) -> Grid {
+    Grid {
+        tp: mapping.tp,
+        cp: mapping.cp,
+        dp: mapping.dp,
+        pp: mapping.pp,
+        ep: mapping.ep,
+        etp: mapping.etp,
+    }
+}
+
+/// The choices of its layers.
+pub(super) fn key_of(mapping: &Mapping) -> LayerKey {
+    LayerKey {
+        tp: mapping.tp,
+        cp: mapping.cp,
+        ep: mapping.ep,
+        etp: mapping.etp,
+        micro_batch: mapping.micro_batch,
+        sequence_parallel: mapping.sequence_parallel,
+        context: mapping.context,
+        precision: mapping.precision,
+    }
+}

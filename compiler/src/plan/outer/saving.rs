@@ -10,8 +10,8 @@ use meshweave_dsl::mapping::{Mapping, Module, Recompute};
 
 use super::Problem;
 use super::bound::Layers;
+use super::expand::budget_of_rank;
 use super::grids::LayerKey;
-use super::search::budget_of_rank;
 use super::space::Whole;
 use crate::plan::estimate::memory;
 use crate::plan::estimate::stages::Stages;
@@ -20,7 +20,7 @@ use crate::plan::estimate::stages::Stages;
 /// seconds that it takes at least.
 pub(super) fn savings(
     problem: &Problem<'_>,
-    layers: &mut Layers,
+    layers: &Layers,
     key: &LayerKey,
     base: &Mapping,
 ) -> Vec<(f64, Recompute)> {

@@ -7,8 +7,8 @@
 
 use meshweave_dsl::mapping::Mapping;
 
-use super::grids::{Grid, LayerKey};
-use super::search::{N_RUNNERS_UP, Outcome, Priced, grid_of};
+use super::grids::{Grid, LayerKey, grid_of};
+use super::search::{N_RUNNERS_UP, Outcome, Priced};
 use super::space::{Allowed, Space};
 use super::{Counts, Problem};
 use crate::plan::estimate::{Job, Software, Workload, estimate, memory};
@@ -125,7 +125,7 @@ impl Sweep {
 
     /// Adds what the search of a batch found.
     pub fn add(&mut self, space: &Space, batch: usize, found: Outcome) {
-        let bound = found.lower_bound_s / batch as f64;
+        let bound = found.seen.lower_bound_s / batch as f64;
         let Some(known) = &mut self.outcome else {
             self.least_cost = bound;
             self.best_cost = found.best.first().map(|best| cost(space, best));
@@ -133,7 +133,7 @@ impl Sweep {
             return;
         };
         self.least_cost = self.least_cost.min(bound);
-        known.counts = known.counts.and(found.counts);
+        known.seen.counts = known.seen.counts.and(found.seen.counts);
         known.is_out_of_time |= found.is_out_of_time;
         known.best.extend(found.best);
         known.of_family.extend(found.of_family);
@@ -153,17 +153,18 @@ impl Sweep {
         self.best_cost = known.best.first().map(|best| cost(space, best));
         // What stood in the way of the least batch says most.
         known.objections = found.objections;
-        known.closest = found.closest.or(known.closest.take());
-        known.unpriced = found.unpriced;
-        known.fastest_s = known.fastest_s.min(found.fastest_s);
-        known.fastest_first_s = known.fastest_first_s.min(found.fastest_first_s);
+        known.seen.closest = found.seen.closest.or(known.seen.closest.take());
+        known.seen.unpriced = found.seen.unpriced;
+        known.seen.fastest_s = known.seen.fastest_s.min(found.seen.fastest_s);
+        known.seen.fastest_first_s = known.seen.fastest_first_s.min(found.seen.fastest_first_s);
     }
 
     /// Everything, with the bound in seconds of a step of the best batch.
     pub fn finish(self) -> Option<Outcome> {
         let mut outcome = self.outcome?;
         if let Some(best) = outcome.best.first() {
-            outcome.lower_bound_s = (self.least_cost * best.batch as f64).min(best.estimate.step_s);
+            outcome.seen.lower_bound_s =
+                (self.least_cost * best.batch as f64).min(best.estimate.step_s);
         }
         Some(outcome)
     }
@@ -172,6 +173,6 @@ impl Sweep {
     pub fn counts(&self) -> Counts {
         self.outcome
             .as_ref()
-            .map_or_else(Counts::default, |outcome| outcome.counts)
+            .map_or_else(Counts::default, |outcome| outcome.seen.counts)
     }
 }

@@ -11,9 +11,9 @@ use meshweave_dsl::mapping::{Mapping, Offload, Pipeline, Recompute, Zero};
 
 use super::Problem;
 use super::bound::{LayerCosts, SLACK, groups_of_ranks};
+use super::expand::{required, zero_stages};
 use super::grids::{Grid, LayerKey};
 use super::saving::{by_rank, fewest_of_rank};
-use super::search::{required, zero_stages};
 use super::space::Whole;
 use crate::plan::estimate::memory;
 use crate::plan::estimate::sites::Sites;

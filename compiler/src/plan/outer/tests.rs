@@ -11,9 +11,10 @@ use proptest::test_runner::{Config, TestRunner};
 use super::bound::{
     Layers, bytes_with_savings, least_seconds, least_seconds_of_cut, least_seconds_of_layers,
 };
+use super::expand::{chunk_counts, worst_bytes};
 use super::families::simulated_s;
 use super::grids::{Grid, objection};
-use super::search::{chunk_counts, grid_of, key_of, worst_bytes};
+use super::grids::{grid_of, key_of};
 use super::*;
 use crate::model::{DecoderConfig, GoldenSize};
 use crate::plan::estimate::stages::Stages;
@@ -394,7 +395,7 @@ fn no_mapping_beats_its_bounds() {
             cluster: &cluster,
             space: &space,
         };
-        let mut layers = Layers::default();
+        let layers = Layers::default();
         let n_seen = std::cell::Cell::new(0usize);
         for mapping in all_mappings(&problem) {
             let Ok(found) = estimate(&workload, &mapping, &cluster) else {
@@ -403,9 +404,9 @@ fn no_mapping_beats_its_bounds() {
             let (grid, key) = (grid_of(&mapping), key_of(&mapping));
             let costs = layers.costs(&problem, key);
             let bounds = [
-                least_seconds_of_layers(&problem, mapping.n_ranks(), &key, costs),
-                least_seconds(&problem, grid, &key, costs),
-                least_seconds_of_cut(&problem, &mapping, costs),
+                least_seconds_of_layers(&problem, mapping.n_ranks(), &key, &costs),
+                least_seconds(&problem, grid, &key, &costs),
+                least_seconds_of_cut(&problem, &mapping, &costs),
             ];
             let bytes = worst_bytes(&problem, &mapping);
             // Of schedules, the simulation of one in a few will do.

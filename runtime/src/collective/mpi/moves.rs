@@ -97,6 +97,17 @@ pub(super) fn route(crossing: &Crossing, own: usize, peer: usize) -> Route {
     }
 }
 
+/// Whether what travels must be packed from the source, and unpacked into the destination: not where the
+/// parts of all peers lie there one after another.
+pub(super) fn copies(crossing: &Crossing) -> (bool, bool) {
+    let is_flat = crossing.outer == 1;
+    match crossing.order {
+        CrossingOrder::SameDim => (!is_flat, !is_flat),
+        CrossingOrder::SplitFirst => (!is_flat, true),
+        CrossingOrder::ConcatFirst => (true, !is_flat),
+    }
+}
+
 /// The rows of a part: out of the whole to dense ones, and back.
 pub(super) fn rows(division: &Division, part_idx: usize) -> (CopyPlan, CopyPlan) {
     let (row, whole) = (
@@ -187,6 +198,22 @@ mod tests {
             for (to, result) in results.iter_mut().enumerate() {
                 let out = route(&crossings[from], from, to);
                 let mut packed = vec![0; out.pack.n_elements()];
+                // Without a copy, parts are found where those of the peers before end.
+                let (packs, unpacks) = copies(&crossings[from]);
+                let n_before = |routes: &mut dyn Iterator<Item = usize>| routes.sum::<usize>();
+                if !packs {
+                    let before = &mut (0..to)
+                        .map(|peer| route(&crossings[from], from, peer).pack.n_elements());
+                    assert_eq!(out.from, n_before(before));
+                    assert_eq!(out.pack.spans().0, packed.len());
+                }
+                if !unpacks {
+                    let way = route(&crossings[to], to, from);
+                    let before = &mut (0..from)
+                        .map(|peer| route(&crossings[to], to, peer).unpack.n_elements());
+                    assert_eq!(way.to, n_before(before));
+                    assert_eq!(way.unpack.spans().1, packed.len());
+                }
                 let arriving = route(&crossings[to], to, from);
                 assert_eq!(arriving.unpack.n_elements(), packed.len());
                 assert!(out.from + out.pack.spans().0 <= source.len());

@@ -132,7 +132,7 @@ fn no_cut_over_unlike_nodes_beats_its_bounds() {
                 cluster: &placed,
                 space: &space,
             };
-            let mut layers = Layers::default();
+            let layers = Layers::default();
             for even in all_mappings(&problem) {
                 for cut in cuts(instance.n_layers, even.n_stages()) {
                     let mut mapping = even.clone();
@@ -143,9 +143,9 @@ fn no_cut_over_unlike_nodes_beats_its_bounds() {
                     let (grid, key) = (grid_of(&mapping), key_of(&mapping));
                     let costs = layers.costs(&problem, key);
                     let bounds = [
-                        least_seconds_of_layers(&problem, mapping.n_ranks(), &key, costs),
-                        least_seconds(&problem, grid, &key, costs),
-                        least_seconds_of_cut(&problem, &mapping, costs),
+                        least_seconds_of_layers(&problem, mapping.n_ranks(), &key, &costs),
+                        least_seconds(&problem, grid, &key, &costs),
+                        least_seconds_of_cut(&problem, &mapping, &costs),
                     ];
                     for bound in bounds {
                         prop_assert!(

@@ -164,8 +164,8 @@ fn cuts_by_memory_are_as_good_as_all_cuts() {
             cluster: &cluster,
             space: &space,
         };
-        let mut layers = Layers::default();
-        let costs = layers.costs(&problem, key_of(&base)).clone();
+        let layers = Layers::default();
+        let costs = layers.costs(&problem, key_of(&base));
         // Of every cut the slowest stage, with the fewest layers computed again.
         let slowest = |mapping: &Mapping| {
             let stages = Stages::new(&workload, mapping);

@@ -130,14 +130,14 @@ fn generating_is_searched_as_well_as_brute_force() {
             space: &space,
         };
         let mut best = f64::INFINITY;
-        let mut layers = Layers::default();
+        let layers = Layers::default();
         for mapping in all_mappings(&problem) {
             let found = estimate(&workload, &mapping, &cluster).unwrap();
             best = best.min(found.step_s);
             let (grid, key) = (grid_of(&mapping), key_of(&mapping));
             let costs = layers.costs(&problem, key);
-            let bound = least_seconds(&problem, grid, &key, costs)
-                .max(least_seconds_of_cut(&problem, &mapping, costs));
+            let bound = least_seconds(&problem, grid, &key, &costs)
+                .max(least_seconds_of_cut(&problem, &mapping, &costs));
             assert!(bound <= found.step_s * (1.0 + 1e-9), "{mapping}");
         }
         let found = search(&workload, &cluster, &space, &Options::default()).unwrap();
