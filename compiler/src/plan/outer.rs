@@ -29,6 +29,7 @@ use meshweave_dsl::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
 use super::estimate::{Job, Memories, Workload};
+use crate::parallel::available;
 use crate::schedule::Builtin;
 
 pub use digest::Digests;
@@ -68,6 +69,8 @@ pub struct Options {
     pub warm_start: Option<Mapping>,
     /// Seconds that only faster mappings are of interest below.
     pub better_than_s: Option<f64>,
+    /// Threads, at least 1; what is found does not depend on them.
+    pub threads: usize,
 }
 
 impl Default for Options {
@@ -77,6 +80,7 @@ impl Default for Options {
             within_s: 60.0,
             warm_start: None,
             better_than_s: None,
+            threads: available(),
         }
     }
 }
@@ -171,7 +175,13 @@ pub fn search(
     }
     let not_searched = not_searched(&problem, &outcome);
     let mut best = outcome.best;
-    let choice = families::choose(&problem, &layers, &best, &outcome.of_family);
+    let choice = families::choose(
+        &problem,
+        &layers,
+        options.threads,
+        &best,
+        &outcome.of_family,
+    );
     let (first, simulated_s) = choice
         .first
         .ok_or_else(|| OuterError::Internal("nothing found".into()))?;

@@ -160,8 +160,7 @@ pub fn mapping_request(
         options: Options {
             gap: request.solve.gap,
             within_s: request.solve.time_s,
-            warm_start: None,
-            better_than_s: None,
+            ..Options::default()
         },
         open_batch,
         restrictions,

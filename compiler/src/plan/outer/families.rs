@@ -14,7 +14,7 @@ use super::bound::Layers;
 use super::expand::{pipelines_of, worst_bytes};
 use super::grids::{grid_of, key_of};
 use super::search::Priced;
-use crate::parallel::{available, in_parallel};
+use crate::parallel::in_parallel;
 use crate::plan::estimate::{Estimate, Job, Workload, estimate, family, pair_slowdown};
 use crate::schedule::{Builtin, Costs, Shape, StageCosts, simulate, unchecked};
 
@@ -59,6 +59,7 @@ struct Candidate {
 pub(super) fn choose(
     problem: &Problem<'_>,
     layers: &Layers,
+    threads: usize,
     best: &[Priced],
     of_family: &[Priced],
 ) -> Choice {
@@ -85,7 +86,7 @@ pub(super) fn choose(
     let mut candidates: Vec<Candidate> = Vec::new();
     if first.mapping.pp > 1 && is_training {
         let families: Vec<Builtin> = Builtin::families().collect();
-        candidates = in_parallel(families.len(), available(), |idx| {
+        candidates = in_parallel(families.len(), threads, |idx| {
             candidate(problem, layers, families[idx], first, of_family)
         });
     }
@@ -105,7 +106,7 @@ pub(super) fn choose(
         .iter()
         .filter_map(|(idx, _)| candidates[*idx].priced.as_ref().ok())
         .collect();
-    let simulated = simulated_s_of(problem, &near);
+    let simulated = simulated_s_of(problem, threads, &near);
     for ((idx, _), seconds) in order.into_iter().zip(simulated) {
         candidates[idx].simulated_s = seconds;
     }
@@ -121,7 +122,7 @@ pub(super) fn choose(
         .filter(|priced| all.iter().all(|(known, _)| known.mapping != priced.mapping))
         .filter(|priced| priced.estimate.step_s <= first.estimate.step_s * (1.0 + CLOSE_GRID))
         .collect();
-    let simulated = simulated_s_of(problem, &others);
+    let simulated = simulated_s_of(problem, threads, &others);
     all.extend(others.into_iter().cloned().zip(simulated));
     let seconds = |(priced, simulated): &(Priced, Option<f64>)| {
         simulated.unwrap_or(priced.estimate.step_s) * weight(problem, &priced.mapping)
@@ -323,8 +324,8 @@ const MOST_ACTIONS: usize = 60_000;
 const ROUNDS: [usize; 2] = [4, 6];
 
 /// The same of several mappings.
-fn simulated_s_of(problem: &Problem<'_>, mappings: &[&Priced]) -> Vec<Option<f64>> {
-    in_parallel(mappings.len(), available(), |idx| {
+fn simulated_s_of(problem: &Problem<'_>, threads: usize, mappings: &[&Priced]) -> Vec<Option<f64>> {
+    in_parallel(mappings.len(), threads, |idx| {
         simulated_s(problem, mappings[idx])
     })
 }

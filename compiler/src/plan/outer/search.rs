@@ -20,7 +20,7 @@ use super::bound::{Layers, least_seconds_of_layers};
 use super::expand::{Expansion, Step, Yield, n_completions};
 use super::grids::{Family, Grid, LayerKey, Objections, families, grid_of, layer_keys};
 use super::{Options, Problem};
-use crate::parallel::{available, in_parallel};
+use crate::parallel::in_parallel;
 use crate::plan::estimate::Estimate;
 
 /// A mapping with its price.
@@ -308,7 +308,7 @@ impl Search<'_> {
                 nodes.push((family_idx, key));
             }
         }
-        let bounds = in_parallel(nodes.len(), available(), |node| {
+        let bounds = in_parallel(nodes.len(), self.options.threads, |node| {
             let (_, key) = &nodes[node];
             let costs = self.layers.costs(self.problem, *key);
             least_seconds_of_layers(self.problem, n_ranks, key, &costs)
@@ -325,7 +325,7 @@ impl Search<'_> {
             if batch.is_empty() {
                 return;
             }
-            let found = in_parallel(batch.len(), available(), |idx| {
+            let found = in_parallel(batch.len(), self.options.threads, |idx| {
                 let Entry { bound_s, step, .. } = &batch[idx];
                 Expansion::new(self.problem, self.layers, &self.known).of(step, *bound_s)
             });

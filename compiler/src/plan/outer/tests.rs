@@ -332,6 +332,27 @@ fn each_instance(n_cases: u32, check: impl Fn(Instance) -> Result<(), TestCaseEr
 }
 
 #[test]
+fn threads_change_nothing_but_the_time() {
+    each_instance(30, |instance| {
+        let (workload, cluster) = (instance.workload(), instance.cluster());
+        let space = instance.space(&workload, &cluster);
+        let with = |threads| {
+            let options = Options {
+                threads,
+                ..Options::default()
+            };
+            let found = search(&workload, &cluster, &space, &options);
+            found.map(|found| Found {
+                solve_s: 0.0,
+                ..found
+            })
+        };
+        prop_assert_eq!(with(1), with(3));
+        Ok(())
+    });
+}
+
+#[test]
 fn the_search_is_as_good_as_brute_force() {
     each_instance(200, |instance| {
         let (workload, cluster) = (instance.workload(), instance.cluster());
