@@ -1,7 +1,7 @@
 //! Placement at the size of DeepSeek-V3 (58 layers of 256 experts), and at ExFlow's sizes.
 //!
 //! `cargo bench --no-default-features --bench placement` prints, next to the times, what is kept and
-//! the bound.
+//! the bound, and how even loads become.
 
 use divan::Bencher;
 use meshweave_compiler::parallel::in_parallel;
@@ -91,7 +91,7 @@ fn balance_58_layers_of_256(bencher: Bencher, (devices, per_device): (usize, usi
     let mut layer = || -> Vec<f64> { (0..256).map(|_| (0.5 * random.normal()).exp()).collect() };
     let loads: Vec<Vec<f64>> = (0..58).map(|_| layer()).collect();
     let threads = SearchOptions::default().threads;
-    bencher.bench_local(|| {
+    let balanced = || {
         in_parallel(loads.len(), threads, |layer| {
             let slots = Slots {
                 devices,
@@ -99,5 +99,14 @@ fn balance_58_layers_of_256(bencher: Bencher, (devices, per_device): (usize, usi
             };
             balance(&loads[layer], slots).map(|placed| placed.greatest)
         })
+    };
+    let balancedness = loads.iter().zip(balanced()).map(|(load, greatest)| {
+        let mean = load.iter().sum::<f64>() / devices as f64;
+        greatest.map_or(0.0, |greatest| mean / greatest)
     });
+    eprintln!(
+        "{devices} devices of {per_device} slots: balancedness {:.4} (measured)",
+        balancedness.sum::<f64>() / loads.len() as f64
+    );
+    bencher.bench_local(balanced);
 }

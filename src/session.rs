@@ -27,9 +27,11 @@ use meshweave_dsl::diagnostics::{Class, Diagnostic, Severity, Sources, Span};
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::verify::verify_global;
 use meshweave_dsl::name::Axis;
+use meshweave_dsl::op::OpKind;
 use meshweave_dsl::pipeline::{OpPart, PipelinePlan};
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::Program;
+use meshweave_dsl::units::Bytes;
 use meshweave_dsl::weave::ast::{Arg, Name, Statement};
 use meshweave_dsl::weave::{self, Document};
 use meshweave_dsl::weights::WeightMap;
@@ -484,6 +486,15 @@ impl Session {
             &self.search_options(),
         )
         .map_err(|error| self.search_error(error, &directives))
+        .map_err(|error| match (&self.replicas, error.class()) {
+            (Some(replicas), Class::Infeasible) => error.help(format!(
+                "experts have {} slots a device instead of {}, whose weights take {} there besides those at home: place with fewer slots",
+                replicas.slots,
+                replicas.experts / replicas.devices.max(1),
+                Bytes(replicas_bytes(&model.graph, replicas))
+            )),
+            _ => error,
+        })
     }
 
     /// The document with every decision taken; replaying it gives the same plan.
@@ -623,4 +634,17 @@ pub(crate) fn named_cluster(name: &str) -> Result<Cluster> {
     let mut sources = Sources::new();
     let (cluster, findings) = resolve::cluster_of_text(name, &text, &mut sources);
     cluster.ok_or_else(|| Error::new(findings, sources))
+}
+
+/// Bytes of the weights in all slots of a device.
+fn replicas_bytes(graph: &Graph, replicas: &Replicas) -> u64 {
+    let placed = graph.ops.iter().filter(|op| {
+        // The gradients' way home has the capacity of homes.
+        matches!(&op.kind, OpKind::MoeMove(moved)
+            if moved.weights && moved.dims.capacity == replicas.slots)
+    });
+    let bytes = placed
+        .flat_map(|op| &op.results)
+        .map(|id| graph.ty(*id).n_bytes());
+    (bytes.sum::<usize>() / replicas.devices.max(1)) as u64
 }

@@ -19,6 +19,8 @@ use meshweave_runtime::tensor::{Elements, HostTensor};
 
 use crate::support::plans;
 
+mod runs;
+
 /// Largest |difference| over largest |value| of a tensor, f32 programs against the f64 oracle.
 const TOLERANCE: f64 = 1e-5;
 

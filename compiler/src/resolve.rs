@@ -32,7 +32,7 @@ use meshweave_dsl::weave::ast::{
 
 pub use cluster::{cluster_of_text, print_cluster};
 pub use direct::direct;
-pub use experts::Experts;
+pub use experts::{Experts, PlacedBy};
 pub use mapping::{
     MappingRequest, Planner, Restriction, Rule, mapping_request, planner, print_mapping, remarks,
 };

@@ -7,6 +7,7 @@ use meshweave_compiler::partition::Keep;
 use meshweave_dsl::diagnostics::Class;
 use serde_json::json;
 
+use super::experts::{at_home, with_replicas};
 use super::render::{bytes, plan_summary, seconds};
 use super::{Format, Input, runtime_error};
 use crate::cli::output::{out, outln};
@@ -51,6 +52,9 @@ pub fn compile(args: &CompileArgs, format: Format) -> Result<()> {
     }
     let gpu = args.target.as_deref().map(gpu_target).transpose()?;
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
+    let mut session = with_replicas(session)?;
+    // Who runs an artifact knows of no placement: experts are at home in their own order.
+    session.replicas = session.replicas.as_ref().map(at_home);
     let model = session.model()?;
     if args.emit.as_deref() == Some("graph") {
         out!("{}", meshweave_dsl::graph::text::print(&model.graph));

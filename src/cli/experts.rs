@@ -7,18 +7,20 @@
 
 use std::path::{Path, PathBuf};
 
-use meshweave_compiler::placement::replicas::Replicas;
+use meshweave_compiler::placement::replicas::{Layer, Replicas};
+use meshweave_compiler::plan::Solution;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::op::OpKind;
 use meshweave_dsl::placement::Placement;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::trace::TraceShape;
+use meshweave_dsl::weave::ast::Statement;
 use meshweave_runtime::executor::Session as Execution;
 use serde::{Deserialize, Serialize};
 
 use super::place::{placed_by_routes, placement_error, read_placement, read_shares};
-use super::placed::{Moved, Relabeling};
+use super::placed::{Moved, Relabeling, other_devices};
 use super::rebalance::{Rebalanced, Rebalancer, Rhythm};
 use super::routes::{self, Recorder};
 use super::tally::{Tallied, Tally};
@@ -52,26 +54,27 @@ impl Asked<'_> {
     /// # Errors
     /// A file cannot be read; a placement that cannot be executed.
     pub fn placement(&self, session: &mut Session) -> Result<Option<Given>> {
-        let given = match (self.placement, &session.request.experts.routes) {
-            (Some(path), _) => Given {
-                path: path.to_path_buf(),
-                placement: read_placement(path)?,
-            },
-            (None, Some(trace)) if self.rhythm.is_none() => {
-                // Where the document divides experts is known once it is planned without a placement.
-                let model = session.model()?;
-                let plan = session.plan(&model)?.plan;
-                let n_devices = Relabeling::in_order(&model.graph, &plan)?.n_devices();
-                Given {
-                    path: trace.clone(),
-                    placement: placed_by_routes(trace, n_devices, &session.request.cluster)?,
-                }
+        let (given, shares) = match (self.placement, &session.request.experts.placed) {
+            (Some(path), _) => {
+                let given = Given {
+                    path: path.to_path_buf(),
+                    placement: read_placement(path)?,
+                };
+                (given, self.shares.map(read_shares).transpose()?)
+            }
+            (None, Some(by)) if self.rhythm.is_none() => {
+                let n_devices = n_devices(session.clone())?;
+                let decoder = session.decoder().ok();
+                let cluster = &session.request.cluster;
+                let (placement, shares) =
+                    placed_by_routes(by, n_devices, cluster, decoder.as_ref())?;
+                let path = by.routes.clone();
+                (Given { path, placement }, shares)
             }
             _ => return Ok(None),
         };
         let has_replicas = given.placement.division().is_none();
         if has_replicas {
-            let shares = self.shares.map(read_shares).transpose()?;
             let replicas = Replicas::new(&given.placement, shares.as_deref());
             session.replicas = Some(replicas.map_err(placement_error)?);
         } else if let Some(path) = self.shares {
@@ -108,7 +111,7 @@ impl Asked<'_> {
             )
             .help("record without the `pipeline` block; losses and routes are the same"));
         }
-        let places = self.placement.is_some() || session.request.experts.routes.is_some();
+        let places = self.placement.is_some() || session.request.experts.placed.is_some();
         if is_piped || (!places && self.routes.is_none() && self.rhythm.is_none()) {
             return Ok(None);
         }
@@ -183,6 +186,70 @@ impl Asked<'_> {
             experts.recorder = Some(Recorder::new(path, (chosen, shape), name));
         }
         Ok(experts)
+    }
+}
+
+/// The plan of a model whose experts a placement may have replicated.
+///
+/// # Errors
+/// Those of [`Session::plan`]; where the placement is for other devices than the document's, that.
+pub(super) fn plan(session: &Session, model: &Model, given: Option<&Given>) -> Result<Solution> {
+    session.plan(model).map_err(|error| {
+        let Some((Given { path, placement }, _)) = given.zip(session.replicas.as_ref()) else {
+            return error;
+        };
+        match n_devices(session.clone()) {
+            Ok(degree) if degree != placement.n_devices() => {
+                other_devices(path, placement, "the model", degree)
+            }
+            _ => error,
+        }
+    })
+}
+
+/// Over how many devices a document divides its experts, which is known once it is planned without their
+/// replicas.
+fn n_devices(mut session: Session) -> Result<usize> {
+    session.replicas = None;
+    // What a plan says of ops is of those with replicas.
+    let lines = &mut session.document.body.lines;
+    lines.retain(|line| !matches!(line.item.node, Statement::Place(_) | Statement::Keep(_)));
+    let model = session.model()?;
+    let plan = session.plan(&model)?.plan;
+    Ok(Relabeling::in_order(&model.graph, &plan)?.n_devices())
+}
+
+/// A session with the replicas that its document asks for, homes where the document's routes put them.
+///
+/// # Errors
+/// Those of [`Asked::placement`].
+pub(super) fn with_replicas(mut session: Session) -> Result<Session> {
+    if matches!(&session.request.experts.placed, Some(by) if by.slots.is_some()) {
+        Asked::default().placement(&mut session)?;
+    }
+    Ok(session)
+}
+
+/// The same replicas with the experts at home in their own order, wherever they serve.
+pub(super) fn at_home(replicas: &Replicas) -> Replicas {
+    let layers = replicas.layers.iter().map(|layer| {
+        let mut turns = vec![Vec::new(); layer.turns.len()];
+        for (expert, of_position) in layer.order.iter().zip(&layer.turns) {
+            if let Some(turns) = turns.get_mut(*expert) {
+                turns.clone_from(of_position);
+            }
+        }
+        let expert = |position: &usize| layer.order[*position];
+        let held = layer.held.iter();
+        Layer {
+            order: (0..layer.order.len()).collect(),
+            held: held.map(|held| held.iter().map(expert).collect()).collect(),
+            turns,
+        }
+    });
+    Replicas {
+        layers: layers.collect(),
+        ..replicas.clone()
     }
 }
 

@@ -6,6 +6,7 @@ use meshweave_compiler::resolve::Planner;
 use meshweave_dsl::diagnostics::Class;
 use serde_json::json;
 
+use super::experts::with_replicas;
 use super::render::{plan_summary, seconds};
 use super::{Format, Input};
 use crate::cli::output::{out, outln};
@@ -41,6 +42,7 @@ pub fn explain(args: &ExplainArgs, format: Format) -> Result<()> {
         }
         return Ok(());
     }
+    let session = with_replicas(session)?;
     let model = session.model()?;
     let solution = session.plan(&model)?;
     let directives = session.directives(&model)?;

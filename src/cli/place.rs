@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use meshweave_compiler::import::read_config;
-use meshweave_compiler::model::DecoderConfig;
+use meshweave_compiler::model::{DecoderConfig, MoeConfig};
 use meshweave_compiler::placement::PlacementError;
 use meshweave_compiler::placement::price::Costs;
 use meshweave_compiler::placement::rebalance::shares;
@@ -13,6 +13,7 @@ use meshweave_compiler::placement::search::SearchOptions;
 use meshweave_compiler::placement::solve::{
     Evidence, Method, Objective, Placed, Report, Request, Share, place as place_by, place_trace,
 };
+use meshweave_compiler::resolve::PlacedBy;
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::dtype::DType;
@@ -169,9 +170,17 @@ fn place_loads(
     Ok((placed, load))
 }
 
-/// Writes the shares of a placement's replicas: for every layer, device and slot, the part of its
-/// expert's load; the mean over the layers of mean over greatest load of a device.
+/// Writes the shares of a placement's replicas; the mean over the layers of mean over greatest load of a
+/// device.
 fn write_shares(path: &Path, placement: &Placement, load: &[Vec<f64>]) -> Result<f64> {
+    let (parts, balancedness) = shares_of(placement, load)?;
+    write_json(path, &json!({ "shares": parts }))?;
+    Ok(balancedness)
+}
+
+/// The shares of a placement's replicas by the linear program: for every layer, device and slot, the part
+/// of its expert's load; and the mean over the layers of mean over greatest load of a device.
+fn shares_of(placement: &Placement, load: &[Vec<f64>]) -> Result<(Vec<Vec<Vec<f64>>>, f64)> {
     let mut parts = Vec::with_capacity(load.len());
     let mut sum = 0.0;
     for (layer, load) in load.iter().enumerate() {
@@ -193,8 +202,7 @@ fn write_shares(path: &Path, placement: &Placement, load: &[Vec<f64>]) -> Result
         let of_layer: Vec<Vec<f64>> = devices.iter().zip(found.of_slots).map(of_device).collect();
         parts.push(of_layer);
     }
-    write_json(path, &json!({ "shares": parts }))?;
-    Ok(sum / load.len().max(1) as f64)
+    Ok((parts, sum / load.len().max(1) as f64))
 }
 
 fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {
@@ -215,10 +223,7 @@ fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {
         }
     };
     let cluster = named_cluster(&args.cluster)?;
-    // Activations travel in bf16; an expert is three projections (gate, up, down).
-    let token_bytes = moe.map_or(1.0, |(model, _)| 2.0 * model.embed as f64);
     let weights = moe.map_or(0, |(model, moe)| 3 * model.embed * moe.ffn);
-    let peak = cluster.device.matmul_peak(DType::Bf16) * cluster.device.matmul_efficiency;
     let present = args.present.as_deref().map(read_placement).transpose()?;
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let (rounds, exact_steps, coupled_steps) = match args.effort {
@@ -235,11 +240,7 @@ fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {
             Goal::Load => Objective::Load,
             Goal::Joint => Objective::Joint,
         },
-        costs: Costs {
-            expert_s: 2.0 * weights as f64 / peak,
-            within_node_s: token_bytes / cluster.within_node.bytes_per_s,
-            between_nodes_s: token_bytes / cluster.between_nodes.bytes_per_s,
-        },
+        costs: costs(&cluster, moe),
         expert_bytes: moe.map(|_| 2 * weights as u64),
         present,
         held_out: args.held_out,
@@ -254,26 +255,30 @@ fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {
     })
 }
 
-/// The placement by affinity of a trace's experts on so many devices of a cluster.
+/// The placement that a document asks for on so many devices of a cluster, and the shares of its
+/// replicas; a joint one weighs load and transfers by the sizes of `model`.
 ///
 /// # Errors
-/// The trace cannot be read, or its experts do not divide.
+/// The trace cannot be read or is of another model, or its experts do not divide.
 pub(super) fn placed_by_routes(
-    path: &Path,
+    by: &PlacedBy,
     n_devices: usize,
     cluster: &Cluster,
-) -> Result<Placement> {
-    let trace = file::read(path).map_err(trace_error)?;
+    model: Option<&DecoderConfig>,
+) -> Result<(Placement, Option<Vec<Vec<Vec<f64>>>>)> {
+    let trace = file::read(&by.routes).map_err(trace_error)?;
+    if let Some(model) = model {
+        check_model(&trace.shape(), model)?;
+    }
     let request = Request {
         devices: n_devices,
         per_node: n_devices.min(cluster.devices_per_node.max(1)),
-        slots: None,
-        objective: Objective::Affinity,
-        costs: Costs {
-            expert_s: 0.0,
-            within_node_s: 1.0 / cluster.within_node.bytes_per_s,
-            between_nodes_s: 1.0 / cluster.between_nodes.bytes_per_s,
-        },
+        slots: by.slots,
+        objective: by.objective,
+        costs: costs(
+            cluster,
+            model.and_then(|model| Some((model, model.moe.as_ref()?))),
+        ),
         expert_bytes: None,
         present: None,
         held_out: 0.2,
@@ -286,7 +291,24 @@ pub(super) fn placed_by_routes(
         coupled_steps: 0,
     };
     let placed = place_trace(&trace, &request).map_err(placement_error)?;
-    Ok(placed.placement)
+    let shares = match placed.placement.division() {
+        Some(_) => None,
+        None => Some(shares_of(&placed.placement, &load(&trace))?.0),
+    };
+    Ok((placed.placement, shares))
+}
+
+/// Seconds of a token by an expert, and over the links.
+fn costs(cluster: &Cluster, moe: Option<(&DecoderConfig, &MoeConfig)>) -> Costs {
+    // Activations travel in bf16; an expert is three projections (gate, up, down).
+    let token_bytes = moe.map_or(1.0, |(model, _)| 2.0 * model.embed as f64);
+    let weights = moe.map_or(0, |(model, moe)| 3 * model.embed * moe.ffn);
+    let peak = cluster.device.matmul_peak(DType::Bf16) * cluster.device.matmul_efficiency;
+    Costs {
+        expert_s: 2.0 * weights as f64 / peak,
+        within_node_s: token_bytes / cluster.within_node.bytes_per_s,
+        between_nodes_s: token_bytes / cluster.between_nodes.bytes_per_s,
+    }
 }
 
 fn check_model(shape: &meshweave_dsl::trace::TraceShape, model: &DecoderConfig) -> Result<()> {

@@ -99,11 +99,8 @@ impl Relabeling {
                 let degree: usize = axes.iter().map(|axis| plan.mesh.degree(axis)).product();
                 // Routers are commonly on every device.
                 if degree != placement.n_devices() && tensor.name.contains(".experts.") {
-                    return invalid(format!(
-                        "it is for {} devices, the plan divides the experts of `{}` over {degree}; place with `--devices {degree}`, or change the degree of `ep`",
-                        placement.n_devices(),
-                        tensor.name
-                    ));
+                    let of = format!("`{}`", tensor.name);
+                    return Err(other_devices(path, placement, &of, degree));
                 }
             }
             found.push(Layer {
@@ -284,6 +281,18 @@ impl Layer {
         }
         Ok(moved)
     }
+}
+
+/// A placement on other devices than a plan divides the experts of something over.
+pub(super) fn other_devices(path: &Path, placement: &Placement, of: &str, degree: usize) -> Error {
+    Error::plain(
+        Class::Invalid,
+        format!(
+            "{}: it is for {} devices, the plan divides the experts of {of} over {degree}; place with `--devices {degree}`, or change the degree of `ep`",
+            path.display(),
+            placement.n_devices()
+        ),
+    )
 }
 
 /// [`layers_of`] a graph whose experts may be anywhere.

@@ -6,6 +6,7 @@ use clap::Args;
 use meshweave_compiler::resolve::Planner;
 use serde_json::json;
 
+use super::experts::with_replicas;
 use super::render::plan_summary;
 use super::{Format, Input, write_atomically};
 use crate::cli::output::{out, outln};
@@ -27,7 +28,7 @@ pub fn plan(args: &PlanArgs, format: Format) -> Result<()> {
     let session = Session::open(&args.input.document, args.input.cluster.as_deref())?;
     let text = match args.input.planner(&session)? {
         Planner::Mapping => plan_mapping(args, &session, format)?,
-        Planner::Ops => plan_ops(args, &session, format)?,
+        Planner::Ops => plan_ops(args, &with_replicas(session)?, format)?,
     };
     if let Some(path) = &args.out {
         write_atomically(path, text.as_bytes())?;

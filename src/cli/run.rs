@@ -19,7 +19,7 @@ use meshweave_runtime::{artifact, signals};
 
 use super::calibrate::{Origin, calibrated};
 use super::evidence::Evidence;
-use super::experts::{Asked, Experts};
+use super::experts::{Asked, Experts, plan};
 use super::job::JobArgs;
 use super::outcome::{Outcome, Written, print};
 use super::rebalance::Rhythm;
@@ -436,7 +436,7 @@ fn make_artifact(args: &RunArgs, path: &Path, gpu: Option<&str>, format: Format)
     let placement = asked.placement(&mut session)?;
     let mut model = session.model()?;
     let observed = asked.observed(&session, &mut model)?;
-    let solution = session.plan(&model)?;
+    let solution = plan(&session, &model, placement.as_ref())?;
     let experts = asked.experts(&session, &model, &solution.plan, placement, observed)?;
     if format == Format::Text {
         eprint!("{}", plan_summary(&session.request, &solution));

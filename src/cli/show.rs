@@ -7,6 +7,7 @@ use meshweave_compiler::resolve::Planner;
 use meshweave_compiler::show::{Folding, dot, perfetto, report};
 use serde_json::json;
 
+use super::experts::with_replicas;
 use super::{Format, Input, write_atomically};
 use crate::cli::output::{out, outln};
 use crate::error::Result;
@@ -42,6 +43,7 @@ pub fn show(args: &ShowArgs, format: Format) -> Result<()> {
     if args.input.planner(&session)? == Planner::Mapping {
         return show_mapping(args, &session, format);
     }
+    let session = with_replicas(session)?;
     let model = session.model()?;
     let (default, text) = match args.kind {
         Kind::Dot => ("graph.dot", dot(&model.graph, Folding::Layers)),

@@ -5,6 +5,7 @@ use meshweave_compiler::resolve::Planner;
 use meshweave_dsl::diagnostics::Class;
 use serde_json::json;
 
+use super::experts::with_replicas;
 use super::render::{bytes, seconds};
 use super::{Format, Input};
 use crate::cli::output::outln;
@@ -163,6 +164,7 @@ fn memory_check(mapped: &Mapped) -> Check {
 }
 
 fn checks_of_ops(session: &Session) -> Result<Vec<Check>> {
+    let session = with_replicas(session.clone())?;
     let model = session.model()?;
     let directives = session.directives(&model)?;
     if directives.replay.is_none() {

@@ -280,14 +280,35 @@ fn train(
 fn gather(execution: &Execution, outcome: &mut Outcome) -> Result<()> {
     let events = outcome.timeline.as_ref().map(|timeline| &timeline.events);
     let broken = |error: serde_json::Error| Error::plain(Class::Internal, error);
-    let own = serde_json::to_string(&(execution.arena_bytes(), events)).map_err(broken)?;
+    // What every step received, of tokens, of what all need of them, and of copied weights.
+    let received = [
+        &outcome.dispatched_bytes,
+        &outcome.context_bytes,
+        &outcome.copied_bytes,
+    ];
+    let own = serde_json::to_string(&(execution.arena_bytes(), events, received));
     let mut all: Vec<Event> = Vec::new();
-    for text in execution.exchange(&own).map_err(runtime_error)? {
-        let (arena_bytes, events): (Vec<usize>, Option<Vec<Event>>) =
+    let mut sums: [Vec<u64>; 3] = Default::default();
+    for text in execution
+        .exchange(&own.map_err(broken)?)
+        .map_err(runtime_error)?
+    {
+        let (arena_bytes, events, received): (Vec<usize>, Option<Vec<Event>>, [Vec<u64>; 3]) =
             serde_json::from_str(&text).map_err(broken)?;
         outcome.arena_bytes.extend(arena_bytes);
         all.extend(events.into_iter().flatten());
+        for (sums, received) in sums.iter_mut().zip(received) {
+            sums.resize(sums.len().max(received.len()), 0);
+            for (sum, bytes) in sums.iter_mut().zip(received) {
+                *sum += bytes;
+            }
+        }
     }
+    [
+        outcome.dispatched_bytes,
+        outcome.context_bytes,
+        outcome.copied_bytes,
+    ] = sums;
     if let Some(timeline) = &mut outcome.timeline {
         timeline.events = all;
     }

@@ -11,6 +11,7 @@ use meshweave_dsl::weave::ast::{
 };
 
 use super::{Job, existing_file};
+use crate::placement::solve::Objective;
 
 /// What a document says about its experts.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -21,8 +22,17 @@ pub struct Experts {
     pub exchanges: Option<Exchanges>,
     /// Both are to be priced: where that is said.
     pub open_exchanges: Option<Span>,
-    /// The routes by whose affinity experts are placed before a run.
-    pub routes: Option<PathBuf>,
+    /// The routes that experts are placed by before a run.
+    pub placed: Option<PlacedBy>,
+}
+
+/// How experts are placed before a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlacedBy {
+    pub routes: PathBuf,
+    pub objective: Objective,
+    /// Experts that a device holds in a layer, where that is not its share.
+    pub slots: Option<usize>,
 }
 
 impl Experts {
@@ -69,7 +79,7 @@ pub(super) fn resolve_experts(
                 ),
             },
             ExpertsItem::Placement(placement) => {
-                experts.routes = placed(placement, item.span, base_dir, diagnostics);
+                experts.placed = placed(placement, item.span, base_dir, diagnostics);
             }
         }
     }
@@ -102,24 +112,32 @@ fn exchanges(
     }
 }
 
-/// The routes that experts are placed by.
+/// What experts are placed by.
 fn placed(
     placement: &Placement,
     span: Span,
     base_dir: &Path,
     diagnostics: &mut Vec<Diagnostic>,
-) -> Option<PathBuf> {
-    let method = placement.method.known();
-    if method.is_none_or(|method| *method != "affinity") {
+) -> Option<PlacedBy> {
+    let objective = placement
+        .method
+        .known()
+        .and_then(|method| match method.as_str() {
+            "affinity" => Some(Objective::Affinity),
+            "load" => Some(Objective::Load),
+            "joint" => Some(Objective::Joint),
+            _ => None,
+        });
+    let Some(objective) = objective else {
         let method = placement.method.to_string();
         diagnostics.push(
             Diagnostic::unsupported(format!("experts placed by `{method}` are not executed yet"))
                 .code("W120")
                 .at(span, "")
-                .help("write `placement affinity trace \"routes.parquet\"`, or give `run` the `--placement` of `meshweave place`"),
+                .help("write `placement affinity`, `load` or `joint` with `trace \"routes.parquet\"`, or give `run` the `--placement` of `meshweave place`"),
         );
         return None;
-    }
+    };
     let Some(trace) = &placement.trace else {
         diagnostics.push(
             Diagnostic::invalid("experts are placed by routes, and none are given")
@@ -130,12 +148,18 @@ fn placed(
         return None;
     };
     let way_out = "record it with `meshweave run --routes FILE`";
-    existing_file(
+    let routes = existing_file(
         "the trace",
         trace,
         trace.span,
         base_dir,
         way_out,
         diagnostics,
-    )
+    )?;
+    let slots = placement.slots.as_ref();
+    Some(PlacedBy {
+        routes,
+        objective,
+        slots: slots.and_then(|slots| usize::try_from(slots.node).ok()),
+    })
 }

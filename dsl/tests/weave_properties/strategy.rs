@@ -588,8 +588,16 @@ fn memory() -> impl Strategy<Value = Block<MemoryItem>> {
 }
 
 fn experts() -> impl Strategy<Value = Block<ExpertsItem>> {
-    let placement = (choice(name().boxed()), option::of(spanned(text())))
-        .prop_map(|(method, trace)| ExpertsItem::Placement(Placement { method, trace }));
+    let slots = option::of(spanned(1u64..300));
+    let placement = (choice(name().boxed()), option::of(spanned(text())), slots).prop_map(
+        |(method, trace, slots)| {
+            ExpertsItem::Placement(Placement {
+                method,
+                trace,
+                slots,
+            })
+        },
+    );
     let factor = prop_oneof![
         (1i64..10).prop_map(Number::Int),
         (0.1..4.0f64).prop_map(Number::Float)

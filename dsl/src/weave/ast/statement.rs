@@ -420,12 +420,15 @@ pub enum ExpertsItem {
     Exchanges(Choice<Exchanges>),
 }
 
-/// `placement METHOD [trace "file"]`
+/// `placement METHOD [trace "file"] [slots N]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Placement {
     pub method: Choice<Name>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<Spanned<String>>,
+    /// Experts that a device holds in a layer; more than its share makes replicas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<Spanned<u64>>,
 }
 
 /// How tokens that overflow an expert are treated.

@@ -309,20 +309,37 @@ impl ExpertsBuilder {
     /// `placement METHOD`
     #[must_use]
     pub fn placement<'a>(self, method: impl Into<Choice<&'a str>>) -> Self {
-        self.any_placement(method.into(), None)
+        self.any_placement(method.into(), None, None)
     }
 
     /// `placement METHOD trace "FILE"`
     #[must_use]
     pub fn placement_from<'a>(self, method: impl Into<Choice<&'a str>>, trace: &str) -> Self {
-        self.any_placement(method.into(), Some(trace))
+        self.any_placement(method.into(), Some(trace), None)
     }
 
-    fn any_placement(mut self, method: Choice<&str>, trace: Option<&str>) -> Self {
+    /// `placement METHOD trace "FILE" slots N`
+    #[must_use]
+    pub fn placement_in_slots<'a>(
+        self,
+        method: impl Into<Choice<&'a str>>,
+        trace: &str,
+        slots: u64,
+    ) -> Self {
+        self.any_placement(method.into(), Some(trace), Some(slots))
+    }
+
+    fn any_placement(
+        mut self,
+        method: Choice<&str>,
+        trace: Option<&str>,
+        slots: Option<u64>,
+    ) -> Self {
         if let Some(method) = self.problems.read_choice(method, |p| p.name()) {
             self.items.push(ExpertsItem::Placement(Placement {
                 method,
                 trace: trace.map(|file| file.to_owned().into()),
+                slots: slots.map(Into::into),
             }));
         }
         self

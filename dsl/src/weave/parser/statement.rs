@@ -329,7 +329,15 @@ impl<'a> Parser<'a> {
             if self.eat_word("trace") {
                 trace = Some(self.spanned(|p| p.text_value("the file in quotes"))?);
             }
-            return Ok(ExpertsItem::Placement(Placement { method, trace }));
+            let mut slots = None;
+            if self.eat_word("slots") {
+                slots = Some(self.spanned(|p| p.positive("a number of slots from 1"))?);
+            }
+            return Ok(ExpertsItem::Placement(Placement {
+                method,
+                trace,
+                slots,
+            }));
         }
         if self.eat_word("dispatch") {
             return self.choice(Self::dispatch).map(ExpertsItem::Dispatch);

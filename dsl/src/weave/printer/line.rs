@@ -320,10 +320,16 @@ impl Show for MemoryItem {
 impl Show for ExpertsItem {
     fn form(&self) -> Form {
         Form::plain(match self {
-            Self::Placement(placement) => match &placement.trace {
-                Some(trace) => format!("placement {} trace {}", placement.method, quoted(trace)),
-                None => format!("placement {}", placement.method),
-            },
+            Self::Placement(placement) => {
+                let mut line = format!("placement {}", placement.method);
+                if let Some(trace) = &placement.trace {
+                    line += &format!(" trace {}", quoted(trace));
+                }
+                if let Some(slots) = &placement.slots {
+                    line += &format!(" slots {}", slots.node);
+                }
+                line
+            }
             Self::Dispatch(dispatch) => format!("dispatch {dispatch}"),
             Self::Exchanges(exchanges) => format!("exchanges {exchanges}"),
         })
