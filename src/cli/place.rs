@@ -91,6 +91,9 @@ enum Effort {
     Thorough,
 }
 
+/// The part of its expert's load that every slot takes, by layer, device and slot.
+pub(super) type SlotShares = Vec<Vec<Vec<f64>>>;
+
 /// Places the experts of a trace and says how good that is.
 pub fn place(args: &PlaceArgs, format: Format) -> Result<()> {
     let model = args.model.as_deref().map(read_model).transpose()?;
@@ -180,7 +183,7 @@ fn write_shares(path: &Path, placement: &Placement, load: &[Vec<f64>]) -> Result
 
 /// The shares of a placement's replicas by the linear program: for every layer, device and slot, the part
 /// of its expert's load; and the mean over the layers of mean over greatest load of a device.
-fn shares_of(placement: &Placement, load: &[Vec<f64>]) -> Result<(Vec<Vec<Vec<f64>>>, f64)> {
+fn shares_of(placement: &Placement, load: &[Vec<f64>]) -> Result<(SlotShares, f64)> {
     let mut parts = Vec::with_capacity(load.len());
     let mut sum = 0.0;
     for (layer, load) in load.iter().enumerate() {
@@ -265,7 +268,7 @@ pub(super) fn placed_by_routes(
     n_devices: usize,
     cluster: &Cluster,
     model: Option<&DecoderConfig>,
-) -> Result<(Placement, Option<Vec<Vec<Vec<f64>>>>)> {
+) -> Result<(Placement, Option<SlotShares>)> {
     let trace = file::read(&by.routes).map_err(trace_error)?;
     if let Some(model) = model {
         check_model(&trace.shape(), model)?;
@@ -359,10 +362,10 @@ pub(super) fn read_placement(path: &Path) -> Result<Placement> {
 ///
 /// # Errors
 /// The file cannot be read, or holds something else.
-pub(super) fn read_shares(path: &Path) -> Result<Vec<Vec<Vec<f64>>>> {
+pub(super) fn read_shares(path: &Path) -> Result<SlotShares> {
     #[derive(serde::Deserialize)]
     struct Shares {
-        shares: Vec<Vec<Vec<f64>>>,
+        shares: SlotShares,
     }
     let text = std::fs::read_to_string(path).map_err(|error| unreadable(path, error))?;
     let read: Shares = serde_json::from_str(&text).map_err(|error| {
