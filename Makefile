@@ -29,13 +29,15 @@ GPU_TARGET ?= sm_90
 gpu-corpus: setup ## compiles the programs that test-gpu and bench-gpu run, into target/gpu
 	@sh scripts/nvrtc.sh target/tools
 	cargo run -- corpus $(GPU)/corpus --target cuda:$(GPU_TARGET)
+	cargo run -- corpus $(GPU)/timed --timed --target cuda:$(GPU_TARGET)
 	cargo build -p meshweave-runtime --example gpu_check
 	cp target/debug/examples/gpu_check $(GPU)/gpu_check
+	cp -r benches/baselines $(GPU)/
 
 test-gpu: ## runs the programs of target/gpu on a GPU, against the serial model and the CPU
 	@sh scripts/gpu.sh $(GPU)
 
-bench-gpu: ## times them there
+bench-gpu: ## times steps and kernels there, beside the device's limits and PyTorch's where it is installed
 	@sh scripts/gpu.sh $(GPU) --bench
 
 setup: ## installs what is missing: Rust, LLVM/MLIR 22, cmake, an MPI (Debian packages)

@@ -10,4 +10,24 @@ if [ ! -x "$checker" ] || [ ! -d "$folder/corpus" ]; then
     echo "$folder has no programs to run: make them with \`make gpu-corpus\`, here or on a machine with LLVM, and carry the folder" >&2
     exit 1
 fi
-exec "$checker" "$folder/corpus" "$@"
+case "${1-}" in
+--bench) ;;
+*) exec "$checker" "$folder/corpus" ;;
+esac
+"$checker" "$folder/timed" --bench
+
+# The same steps and kernels by PyTorch and Triton, where they are installed.
+if ! python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "PyTorch is not installed with CUDA here: its steps and kernels are not timed"
+    exit 0
+fi
+cd "$folder/baselines"
+for size in small gpt2; do
+    for dtype in f32 bf16; do
+        python3 golden_torch.py --device cuda --size $size --dtype $dtype --steps 22 --compile
+    done
+done
+for size in large attention-8k; do
+    python3 golden_torch.py --device cuda --size $size --dtype bf16 --steps 22 --compile
+    python3 kernels_torch.py --size $size
+done

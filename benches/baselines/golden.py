@@ -38,6 +38,8 @@ SIZES = {
     "odd": Size(3, 96, 6, 192, 320, 32, 4),
     "small": Size(4, 512, 8, 1408, 8192, 256, 8),
     "gpt2": Size(12, 768, 12, 2048, 50304, 512, 4),
+    "large": Size(24, 2048, 16, 5504, 32000, 2048, 4),
+    "attention-8k": Size(2, 2048, 16, 256, 512, 8192, 2),
 }
 
 # moe is None for a dense model, else the capacity factor (0: nothing is dropped).

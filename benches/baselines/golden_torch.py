@@ -1,6 +1,7 @@
-"""The golden model in PyTorch, eager, on one device: losses, wall and CPU time of a full training step, peak memory.
+"""The golden model in PyTorch, on one device: losses, wall and CPU time of a full training step, peak memory.
 
     python golden_torch.py --size small --steps 8 [--threads 2]
+    python golden_torch.py --size large --steps 12 --device cuda --dtype bf16 --compile
 
 It uses PyTorch's own fast paths: scaled_dot_product_attention, rms_norm, cross_entropy and the fused AdamW.
 """
@@ -74,18 +75,27 @@ def main():
     parser = golden.arguments(__doc__, ["1"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss (needs a C++ compiler)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="bf16: autocast, weights stay f32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size, moe = golden.SIZES[args.size], golden.VARIANTS[args.variant]
-    params = {k: torch.from_numpy(v).requires_grad_() for k, v in golden.params(size, moe, args.tied).items()}
-    tables = tuple(map(torch.from_numpy, golden.rope_tables(size)))
-    tokens = torch.from_numpy(golden.tokens(size)).long()
+    here = lambda array: torch.from_numpy(array).to(args.device)
+    params = {k: here(v).requires_grad_() for k, v in golden.params(size, moe, args.tied).items()}
+    tables = tuple(map(here, golden.rope_tables(size)))
+    tokens = here(golden.tokens(size)).long()
     optimizer = make_optimizer(params, args.optimizer)
-    objective = lambda params: loss_fn(params, tokens, size, moe, args.tied, tables)
+
+    def objective(params):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
+            return loss_fn(params, tokens, size, moe, args.tied, tables)
+
     if args.compile:
         objective = torch.compile(objective)
-    print(f"PyTorch {torch.__version__}, {args.size} {args.variant}, {args.threads} threads, "
-          f"{torch.backends.cpu.get_cpu_capability()}")
+    where = (torch.cuda.get_device_name() if args.device == "cuda" else
+             f"{args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"PyTorch {torch.__version__}, {args.size} {args.variant} {args.dtype}, "
+          f"{'compiled' if args.compile else 'eager'}, {where}")
 
     def run():
         optimizer.zero_grad(set_to_none=True)
@@ -95,6 +105,8 @@ def main():
         return loss.item()
 
     golden.measure(args, run)
+    if args.device == "cuda":
+        print(f"peak memory of the GPU {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 //!
 //! Enters: a folder and a target. Leaves: for each program a folder with the artifact, `expected.json` and
 //! `expected.safetensors`: losses, the first step's gradients and the last step's parameters of the serial
-//! f64 interpreter.
-//! Invariant: a machine with a GPU needs these and their checker (`runtime/examples/gpu_check.rs`) alone:
+//! f64 interpreter. Programs that are only timed have neither losses nor tensors.
+//! Invariant: a machine with a GPU needs these and their checker (`runtime/examples/gpu_check`) alone:
 //! no LLVM, no network. `make gpu-corpus` makes both.
 
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ use super::runtime_error;
 use crate::cli::output::outln;
 use crate::compile::{CompileOptions, target_features};
 use crate::error::{Error, Result};
-use crate::session::Session;
+use crate::session::{Model, Session};
 
 #[derive(Debug, Args)]
 pub struct CorpusArgs {
@@ -33,6 +33,9 @@ pub struct CorpusArgs {
     /// The GPU to compile for.
     #[arg(long, value_name = "TARGET", default_value = "cuda:sm_90")]
     target: String,
+    /// Programs of real sizes, to be timed alone.
+    #[arg(long)]
+    timed: bool,
 }
 
 /// Steps of each case: two whose instructions are timed, two as a graph.
@@ -102,9 +105,44 @@ const BF16: Tolerance = Tolerance {
     tensors: 1.0 / 16.0,
 };
 
-/// Compiles all programs and runs them serially.
+/// Programs that are timed: name, the golden model's sizes, batch, tokens a sequence, dtype. `large` has
+/// 1.3 B parameters, `attention-8k` is all attention at 8,192 tokens and heads of 128.
+const TIMED: [(&str, &str, usize, usize, &str); 6] = [
+    ("small-f32", "size small", 8, 256, "f32"),
+    ("small-bf16", "size small", 8, 256, "bf16"),
+    ("gpt2-f32", "size gpt2", 4, 512, "f32"),
+    ("gpt2-bf16", "size gpt2", 4, 512, "bf16"),
+    (
+        "large-bf16",
+        "layers 24\n  embed 2048\n  heads 16\n  ffn 5504\n  vocab 32000",
+        4,
+        2048,
+        "bf16",
+    ),
+    (
+        "attention-8k-bf16",
+        "layers 2\n  embed 2048\n  heads 16\n  ffn 256\n  vocab 512",
+        2,
+        8192,
+        "bf16",
+    ),
+];
+
+/// Compiles all programs and runs them serially, or those that are timed.
 pub fn corpus(args: &CorpusArgs) -> Result<()> {
     let gpu = gpu_target(&args.target)?;
+    if args.timed {
+        for (name, sizes, batch, seq, dtype) in TIMED {
+            let document = format!(
+                "plan \"{name}\" model timed cluster \"h100:1\"\n\
+                 train batch {batch} seq {seq} dtype {dtype} optimizer adamw\ndata golden\ninit golden\n\
+                 model timed = golden {{\n  {sizes}\n}}\nmesh main = dp:1\n"
+            );
+            make_timed(&document, &args.folder.join(name), &gpu)?;
+            outln!("{name}: compiled for {gpu}");
+        }
+        return Ok(());
+    }
     let is_mixed = |name: &str| MIXED.contains(&name);
     let mixed = CASES.iter().filter(|(name, ..)| is_mixed(name));
     let within = |model: &str| match model {
@@ -137,17 +175,20 @@ fn document(name: &str, (model, dtype): (&str, &str), n_devices: usize, mesh: &s
     )
 }
 
-/// Compiles a document, runs it serially, and writes both.
-fn make(document: &str, folder: &Path, target: &str, tolerance: Tolerance) -> Result<()> {
-    let session = Session::from_text("corpus", document, Path::new("."), None)?;
-    let model = session.model()?;
-    let solution = session.plan(&model)?;
+/// Compiles a document and writes the artifact; the program's vocabulary.
+fn compile(
+    session: &Session,
+    model: &Model,
+    folder: &Path,
+    (target, keep): (&str, Keep),
+) -> Result<usize> {
+    let solution = session.plan(model)?;
     let options = CompileOptions {
-        keep: Keep::Gradients,
+        keep,
         gpu: Some(target.into()),
         ..CompileOptions::default()
     };
-    let compiled = session.compile(&model, &solution.plan, &options)?;
+    let compiled = session.compile(model, &solution.plan, &options)?;
     std::fs::create_dir_all(folder).map_err(unwritten)?;
     artifact::write_with_gpu(
         &folder.join("artifact"),
@@ -157,14 +198,30 @@ fn make(document: &str, folder: &Path, target: &str, tolerance: Tolerance) -> Re
         compiled.code.as_ref(),
     )
     .map_err(runtime_error)?;
-    let graph = model.whole();
-    let tokens = graph.find("tokens").ok_or_else(|| lacking("tokens"))?;
-    let size = |dim: &str| graph.ty(tokens).size_of(&dim.into()).unwrap_or(1);
     let vocab = compiled.program.sources.iter();
     let vocab = vocab
         .filter_map(|source| source.ty.size_of(&"vocab".into()))
         .max();
-    let vocab = vocab.ok_or_else(|| lacking("vocabulary"))?;
+    vocab.ok_or_else(|| lacking("vocabulary"))
+}
+
+/// Compiles a document that is timed alone.
+fn make_timed(document: &str, folder: &Path, target: &str) -> Result<()> {
+    let session = Session::from_text("corpus", document, Path::new("."), None)?;
+    let model = session.model()?;
+    let vocab = compile(&session, &model, folder, (target, Keep::Outputs))?;
+    let expected = json!({ "vocab": vocab });
+    std::fs::write(folder.join("expected.json"), expected.to_string()).map_err(unwritten)
+}
+
+/// Compiles a document, runs it serially, and writes both.
+fn make(document: &str, folder: &Path, target: &str, tolerance: Tolerance) -> Result<()> {
+    let session = Session::from_text("corpus", document, Path::new("."), None)?;
+    let model = session.model()?;
+    let vocab = compile(&session, &model, folder, (target, Keep::Gradients))?;
+    let graph = model.whole();
+    let tokens = graph.find("tokens").ok_or_else(|| lacking("tokens"))?;
+    let size = |dim: &str| graph.ty(tokens).size_of(&dim.into()).unwrap_or(1);
     let data = DataSource::Golden { vocab };
     let mut stepper = Stepper::new(graph).map_err(reference)?;
     let mut losses = Vec::new();

@@ -5,29 +5,35 @@
 //! machine's CPU; with `--bench` times beside the limits of the device. Fails when a program does, and
 //! when there is no GPU.
 
+mod bench;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
 
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::program::Program;
-use meshweave_dsl::timeline::{Category, Timeline};
 use meshweave_runtime::artifact;
 use meshweave_runtime::checkpoint::Checkpoint;
 use meshweave_runtime::data::DataSource;
 use meshweave_runtime::device::cuda::{Cuda, Precision, n_devices};
-use meshweave_runtime::device::gpu::{Command, EventIdx, Gpu, StreamIdx, Work};
+use meshweave_runtime::device::gpu::Gpu;
 use meshweave_runtime::executor::{Session, SessionOptions};
 use meshweave_runtime::tensor::HostTensor;
 use serde::Deserialize;
 
 type Failure = Box<dyn std::error::Error>;
 
+/// What a program must give.
 #[derive(Deserialize)]
 struct Expected {
-    vocab: usize,
     losses: Vec<f64>,
     tolerance: Tolerance,
+}
+
+/// What its data are made with.
+#[derive(Deserialize)]
+struct Task {
+    vocab: usize,
 }
 
 /// Against f64: of losses, and of tensors relative to the greatest element of each.
@@ -44,7 +50,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let run = match args.iter().any(|arg| arg == "--bench") {
-        true => bench(Path::new(folder)),
+        true => bench::bench(Path::new(folder)),
         false => check_all(Path::new(folder)),
     };
     match run {
@@ -79,6 +85,12 @@ fn cases(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
     Ok(cases)
 }
 
+/// A program's name.
+fn name(case: &Path) -> String {
+    case.file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into())
+}
+
 fn check_all(folder: &Path) -> Result<usize, Failure> {
     // Without a GPU this is what there is to say.
     n_devices()?;
@@ -86,9 +98,7 @@ fn check_all(folder: &Path) -> Result<usize, Failure> {
     println!("program                    losses   tensors   losses to CPU");
     let mut n_failed = 0;
     for case in cases(folder)? {
-        let name = case
-            .file_name()
-            .map_or_else(String::new, |name| name.to_string_lossy().into());
+        let name = name(&case);
         match check(&case) {
             Ok(Found {
                 tolerance,
@@ -124,7 +134,9 @@ struct Found {
 }
 
 fn check(case: &Path) -> Result<Found, Failure> {
-    let expected: Expected = serde_json::from_slice(&std::fs::read(case.join("expected.json"))?)?;
+    let text = std::fs::read(case.join("expected.json"))?;
+    let expected: Expected = serde_json::from_slice(&text)?;
+    let Task { vocab } = serde_json::from_slice(&text)?;
     let truth = Checkpoint::open(&case.join("expected.safetensors"))?;
     let mut session = on_gpu(case)?;
     let gradients: Vec<(String, TensorType)> = session
@@ -137,7 +149,7 @@ fn check(case: &Path) -> Result<Found, Failure> {
     let mut tensors: f64 = 0.0;
     let mut losses = Vec::new();
     for step in 0..expected.losses.len() {
-        give_batch(&mut session, expected.vocab, step)?;
+        give_batch(&mut session, vocab, step)?;
         session.step()?;
         losses.push(session.loss()?);
         if step == 0 {
@@ -159,7 +171,7 @@ fn check(case: &Path) -> Result<Found, Failure> {
             let mut session = Session::new(program, kernels, &SessionOptions::default())?;
             let mut own = Vec::new();
             for step in 0..expected.losses.len() {
-                give_batch(&mut session, expected.vocab, step)?;
+                give_batch(&mut session, vocab, step)?;
                 session.step()?;
                 own.push(session.loss()?);
             }
@@ -241,86 +253,4 @@ fn error(got: &HostTensor, want: &HostTensor) -> f64 {
             most.max(error)
         }
     })
-}
-
-/// Times of all programs, beside the device's measured copy bandwidth.
-fn bench(folder: &Path) -> Result<usize, Failure> {
-    let mut gpu = Cuda::open(0, Precision::F32)?;
-    let copy = copy_bandwidth(&mut gpu)?;
-    println!("device     {}", gpu.name());
-    println!(
-        "copies     {:.0} GB/s, read and written (measured)",
-        copy / 1e9
-    );
-    drop(gpu);
-    println!(
-        "program                    step eager   step as graph   kernels: part of the copy bandwidth   products"
-    );
-    for case in cases(folder)? {
-        let name = case
-            .file_name()
-            .map_or_else(String::new, |name| name.to_string_lossy().into());
-        let expected: Expected =
-            serde_json::from_slice(&std::fs::read(case.join("expected.json"))?)?;
-        let mut session = on_gpu(&case)?;
-        give_batch(&mut session, expected.vocab, 0)?;
-        session.step()?;
-        let eager = session.step()?;
-        let mut graph_s = f64::INFINITY;
-        for _ in 0..20 {
-            let start = Instant::now();
-            session.step()?;
-            graph_s = graph_s.min(start.elapsed().as_secs_f64());
-        }
-        let (bytes, kernel_s) = total(&eager, Category::Kernel, |event| event.n_bytes);
-        let (flops, product_s) = total(&eager, Category::Contract, |event| event.n_flops);
-        println!(
-            "{name:<24}  {:9.3} ms   {:9.3} ms   {:9.1} %   {:9.2} TFLOP/s",
-            1e3 * eager.step_s(),
-            1e3 * graph_s,
-            100.0 * bytes / kernel_s / copy,
-            flops / product_s / 1e12
-        );
-    }
-    Ok(0)
-}
-
-/// Work and seconds of a category.
-fn total(
-    timeline: &Timeline,
-    category: Category,
-    work: impl Fn(&meshweave_dsl::timeline::Event) -> f64,
-) -> (f64, f64) {
-    let events = timeline
-        .events
-        .iter()
-        .filter(|event| event.category == category);
-    events.fold((0.0, 0.0), |(sum, seconds), event| {
-        (sum + work(event), seconds + event.duration_s)
-    })
-}
-
-/// Bytes read and written a second by a copy of 1 GiB, the best of ten.
-fn copy_bandwidth(gpu: &mut Cuda) -> Result<f64, Failure> {
-    const N_BYTES: usize = 1 << 30;
-    let (from, to) = (gpu.allocate(N_BYTES)?, gpu.allocate(N_BYTES)?);
-    gpu.reserve(1, 2)?;
-    let stream = StreamIdx(0);
-    let command = |work| Command { stream, work };
-    let commands = [
-        command(Work::Record(EventIdx(0))),
-        command(Work::Copy {
-            to,
-            from,
-            n_bytes: N_BYTES,
-        }),
-        command(Work::Record(EventIdx(1))),
-    ];
-    let mut best_s = f64::INFINITY;
-    for _ in 0..10 {
-        gpu.submit(&commands)?;
-        gpu.synchronize()?;
-        best_s = best_s.min(gpu.elapsed_s(EventIdx(0), EventIdx(1))?);
-    }
-    Ok(2.0 * N_BYTES as f64 / best_s)
 }
