@@ -373,11 +373,11 @@ impl CallRows {
                 communicator.all_gather(group, from, to, &along(received_words))?;
             }
             CallKind::ReduceScatter(kind) => {
-                let (from, to) = (super::as_f32(from), super::as_f32_mut(to));
+                let (from, to) = (super::rank::as_f32(from), super::rank::as_f32_mut(to));
                 communicator.reduce_scatter(group, kind, from, to, &along(sent_words))?;
             }
             CallKind::AllReduce(kind) => {
-                let (from, to) = (super::as_f32(from), super::as_f32_mut(to));
+                let (from, to) = (super::rank::as_f32(from), super::rank::as_f32_mut(to));
                 communicator.all_reduce(group, kind, Some(from), to)?;
             }
         }
@@ -417,8 +417,8 @@ pub(super) fn travel(
         order: CrossingOrder::SameDim,
     };
     let (from, to) = (
-        super::as_words(&traveling.sent),
-        super::as_words_mut(&mut traveling.received),
+        super::rank::as_words(&traveling.sent),
+        super::rank::as_words_mut(&mut traveling.received),
     );
     communicator.all_to_all(group, from, to, &crossing)
 }
