@@ -189,7 +189,7 @@ fn compile(
         ..CompileOptions::default()
     };
     let compiled = session.compile(model, &solution.plan, &options)?;
-    std::fs::create_dir_all(folder).map_err(unwritten)?;
+    std::fs::create_dir_all(folder).map_err(|error| unwritten(folder, &error))?;
     artifact::write_with_gpu(
         &folder.join("artifact"),
         &compiled.program,
@@ -211,7 +211,8 @@ fn make_timed(document: &str, folder: &Path, target: &str) -> Result<()> {
     let model = session.model()?;
     let vocab = compile(&session, &model, folder, (target, Keep::Outputs))?;
     let expected = json!({ "vocab": vocab });
-    std::fs::write(folder.join("expected.json"), expected.to_string()).map_err(unwritten)
+    std::fs::write(folder.join("expected.json"), expected.to_string())
+        .map_err(|error| unwritten(folder, &error))
 }
 
 /// Compiles a document, runs it serially, and writes both.
@@ -258,7 +259,8 @@ fn make(document: &str, folder: &Path, target: &str, tolerance: Tolerance) -> Re
         "losses": losses,
         "tolerance": { "losses": tolerance.losses, "tensors": tolerance.tensors },
     });
-    std::fs::write(folder.join("expected.json"), expected.to_string()).map_err(unwritten)?;
+    std::fs::write(folder.join("expected.json"), expected.to_string())
+        .map_err(|error| unwritten(folder, &error))?;
     Ok(())
 }
 
@@ -285,9 +287,7 @@ fn lacking(name: &str) -> Error {
     Error::plain(Class::Internal, format!("the program lacks `{name}`"))
 }
 
-fn unwritten(error: std::io::Error) -> Error {
-    Error::plain(
-        Class::Exhausted,
-        format!("cannot write the corpus: {error}"),
-    )
+fn unwritten(folder: &Path, error: &std::io::Error) -> Error {
+    let message = format!("cannot write the corpus to {}: {error}", folder.display());
+    Error::plain(Class::Exhausted, message)
 }
