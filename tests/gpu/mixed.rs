@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use meshweave_compiler::model::{Activation, AttentionBias, NormKind, Positions};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::{Action, BufferId};
 
@@ -79,6 +80,33 @@ fn a_rank_alone_in_bf16() {
     let plan = plan(&graph, &[("dp", 1)], &[]);
     check_mixed(&graph, plan.clone(), Library::None, 1);
     check_mixed(&graph, plan, Library::Products, 2);
+}
+
+/// Layer norms, biases, learned positions, GELU and tied embeddings. A bias begins at zero, and that of the
+/// keys has no gradient, so that Adam moves it by signs that rounding decides: losses are compared alone.
+#[test]
+fn a_model_as_gpt_in_bf16() {
+    let graph = altered(None, |config| {
+        config.norm.kind = NormKind::Layer;
+        config.positions = Positions::Learned { n_positions: 8 };
+        config.attention.bias = AttentionBias {
+            q: true,
+            k: true,
+            v: true,
+            o: true,
+        };
+        config.ffn.activation = Activation::GeluTanh;
+        config.ffn.gated = false;
+        config.ffn.bias = true;
+        config.tied = true;
+    });
+    let preferences = [("tp", &["heads", "ffn", "vocab", "seq"][..])];
+    let plan = plan(&graph, &[("tp", 2)], &preferences);
+    let tolerance = Tolerance {
+        tensors: f64::INFINITY,
+        ..BF16
+    };
+    check_within(&graph, plan, Library::Products, 4, tolerance);
 }
 
 #[test]
