@@ -1,18 +1,13 @@
 //! Compiled programs against the oracle, on the meshes that people use: losses and every gradient.
 
+use crate::support::execution::start;
 use crate::support::plans;
-use meshweave::compile::{CompileOptions, compile};
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
-use meshweave_compiler::partition::Keep;
-use meshweave_dsl::cluster::{Cluster, Host};
 use meshweave_dsl::graph::{Graph, Role};
 use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::plan::Plan;
-use meshweave_runtime::artifact;
-use meshweave_runtime::executor::{Session, SessionOptions};
-use meshweave_runtime::reference::{Stepper, Value, golden_inputs, golden_tokens};
-use meshweave_runtime::tensor::{Elements, HostTensor};
+use meshweave_runtime::reference::{Stepper, Value, golden_inputs};
 
 /// Largest |difference| over largest |value| of a tensor, f32 programs against the f64 oracle.
 const TOLERANCE: f64 = 1e-5;
@@ -73,39 +68,6 @@ fn golden(capacity_factor: Option<f64>, tied: bool) -> Graph {
     config.tied = tied;
     let forward = build_decoder(&config, size.batch, size.seq, Goal::Training).unwrap();
     differentiate(&forward, &Optimizer::GOLDEN_ADAMW).unwrap()
-}
-
-fn start(graph: &Graph, plan: &Plan) -> Session {
-    let cluster = Cluster::local(plan.mesh.n_ranks(), &Host::nominal());
-    let options = CompileOptions {
-        keep: Keep::Gradients,
-        ..CompileOptions::default()
-    };
-    let compiled = compile(graph, plan, &cluster, &options).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("artifact");
-    artifact::write(&path, &compiled.program, &compiled.kernels, "").unwrap();
-    let (program, kernels) = artifact::load(&path).unwrap();
-    assert_eq!(
-        program, compiled.program,
-        "an artifact holds what was written"
-    );
-    let planned: Vec<usize> = program.ranks.iter().map(|rank| rank.arena_bytes).collect();
-    let mut session = Session::new(program, kernels, &SessionOptions::default()).unwrap();
-    assert_eq!(
-        session.arena_bytes(),
-        planned,
-        "the predicted peak is allocated"
-    );
-    let size = GoldenSize::named("tiny").unwrap();
-    let (tokens, targets) = golden_tokens(size.batch, size.seq, size.vocab);
-    for (name, data) in [("tokens", tokens), ("targets", targets)] {
-        let ty = graph.ty(graph.find(name).unwrap()).clone();
-        session
-            .set(name, &HostTensor::new(ty, Elements::I32(data)).unwrap())
-            .unwrap();
-    }
-    session
 }
 
 /// Steps the program: the losses against `expected`, the first step's gradients against the oracle.

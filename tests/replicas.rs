@@ -1,22 +1,17 @@
 //! Experts with replicas, executed: losses, gradients and logits are those of the model without, on any
 //! mesh, and the busiest device has less to do.
 
-use meshweave::compile::{CompileOptions, compile};
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
-use meshweave_compiler::partition::Keep;
 use meshweave_compiler::placement::replicas::{N_TURNS, Replicas};
 use meshweave_compiler::replicate::replicate;
-use meshweave_dsl::cluster::{Cluster, Host};
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::layout::Mesh;
 use meshweave_dsl::placement::Placement;
-use meshweave_dsl::plan::Plan;
-use meshweave_runtime::artifact;
-use meshweave_runtime::executor::{Session as Execution, SessionOptions};
-use meshweave_runtime::reference::{StepResult, Stepper, golden_inputs, golden_tokens};
-use meshweave_runtime::tensor::{Elements, HostTensor};
+use meshweave_runtime::reference::{StepResult, Stepper, golden_inputs};
+use meshweave_runtime::tensor::HostTensor;
 
+use crate::support::execution::start;
 use crate::support::plans;
 
 mod runs;
@@ -53,34 +48,6 @@ fn replicas() -> Replicas {
 fn truth(graph: &Graph) -> StepResult {
     let mut stepper = Stepper::new(graph).unwrap();
     stepper.step(&golden_inputs(graph, 512).unwrap()).unwrap()
-}
-
-fn start(graph: &Graph, plan: &Plan) -> Execution {
-    let cluster = Cluster::local(plan.mesh.n_ranks(), &Host::nominal());
-    let options = CompileOptions {
-        keep: Keep::Gradients,
-        ..CompileOptions::default()
-    };
-    let compiled = compile(graph, plan, &cluster, &options).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("artifact");
-    artifact::write(&path, &compiled.program, &compiled.kernels, "").unwrap();
-    let (program, kernels) = artifact::load(&path).unwrap();
-    let planned: Vec<usize> = program.ranks.iter().map(|rank| rank.arena_bytes).collect();
-    let mut execution = Execution::new(program, kernels, &SessionOptions::default()).unwrap();
-    assert_eq!(
-        execution.arena_bytes(),
-        planned,
-        "the predicted peak is allocated"
-    );
-    let size = GoldenSize::named("tiny").unwrap();
-    let (tokens, targets) = golden_tokens(size.batch, size.seq, size.vocab);
-    for (name, data) in [("tokens", tokens), ("targets", targets)] {
-        let Some(id) = graph.find(name) else { continue };
-        let value = HostTensor::new(graph.ty(id).clone(), Elements::I32(data)).unwrap();
-        execution.set(name, &value).unwrap();
-    }
-    execution
 }
 
 fn relative_error(got: &HostTensor, want: &[f64]) -> f64 {

@@ -1,5 +1,7 @@
 //! What several tests share.
 
+#[cfg(feature = "mlir")]
+pub mod execution;
 pub mod golden;
 #[cfg(feature = "mlir")]
 pub mod gpu;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use meshweave_compiler::import::read_config;
 use meshweave_compiler::model::{DecoderConfig, MoeConfig};
+use meshweave_compiler::parallel::available;
 use meshweave_compiler::placement::PlacementError;
 use meshweave_compiler::placement::price::Costs;
 use meshweave_compiler::placement::rebalance::shares;
@@ -228,7 +229,7 @@ fn request(args: &PlaceArgs, model: Option<&DecoderConfig>) -> Result<Request> {
     let cluster = named_cluster(&args.cluster)?;
     let weights = moe.map_or(0, |(model, moe)| 3 * model.embed * moe.ffn);
     let present = args.present.as_deref().map(read_placement).transpose()?;
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let threads = available();
     let (rounds, exact_steps, coupled_steps) = match args.effort {
         Effort::Quick => (0, 3e7, 0),
         Effort::Normal => (2, 3e8, 0),
@@ -287,7 +288,6 @@ pub(super) fn placed_by_routes(
         held_out: 0.2,
         search: SearchOptions {
             rounds: 2,
-            threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             ..SearchOptions::default()
         },
         exact_steps: 3e8,

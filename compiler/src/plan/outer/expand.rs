@@ -10,6 +10,7 @@
 //! ZeRO. With all of them the price without recomputation and offloading bounds everything with them.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use meshweave_dsl::mapping::{Mapping, Module, Offload, Pipeline, Recompute, Zero};
 
@@ -29,7 +30,7 @@ use crate::schedule::{Builtin, Shape};
 /// What waits in the queue, with more and more decided.
 pub(super) enum Step {
     /// The grids of a family, and the choices of their layers.
-    Layers(Vec<Grid>, LayerKey),
+    Layers(Arc<[Grid]>, LayerKey),
     Grid(Grid, LayerKey),
     Cut(Grid, LayerKey, Pipeline),
     /// A whole mapping with nothing saved, which does not fit or must save something.

@@ -12,6 +12,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Arc;
 use std::time::Instant;
 
 use meshweave_dsl::mapping::Mapping;
@@ -230,7 +231,6 @@ const WIDTH: usize = 128;
 struct Search<'a> {
     problem: &'a Problem<'a>,
     options: &'a Options,
-    families: Vec<Family>,
     layers: &'a Layers,
     queue: BinaryHeap<Entry>,
     n_entries: u64,
@@ -253,7 +253,6 @@ pub(super) fn search(
     let mut search = Search {
         problem,
         options,
-        families,
         layers,
         queue: BinaryHeap::new(),
         n_entries: 0,
@@ -268,7 +267,7 @@ pub(super) fn search(
         is_out_of_time: false,
     };
     let n_before = layers.len();
-    search.add_families(n_ranks);
+    search.add_families(families, n_ranks);
     search.seen.counts.n_layer_prices = (layers.len() - n_before) as u64;
     if let Some(warm) = &options.warm_start
         && warm.n_ranks() == n_ranks
@@ -295,17 +294,19 @@ impl Search<'_> {
     }
 
     /// All grids, with the choices of their layers.
-    fn add_families(&mut self, n_ranks: usize) {
-        let mut nodes: Vec<(usize, LayerKey)> = Vec::new();
-        for (family_idx, family) in self.families.iter().enumerate() {
-            let completions = family.grids.iter();
-            let n_completions: u64 = completions
+    fn add_families(&mut self, families: Vec<Family>, n_ranks: usize) {
+        let mut nodes: Vec<(Arc<[Grid]>, LayerKey)> = Vec::new();
+        for family in families {
+            let keys = layer_keys(self.problem, &family);
+            let grids: Arc<[Grid]> = family.grids.into();
+            let n_completions: u64 = grids
+                .iter()
                 .map(|grid| n_completions(self.problem, *grid))
                 .sum();
-            for key in layer_keys(self.problem, family) {
+            for key in keys {
                 self.seen.counts.n_nodes += 1;
                 self.seen.counts.n_mappings += n_completions;
-                nodes.push((family_idx, key));
+                nodes.push((Arc::clone(&grids), key));
             }
         }
         let bounds = in_parallel(nodes.len(), self.options.threads, |node| {
@@ -313,8 +314,7 @@ impl Search<'_> {
             let costs = self.layers.costs(self.problem, *key);
             least_seconds_of_layers(self.problem, n_ranks, key, &costs)
         });
-        for (bound_s, (family_idx, key)) in bounds.into_iter().zip(nodes) {
-            let grids = self.families[family_idx].grids.clone();
+        for (bound_s, (grids, key)) in bounds.into_iter().zip(nodes) {
             self.push(bound_s, Step::Layers(grids, key));
         }
     }
