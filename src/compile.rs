@@ -8,6 +8,7 @@ mod gpu;
 
 use std::time::Instant;
 
+use meshweave_compiler::codegen::fuse::Platform;
 use meshweave_compiler::codegen::kernel::Kernel;
 use meshweave_compiler::lower::{Lowered, lower};
 use meshweave_compiler::partition::{Keep, PartitionError, partition};
@@ -17,7 +18,6 @@ use meshweave_compiler::storage::Storage;
 use meshweave_dsl::cluster::Cluster;
 use meshweave_dsl::device_code::DeviceCode;
 use meshweave_dsl::diagnostics::Class;
-#[cfg(feature = "mlir")]
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::Graph;
 use meshweave_dsl::graph::verify::{verify_local, verify_ranks};
@@ -36,6 +36,24 @@ pub struct CompileOptions {
     pub emit: Vec<String>,
     /// The GPU to compile for besides this host, as NVIDIA writes it: `sm_90`.
     pub gpu: Option<String>,
+}
+
+impl CompileOptions {
+    /// What a program is fused for.
+    fn platform(&self, plan: &Plan) -> Platform {
+        match &self.gpu {
+            Some(_) => Platform::Gpu,
+            None => platform(plan),
+        }
+    }
+}
+
+/// What a program is fused for where no GPU is named: hosts run f32 alone.
+pub(crate) fn platform(plan: &Plan) -> Platform {
+    match plan.storage {
+        DType::F32 => Platform::Host,
+        _ => Platform::Gpu,
+    }
 }
 
 impl Default for CompileOptions {
@@ -76,7 +94,7 @@ pub fn compile(
     options: &CompileOptions,
 ) -> Result<Compiled> {
     let (mut program, locals, fragments, mut clock) =
-        lower_plan(graph, plan, cluster, options.keep)?;
+        lower_plan(graph, plan, cluster, options.keep, options.platform(plan))?;
     let mut emitted = Vec::new();
     if options.emit.iter().any(|stage| stage == "local") {
         let texts: Vec<String> = locals
@@ -116,7 +134,15 @@ pub fn compile_pipeline(
     let Lowered {
         mut program,
         kernels,
-    } = lower_pipeline(graph, plan, pipeline, options.keep, cluster).map_err(pipeline_error)?;
+    } = lower_pipeline(
+        graph,
+        plan,
+        pipeline,
+        options.keep,
+        cluster,
+        options.platform(plan),
+    )
+    .map_err(pipeline_error)?;
     clock.lap("partition, simplify, fuse and lower");
     let mut emitted = Vec::new();
     let fragments = kernels;
@@ -153,7 +179,7 @@ pub(crate) fn pipeline_error(error: PipelineError) -> Error {
 /// # Errors
 /// Those of [`compile`], code generation aside.
 pub fn outline(graph: &Graph, plan: &Plan, cluster: &Cluster) -> Result<(Program, Vec<Graph>)> {
-    let (program, locals, _, _) = lower_plan(graph, plan, cluster, Keep::Outputs)?;
+    let (program, locals, _, _) = lower_plan(graph, plan, cluster, Keep::Outputs, platform(plan))?;
     Ok((program, locals))
 }
 
@@ -162,6 +188,7 @@ fn lower_plan(
     plan: &Plan,
     cluster: &Cluster,
     keep: Keep,
+    platform: Platform,
 ) -> Result<(Program, Vec<Graph>, Vec<Kernel>, Clock)> {
     let mut clock = Clock::start();
     let mut parts = partition(graph, plan, keep, cluster).map_err(|error| {
@@ -189,7 +216,7 @@ fn lower_plan(
         };
         parts.locals = parts.locals.iter().map(apply).collect();
     }
-    let lowered = lower(graph, plan, &parts, cluster)
+    let lowered = lower(graph, plan, &parts, cluster, platform)
         .map_err(|error| Error::plain(Class::Internal, error))?;
     clock.lap("fuse and lower");
     Ok((lowered.program, parts.locals, lowered.kernels, clock))

@@ -38,7 +38,7 @@ use meshweave_dsl::weights::WeightMap;
 
 use crate::choose::{Choice, chosen};
 use crate::compile::{
-    CompileOptions, Compiled, compile, compile_pipeline, outline, pipeline_error,
+    CompileOptions, Compiled, compile, compile_pipeline, outline, pipeline_error, platform,
 };
 use crate::error::{Error, Result};
 use crate::exchanges::{self, ExchangeChoice};
@@ -355,7 +355,8 @@ impl Session {
         match self.pipeline(model, plan) {
             Some(pipeline) => {
                 let keep = Keep::Outputs;
-                let lowered = lower_pipeline(&model.graph, plan, &pipeline, keep, cluster);
+                let lowered =
+                    lower_pipeline(&model.graph, plan, &pipeline, keep, cluster, platform(plan));
                 Ok((lowered.map_err(pipeline_error)?.program, Vec::new()))
             }
             None => outline(&model.graph, plan, cluster),

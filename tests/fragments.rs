@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 
 use crate::support::ptx::{self, Order};
-use meshweave_compiler::codegen::fuse::{Fragment, Item, fuse};
+use meshweave_compiler::codegen::fuse::{Fragment, Item, Platform, fuse};
 use meshweave_compiler::codegen::kernel::Kernel;
 use meshweave_compiler::codegen::launch::Launch;
 use meshweave_compiler::mlir::{self, CompileOptions, GpuTarget, HostTarget};
@@ -46,7 +46,7 @@ fn from_bytes(ty: &TensorType, bytes: &[u32]) -> Value {
 /// Runs `graph` item by item and compares every fragment's result.
 #[track_caller]
 fn check(graph: &Graph, inputs: &BTreeMap<TensorId, Value>, tolerance: f64) -> Vec<Item> {
-    let items = fuse(graph).unwrap();
+    let items = fuse(graph, Platform::Host).unwrap();
     let mut kernels: Vec<Kernel> = Vec::new();
     for item in &items {
         if let Item::Fragment(fragment) = item
@@ -102,6 +102,7 @@ fn check(graph: &Graph, inputs: &BTreeMap<TensorId, Value>, tolerance: f64) -> V
                 b,
                 out,
                 onto,
+                ..
             } => {
                 let product = evaluate_one(graph, *op, &[*a, *b], &memory);
                 let mut sum = product[0].clone();

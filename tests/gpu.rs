@@ -27,6 +27,7 @@ use crate::support::golden::{first_step, golden};
 use crate::support::gpu::{Hub, Library, Simulated};
 use crate::support::plans;
 
+mod biases;
 mod mixed;
 
 /// Most difference from the oracle: of losses relative to them, of gradients and of parameters after

@@ -2,7 +2,7 @@
 //! That they compute the right values is checked by an interpreter, fragment by fragment, in
 //! `fragments`.
 
-use meshweave_compiler::codegen::fuse::{Item, fuse};
+use meshweave_compiler::codegen::fuse::{Item, Platform, fuse};
 use meshweave_compiler::codegen::kernel::{
     BinaryOp, Elem, Kernel, KernelBuilder, Mutability, ReduceKind, UnaryOp,
 };
@@ -24,7 +24,7 @@ fn kernels(capacity_factor: Option<f64>, dtype: DType) -> Vec<Kernel> {
         graph = storage.applied(&graph, |id| graph.ty(id).dtype, |_| DType::F32);
     }
     let mut kernels: Vec<Kernel> = Vec::new();
-    for item in fuse(&graph).unwrap() {
+    for item in fuse(&graph, Platform::Gpu).unwrap() {
         if let Item::Fragment(fragment) = item
             && !kernels
                 .iter()

@@ -1,6 +1,7 @@
 //! The report of a real plan: a golden model, partitioned and lowered.
 
 use crate::support::plans;
+use meshweave_compiler::codegen::fuse::Platform;
 use meshweave_compiler::differentiate::{Optimizer, differentiate};
 use meshweave_compiler::lower::lower;
 use meshweave_compiler::model::{DecoderConfig, Goal, GoldenSize, build_decoder};
@@ -26,7 +27,7 @@ fn planned(size: &GoldenSize, capacity_factor: Option<f64>) -> ReportInput {
     parts.locals = simplify_ranks(&parts.locals, &Options::default())
         .unwrap()
         .0;
-    let lowered = lower(&graph, &plan, &parts, &cluster).unwrap();
+    let lowered = lower(&graph, &plan, &parts, &cluster, Platform::Host).unwrap();
     ReportInput {
         title: "golden".into(),
         graph: Some(graph),

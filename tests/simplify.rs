@@ -8,7 +8,7 @@ mod cases;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use meshweave_compiler::codegen::fuse::fuse;
+use meshweave_compiler::codegen::fuse::{Platform, fuse};
 use meshweave_compiler::partition::{Keep, partition};
 use meshweave_compiler::simplify::{Options, RULES, simplify, simplify_ranks, variants};
 use meshweave_dsl::cluster::{Cluster, Host};
@@ -299,7 +299,7 @@ fn models_become_no_dearer() {
         let (simplified, report) =
             simplify_ranks(std::slice::from_ref(&graph), &Options::default()).unwrap();
         assert!(report.after_s <= report.before_s);
-        fuse(&simplified[0]).unwrap();
+        fuse(&simplified[0], Platform::Host).unwrap();
         text.push_str(&format!(
             "{name}: {} -> {} ops, {:.1} -> {:.1} µs; {:?}\n",
             report.n_ops_before,

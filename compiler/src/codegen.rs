@@ -12,6 +12,7 @@ pub mod launch;
 pub mod recipes;
 pub mod attention;
 mod space;
+pub(crate) mod bias;
 mod row_ops;
 mod group;
 pub mod fuse;

@@ -17,7 +17,7 @@ mod routine;
 use meshweave_dsl::device_code::KernelSource;
 use meshweave_dsl::program::{Action, Buffer, BufferId};
 
-pub use contract::contract;
+pub use contract::{Adds, contract};
 
 /// How products of f32 tensors are computed; those of bf16 tensors always run on tensor cores. Sums
 /// are f32 either way.
@@ -64,7 +64,14 @@ pub fn kernels_of(
             c,
             indices,
             accumulate,
-        } => contract::of_buffers(&buffers, [*a, *b, *c], indices, *accumulate, precision),
+            bias,
+        } => {
+            let adds = contract::Adds {
+                onto: *accumulate,
+                bias: bias.clone(),
+            };
+            contract::of_buffers(&buffers, [*a, *b, *c], indices, adds, precision)
+        }
         Action::Attention { seen: Some(_), .. } => Err(unsupported(
             "attention",
             "queries that say how many keys they see run on the host only",

@@ -6,22 +6,22 @@
 //! and the arena's size is the peak that the runtime will allocate.
 
 mod counted;
+mod globals;
 mod memory;
 
 use std::collections::BTreeMap;
 
 use meshweave_dsl::cluster::{Cluster, DeviceKind};
 use meshweave_dsl::graph::{Graph, Op, OpId, TensorId, TensorType};
-use meshweave_dsl::layout::{Layout, Mesh};
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::OpKind;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::program::{
-    Action, Buffer, BufferId, ContractIndex, CountedRows, GlobalTensor, Instruction, KernelId,
-    KernelSymbol, PROGRAM_VERSION, Program, RankProgram, TensorPart,
+    Action, Bias, Buffer, BufferId, ContractIndex, CountedRows, Instruction, KernelId,
+    KernelSymbol, PROGRAM_VERSION, Program, RankProgram,
 };
 
-use crate::codegen::fuse::{FuseError, Item, fuse};
+use crate::codegen::fuse::{FuseError, Item, Platform, fuse};
 use crate::codegen::kernel::{Kernel, RowProgram};
 use crate::partition::Partition;
 use crate::plan::copies::Copies;
@@ -29,6 +29,7 @@ use crate::plan::cost::{
     GroupShape, Traffic, collective_seconds, fragment_seconds, op_seconds, traffic_seconds,
 };
 use counted::{CountedStep, Rows};
+use globals::Globals;
 use memory::{Access, MemoryPlan, plan_memory};
 
 /// A partition that cannot be lowered.
@@ -74,7 +75,7 @@ pub struct LoweredRanks {
     pub kernels: Vec<Kernel>,
 }
 
-/// Lowers the partition of `graph` under `plan`; prices are those of `cluster`.
+/// Lowers the partition of `graph` under `plan` for a platform; prices are those of `cluster`.
 ///
 /// # Errors
 /// An op that no instruction can express, or a broken partition.
@@ -83,9 +84,10 @@ pub fn lower(
     plan: &Plan,
     partition: &Partition,
     cluster: &Cluster,
+    platform: Platform,
 ) -> Result<Lowered, LowerError> {
     let steps = partition.locals.iter().map(|local| {
-        let items = fuse(local)?;
+        let items = fuse(local, platform)?;
         Ok(items.into_iter().map(Step::Item).collect())
     });
     let steps = steps.collect::<Result<Vec<_>, LowerError>>()?;
@@ -327,6 +329,7 @@ impl<'a> RankLowering<'a> {
                 b,
                 out,
                 onto,
+                bias,
             } => {
                 if let Some(onto) = onto
                     && self.memory.offsets.get(onto) != self.memory.offsets.get(out)
@@ -335,12 +338,14 @@ impl<'a> RankLowering<'a> {
                 }
                 let op = self.local.op(*op);
                 let [a_ty, b_ty, c_ty] = [*a, *b, *out].map(|id| self.local.ty(id));
+                let bias = bias.map(|id| self.bias(id, [a_ty, b_ty, c_ty]));
                 Action::Contract {
                     indices: contract_indices(a_ty, b_ty, self.local.ty(result(op, 0)?), c_ty)?,
                     a: self.buffer(*a)?,
                     b: self.buffer(*b)?,
                     c: self.buffer(*out)?,
                     accumulate: onto.is_some(),
+                    bias: bias.transpose()?,
                 }
             }
             Item::Attention { op, softmax } => {
@@ -414,6 +419,20 @@ impl<'a> RankLowering<'a> {
             rows: rows.map(|rows| self.counted_rows(item, rows)).transpose()?,
         });
         Ok(())
+    }
+
+    /// The bias of a contraction of operands and a result of these types.
+    fn bias(&self, id: TensorId, [a, b, c]: [&TensorType; 3]) -> Result<Bias, LowerError> {
+        let of = self.local.ty(id);
+        let strides = of.strides();
+        let stride = |dim: &Dim| of.position(dim).map_or(0, |position| strides[position]);
+        Ok(Bias {
+            buffer: self.buffer(id)?,
+            strides: contract_dims(a, b, c)
+                .iter()
+                .map(|(dim, _)| stride(dim))
+                .collect(),
+        })
     }
 
     fn counted_rows(&self, item: &Item, rows: &Rows) -> Result<CountedRows, LowerError> {
@@ -612,9 +631,17 @@ fn access(local: &Graph, item: &Item) -> Access {
             ..Access::default()
         },
         Item::Contract {
-            a, b, out, onto, ..
+            a,
+            b,
+            out,
+            onto,
+            bias,
+            ..
         } => Access {
-            reads: [Some(*a), Some(*b), *onto].into_iter().flatten().collect(),
+            reads: [Some(*a), Some(*b), *onto, *bias]
+                .into_iter()
+                .flatten()
+                .collect(),
             writes: vec![*out],
             in_place: onto
                 .iter()
@@ -696,93 +723,4 @@ fn result(op: &Op, idx: usize) -> Result<TensorId, LowerError> {
         .get(idx)
         .copied()
         .ok_or_else(|| LowerError::Internal(format!("`{name}` has no result {idx}")))
-}
-
-/// The tensors of the global graph by where their parts lie.
-struct Globals<'a> {
-    graph: &'a Graph,
-    mesh: &'a Mesh,
-    locals: &'a [Graph],
-    buffers_of: &'a [BTreeMap<TensorId, BufferId>],
-}
-
-impl Globals<'_> {
-    fn sources(&self, plan: &Plan) -> Result<Vec<GlobalTensor>, LowerError> {
-        let graph = self.graph;
-        let sources = graph
-            .tensor_ids()
-            .filter(|id| graph.tensor(*id).role != meshweave_dsl::graph::Role::Temp);
-        sources
-            .enumerate()
-            .map(|(source_idx, id)| {
-                // Partitioning adds the sources first and in order, the same on every rank.
-                let local_id = TensorId(source_idx as u32);
-                self.tensor(
-                    id,
-                    &plan.source_layout(id),
-                    &vec![local_id; self.locals.len()],
-                )
-            })
-            .collect()
-    }
-
-    fn outputs(&self, partition: &Partition) -> Result<Vec<GlobalTensor>, LowerError> {
-        let mut outputs = Vec::new();
-        for (output_idx, (output, layout)) in self
-            .graph
-            .outputs
-            .iter()
-            .zip(&partition.output_layouts)
-            .enumerate()
-        {
-            let locals: Vec<TensorId> = self
-                .locals
-                .iter()
-                .map(|local| local.outputs[output_idx])
-                .collect();
-            outputs.push(self.tensor(*output, layout, &locals)?);
-        }
-        let gradients = self
-            .graph
-            .gradients
-            .values()
-            .zip(&partition.gradient_layouts);
-        for (gradient_idx, (gradient, layout)) in gradients.enumerate() {
-            let locals: Option<Vec<TensorId>> = self
-                .locals
-                .iter()
-                .map(|local| local.gradients.values().nth(gradient_idx).copied())
-                .collect();
-            let locals =
-                locals.ok_or_else(|| LowerError::Internal("a rank lacks a gradient".into()))?;
-            outputs.push(self.tensor(*gradient, layout, &locals)?);
-        }
-        Ok(outputs)
-    }
-
-    fn tensor(
-        &self,
-        id: TensorId,
-        layout: &Layout,
-        locals: &[TensorId],
-    ) -> Result<GlobalTensor, LowerError> {
-        let tensor = self.graph.tensor(id);
-        let parts = locals.iter().zip(self.buffers_of).enumerate();
-        let parts = parts.map(|(rank, (local, buffers))| {
-            Some(TensorPart {
-                rank,
-                buffer: buffers.get(local).copied()?,
-                region: layout.region(&tensor.ty.shape, self.mesh, rank),
-            })
-        });
-        Ok(GlobalTensor {
-            name: tensor.name.clone(),
-            ty: tensor.ty.clone(),
-            role: tensor.role.clone(),
-            layout: layout.clone(),
-            parts: parts.collect::<Option<_>>().ok_or_else(|| {
-                LowerError::Internal(format!("`{}` has no storage on some rank", tensor.name))
-            })?,
-        })
-    }
 }

@@ -39,7 +39,7 @@ use meshweave_dsl::pipeline::PipelinePlan;
 use meshweave_dsl::plan::Plan;
 use meshweave_dsl::schedule::{ActionKind, Updates};
 
-use crate::codegen::fuse::FuseError;
+use crate::codegen::fuse::{FuseError, Platform};
 use crate::lower::{LowerError, Lowered};
 use crate::partition::{Keep, PartitionError};
 use crate::schedule;
@@ -113,7 +113,7 @@ pub fn scale_loss(forward: &Graph, n_microbatches: usize) -> Result<Graph> {
 }
 
 /// Compiles `graph`, the training graph of one microbatch (its loss scaled by [`scale_loss`]), to the
-/// program of a whole step. `plan` places its ops over the mesh of one stage.
+/// program of a whole step for a platform. `plan` places its ops over the mesh of one stage.
 ///
 /// # Errors
 /// `Invalid` when plan, pipeline and graph do not fit each other or the schedule reads what nothing
@@ -124,9 +124,10 @@ pub fn lower_pipeline(
     pipeline: &PipelinePlan,
     keep: Keep,
     cluster: &Cluster,
+    platform: Platform,
 ) -> Result<Lowered> {
     check(graph, plan, pipeline)?;
-    let mut pieces = pieces::Pieces::new(graph, plan, pipeline, keep, cluster);
+    let mut pieces = pieces::Pieces::new(graph, plan, pipeline, keep, cluster, platform);
     let streams = stream::streams(&mut pieces)?;
     link::link(&pieces, &streams)
 }

@@ -21,6 +21,9 @@ use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::name::Dim;
 use meshweave_dsl::op::{OpKind, UnaryFn};
 
+use crate::codegen::bias::bias_add;
+use crate::codegen::fuse::Uses;
+
 /// The types of a step's tensors.
 #[derive(Clone, Debug)]
 pub struct Storage {
@@ -156,12 +159,16 @@ impl Storage {
 
     /// Types of all tensors, those of sources given, and what each op wants of its inputs.
     fn assign(&self, graph: &Graph, given: impl Fn(TensorId) -> DType) -> Assigned {
-        let passed_on = passed_on(graph);
+        let (passed_on, uses) = (passed_on(graph), Uses::new(graph));
         let mut types: Vec<DType> = graph.tensor_ids().map(given).collect();
         let mut needs = Vec::with_capacity(graph.ops.len());
-        for op in &graph.ops {
+        for (op_id, op) in graph.ops() {
             let inputs: Vec<DType> = op.inputs.iter().map(|id| types[id.index()]).collect();
-            let rule = self.rule(graph, op, &inputs, &passed_on);
+            let mut rule = self.rule(graph, op, &inputs, &passed_on);
+            // A bias that the product adds is read in the result's type, as cuBLASLt wants it.
+            if rule.results == [self.narrow] && bias_add(graph, &uses, op_id).is_some() {
+                rule.inputs = vec![self.narrow; 2];
+            }
             for (result, dtype) in op.results.iter().zip(&rule.results) {
                 types[result.index()] = *dtype;
             }

@@ -15,7 +15,7 @@ use crate::name::{Axis, Dim};
 use crate::op::{AttentionDims, Group, OpKind};
 
 /// Version of the program form; an artifact of another version is refused.
-pub const PROGRAM_VERSION: u32 = 2;
+pub const PROGRAM_VERSION: u32 = 3;
 
 /// Index of a buffer in its rank's program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -240,13 +240,16 @@ pub enum Action {
         kernel: KernelId,
         args: Vec<BufferId>,
     },
-    /// c = a · b, or c += a · b.
+    /// c = a · b, or c += a · b, with a bias or without.
     Contract {
         a: BufferId,
         b: BufferId,
         c: BufferId,
         indices: Vec<ContractIndex>,
         accumulate: bool,
+        /// Added to the result, in programs for GPUs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bias: Option<Bias>,
     },
     /// Blockwise attention: products by the contraction library, the softmax by a generated kernel.
     Attention {
@@ -289,6 +292,29 @@ pub enum Action {
     Send { to: usize, src: BufferId },
     /// The next message of the channel from another rank.
     Recv { from: usize, dst: BufferId },
+}
+
+/// What a contraction adds along some dims of its result, of whose type it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bias {
+    pub buffer: BufferId,
+    /// In elements, one for each of the contraction's indices; 0 where it does not have the index.
+    pub strides: Vec<usize>,
+}
+
+impl Bias {
+    /// Elements that the buffer must hold for a contraction of these indices; `None` where there is not
+    /// a stride for each of them, or one along what is summed.
+    pub fn span(&self, indices: &[ContractIndex]) -> Option<usize> {
+        let along = indices.iter().zip(&self.strides);
+        let mut along = along.filter(|(_, stride)| **stride > 0);
+        if self.strides.len() != indices.len() || along.clone().any(|(index, _)| index.c == 0) {
+            return None;
+        }
+        along.try_fold(1_usize, |span, (index, stride)| {
+            span.checked_add(index.size.saturating_sub(1).checked_mul(*stride)?)
+        })
+    }
 }
 
 /// One loop of a contraction: its length and its strides, in elements, in each operand (0 where

@@ -5,6 +5,8 @@
 //! Invariant: a [`ContractPlan`] touches exactly the elements its indices walk, and the order of
 //! summation depends on the plan and the number of threads alone, never on timing.
 
+pub(crate) mod bias;
+
 use meshweave_dsl::program::ContractIndex;
 
 use crate::error::{Error, Result};

@@ -3,8 +3,8 @@
 use meshweave_compiler::cuda::Precision;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
-use meshweave_dsl::op::OpKind;
-use meshweave_dsl::program::{Action, ContractIndex};
+use meshweave_dsl::op::{BinaryFn, OpKind};
+use meshweave_dsl::program::{Action, Bias, BufferId, ContractIndex};
 use meshweave_runtime::reference::{Value, evaluate_op};
 
 use super::{Device, noise, ty};
@@ -28,10 +28,36 @@ fn indices(a: &TensorType, b: &TensorType, c: &TensorType) -> Vec<ContractIndex>
     all
 }
 
+/// A bias in the buffer `id` to a result of type `c` in a contraction of `indices`, whose first loops are
+/// the result's.
+fn along(bias: &TensorType, id: BufferId, c: &TensorType, indices: &[ContractIndex]) -> Bias {
+    let stride = |dim| bias.position(dim).map_or(0, |at| bias.strides()[at]);
+    let mut strides: Vec<usize> = c.dims().map(stride).collect();
+    strides.resize(indices.len(), 0);
+    Bias {
+        buffer: id,
+        strides,
+    }
+}
+
 /// Computes `a, b -> out`, each a list of one-letter dims, with dims of these sizes.
 #[track_caller]
 fn check(
+    dims: [&str; 3],
+    sizes: &[(char, usize)],
+    dtype: DType,
+    precision: Precision,
+    accumulate: bool,
+    offsets: [usize; 3],
+) {
+    check_biased(dims, "", sizes, dtype, precision, accumulate, offsets);
+}
+
+/// The same with a bias of these dims, where there are some.
+#[track_caller]
+fn check_biased(
     [a, b, out]: [&str; 3],
+    bias: &str,
     sizes: &[(char, usize)],
     dtype: DType,
     precision: Precision,
@@ -70,12 +96,20 @@ fn check(
     for (buffer, offset) in device.buffers.iter_mut().zip(offsets) {
         buffer.offset = offset;
     }
+    let indices = indices(x.ty(), y.ty(), expected.ty());
+    let bias = (!bias.is_empty()).then(|| noise(of(DType::F32, bias), 4));
+    let bias = bias.map(|bias| {
+        let kind = OpKind::Binary(BinaryFn::Add);
+        expected = evaluate_op(&kind, &[&expected, &bias]).unwrap().remove(0);
+        along(bias.ty(), device.input(&bias), expected.ty(), &indices)
+    });
     let action = Action::Contract {
         a: a_id,
         b: b_id,
         c: c_id,
-        indices: indices(x.ty(), y.ty(), expected.ty()),
+        indices,
         accumulate,
+        bias,
     };
     // Operands are exact in every element type; sums are f32.
     device.check(&action, precision, &[(c_id, expected)], 1e-6);
@@ -99,20 +133,31 @@ fn bf16_results() {
         let kind = OpKind::Contract {
             out: vec!["m".into(), "n".into()],
         };
-        let expected = evaluate_op(&kind, &[&as_f32(&x), &as_f32(&y)]).unwrap();
-        let mut device = Device::default();
-        let (a, b) = (device.input(&x), device.input(&y));
-        let c = device.result(&ty(DType::Bf16, &[("m", 70), ("n", n)]));
-        let action = Action::Contract {
-            a,
-            b,
-            c,
-            indices: indices(x.ty(), y.ty(), expected[0].ty()),
-            accumulate: false,
-        };
-        // Eight bits of significand.
-        let expected = [(c, expected[0].clone())];
-        device.check(&action, Precision::F32, &expected, 1.0 / 256.0);
+        let product = evaluate_op(&kind, &[&as_f32(&x), &as_f32(&y)]).unwrap();
+        let vector = noise(ty(DType::Bf16, &[("n", n)]), 3);
+        let add = OpKind::Binary(BinaryFn::Add);
+        let sum = evaluate_op(&add, &[&product[0], &as_f32(&vector)]).unwrap();
+        for (expected, is_biased) in [(&product[0], false), (&sum[0], true)] {
+            let mut device = Device::default();
+            let (a, b) = (device.input(&x), device.input(&y));
+            let c = device.result(&ty(DType::Bf16, &[("m", 70), ("n", n)]));
+            let indices = indices(x.ty(), y.ty(), expected.ty());
+            let bias = is_biased.then(|| {
+                let id = device.input(&vector);
+                along(vector.ty(), id, expected.ty(), &indices)
+            });
+            let action = Action::Contract {
+                a,
+                b,
+                c,
+                indices,
+                accumulate: false,
+                bias,
+            };
+            // Eight bits of significand.
+            let expected = [(c, expected.clone())];
+            device.check(&action, Precision::F32, &expected, 1.0 / 256.0);
+        }
     }
 }
 
@@ -157,6 +202,27 @@ fn odd_sizes() {
             false,
             [0; 3],
         );
+    }
+}
+
+/// A bias along either side of the product, over one dim or several, with tiles that are full and that
+/// are not, where the result is replaced and where it is added to.
+#[test]
+fn biases() {
+    let full = [('m', 64), ('n', 128), ('k', 32)];
+    let ragged = [('m', 67), ('n', 5), ('k', 35)];
+    let heads = [('b', 2), ('s', 20), ('h', 4), ('d', 16), ('e', 24)];
+    for (dtype, precision) in KINDS {
+        for accumulate in [false, true] {
+            for sizes in [&full, &ragged] {
+                for (out, bias) in [("mn", "n"), ("nm", "m"), ("mn", "m")] {
+                    let dims = ["mk", "kn", out];
+                    check_biased(dims, bias, sizes, dtype, precision, accumulate, [0; 3]);
+                }
+            }
+            let dims = ["bse", "ehd", "bshd"];
+            check_biased(dims, "hd", &heads, dtype, precision, accumulate, [0; 3]);
+        }
     }
 }
 

@@ -113,6 +113,7 @@ fn contractions(cases: &mut Vec<Case>) {
                 ],
                 // Gradients of parameters are summed in f32.
                 accumulate: sums != dtype,
+                bias: None,
             };
             cases.push((format!("{order} {name}"), action, device.buffers, precision));
         }

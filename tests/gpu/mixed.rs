@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use meshweave_compiler::model::{Activation, AttentionBias, NormKind, Positions};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::{Action, BufferId};
 
@@ -86,27 +85,16 @@ fn a_rank_alone_in_bf16() {
 /// keys has no gradient, so that Adam moves it by signs that rounding decides: losses are compared alone.
 #[test]
 fn a_model_as_gpt_in_bf16() {
-    let graph = altered(None, |config| {
-        config.norm.kind = NormKind::Layer;
-        config.positions = Positions::Learned { n_positions: 8 };
-        config.attention.bias = AttentionBias {
-            q: true,
-            k: true,
-            v: true,
-            o: true,
-        };
-        config.ffn.activation = Activation::GeluTanh;
-        config.ffn.gated = false;
-        config.ffn.bias = true;
-        config.tied = true;
-    });
+    let graph = biases::gpt(true);
     let preferences = [("tp", &["heads", "ffn", "vocab", "seq"][..])];
     let plan = plan(&graph, &[("tp", 2)], &preferences);
     let tolerance = Tolerance {
         tensors: f64::INFINITY,
         ..BF16
     };
-    check_within(&graph, plan, Library::Products, 4, tolerance);
+    for library in [Library::None, Library::Products] {
+        check_within(&graph, plan.clone(), library, 4, tolerance);
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use meshweave_dsl::layout::ReduceKind;
 use meshweave_runtime::device::cuda::ptx_of;
 use meshweave_runtime::device::gpu::{
     Address, Command, EventIdx, FunctionIdx, Gpu, GraphIdx, ModuleIdx, Part, Product, ProductIdx,
-    TEAM_NAME_WORDS, TeamIdx, Value, Work,
+    Side, TEAM_NAME_WORDS, TeamIdx, Value, Work,
 };
 use meshweave_runtime::{Error, Result};
 
@@ -179,8 +179,14 @@ impl Simulated {
                 let copy = self.bytes(*from, *n_bytes).to_vec();
                 self.bytes(*to, *n_bytes).copy_from_slice(&copy);
             }
-            Work::Product { product, a, b, c } => {
-                self.multiply(self.products[product.0], [*a, *b, *c]);
+            Work::Product {
+                product,
+                a,
+                b,
+                c,
+                bias,
+            } => {
+                self.multiply(self.products[product.0], [*a, *b, *c], *bias);
             }
             Work::Record(_) | Work::Wait(_) | Work::Exchange { .. } | Work::AllReduce { .. } => {
                 unreachable!("queued as what they wait for")
@@ -188,8 +194,9 @@ impl Simulated {
         }
     }
 
-    fn multiply(&mut self, p: Product, [a, b, c]: [Address; 3]) {
-        for address in [a, b, c] {
+    fn multiply(&mut self, p: Product, [a, b, c]: [Address; 3], bias: Option<Address>) {
+        assert_eq!(p.bias.is_some(), bias.is_some());
+        for address in [a, b, c].into_iter().chain(bias) {
             assert!(
                 address.is_multiple_of(p.alignment as u64),
                 "{p:?} at {address:x}"
@@ -202,6 +209,10 @@ impl Simulated {
                     true => self.read(c, p.result, at),
                     false => 0.0,
                 };
+                if let (Some(side), Some(bias)) = (p.bias, bias) {
+                    let element = if side == Side::Rows { i } else { j };
+                    sum += self.read(bias, p.result, element);
+                }
                 for x in 0..p.k {
                     let left =
                         self.read(a, p.factors, p.a.batch * l + p.a.row * i + p.a.column * x);

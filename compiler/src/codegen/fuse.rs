@@ -44,19 +44,29 @@ impl From<KernelError> for FuseError {
     }
 }
 
+/// What the items are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Platform {
+    /// Hosts, whose library of products adds no bias.
+    Host,
+    /// GPUs foremost; hosts run the items too, where they store f32 alone.
+    Gpu,
+}
+
 /// One step of a rank.
 #[derive(Clone, Debug)]
 pub enum Item {
     /// A generated kernel for a group of ops.
     Fragment(Fragment),
     /// out = a · b, or with `onto`: out = onto + a · b, where out may take over the memory of
-    /// `onto` if nobody reads that later.
+    /// `onto` if nobody reads that later; or with `bias` (see [`super::bias`]): out = a · b + bias.
     Contract {
         op: OpId,
         a: TensorId,
         b: TensorId,
         out: TensorId,
         onto: Option<TensorId>,
+        bias: Option<TensorId>,
     },
     /// Blockwise attention with the softmax kernel of [`super::attention`].
     Attention { op: OpId, softmax: Kernel },
@@ -94,9 +104,10 @@ impl Item {
                 b,
                 out,
                 onto,
+                bias,
             } => {
                 *id = op(*id);
-                for one in [a, b, out].into_iter().chain(onto) {
+                for one in [a, b, out].into_iter().chain(onto).chain(bias) {
                     *one = tensor(*one);
                 }
             }
@@ -127,13 +138,13 @@ pub struct Fragment {
     pub in_place: Vec<(TensorId, TensorId)>,
 }
 
-/// Groups the ops of `graph`.
+/// Groups the ops of `graph` for a platform.
 ///
 /// # Errors
 /// `Unsupported` for ops that neither a kernel nor a routine computes, `Internal` for a broken graph.
-pub fn fuse(graph: &Graph) -> Result<Vec<Item>, FuseError> {
+pub fn fuse(graph: &Graph, platform: Platform) -> Result<Vec<Item>, FuseError> {
     let uses = Uses::new(graph);
-    let mut grouping = Grouping::new(graph, &uses);
+    let mut grouping = Grouping::new(graph, &uses, platform);
     for (op_id, op) in graph.ops() {
         grouping.push(op_id, draft(graph, op_id, op)?);
     }
@@ -179,6 +190,7 @@ fn draft(graph: &Graph, op_id: OpId, op: &Op) -> Result<Draft, FuseError> {
                 b,
                 out,
                 onto: None,
+                bias: None,
             },
             _ => return Err(arity()),
         },
@@ -308,7 +320,7 @@ fn finish(
 }
 
 /// Who makes and reads what, and what is memory of what.
-pub(super) struct Uses {
+pub(crate) struct Uses {
     makers: Vec<Option<OpId>>,
     readers: Vec<Vec<OpId>>,
     /// Outputs, gradients and updates: read after the step.
@@ -321,7 +333,7 @@ pub(super) struct Uses {
 }
 
 impl Uses {
-    fn new(graph: &Graph) -> Self {
+    pub(crate) fn new(graph: &Graph) -> Self {
         let mut outlives = vec![false; graph.tensors.len()];
         let kept = graph.outputs.iter().chain(graph.gradients.values());
         for tensor in kept.chain(graph.updates.values()) {
@@ -360,6 +372,11 @@ impl Uses {
     /// The op that makes `tensor`; `None` for sources.
     pub(super) fn maker(&self, tensor: TensorId) -> Option<OpId> {
         self.makers[tensor.index()]
+    }
+
+    /// The ops that read `tensor`, in order.
+    pub(super) fn readers(&self, tensor: TensorId) -> &[OpId] {
+        &self.readers[tensor.index()]
     }
 
     /// Is `tensor` read after the step?

@@ -12,7 +12,8 @@
 use meshweave_dsl::graph::{Graph, Op, OpId, Role, TensorId};
 use meshweave_dsl::op::{BinaryFn, OpKind};
 
-use super::fuse::{Item, Uses};
+use super::bias::{BiasAdd, bias_add};
+use super::fuse::{Item, Platform, Uses};
 use super::space::{LaneUse, Space};
 
 /// Most ops of one kernel; beyond, registers run out and compile times grow.
@@ -44,16 +45,18 @@ pub(super) struct Group {
 pub(super) struct Grouping<'a> {
     graph: &'a Graph,
     uses: &'a Uses,
+    platform: Platform,
     slots: Vec<Option<Draft>>,
     /// The slot that makes each tensor; sources have none.
     made_by: Vec<Option<usize>>,
 }
 
 impl<'a> Grouping<'a> {
-    pub fn new(graph: &'a Graph, uses: &'a Uses) -> Self {
+    pub fn new(graph: &'a Graph, uses: &'a Uses, platform: Platform) -> Self {
         Self {
             graph,
             uses,
+            platform,
             slots: Vec::with_capacity(graph.ops.len()),
             made_by: vec![None; graph.tensors.len()],
         }
@@ -135,7 +138,7 @@ impl<'a> Grouping<'a> {
     /// Adds the draft of `op_id`.
     pub fn push(&mut self, op_id: OpId, draft: Draft) {
         let op = self.graph.op(op_id);
-        if self.add_onto_contraction(op_id, op) {
+        if self.add_onto_contraction(op_id, op) || self.add_bias(op_id, op) {
             return;
         }
         let mut at = self.slots.len();
@@ -191,8 +194,11 @@ impl<'a> Grouping<'a> {
     /// Tensors that a draft reads and does not make.
     fn reads(&self, draft: &Draft) -> Vec<TensorId> {
         let mut reads = Vec::new();
-        if let Draft::Other(Item::Contract { a, b, onto, .. }) = draft {
-            reads.extend([Some(*a), Some(*b), *onto].into_iter().flatten());
+        if let Draft::Other(Item::Contract {
+            a, b, onto, bias, ..
+        }) = draft
+        {
+            reads.extend([Some(*a), Some(*b), *onto, *bias].into_iter().flatten());
             return reads;
         }
         let made = self.results(draft);
@@ -370,8 +376,42 @@ impl<'a> Grouping<'a> {
             b,
             out: sum,
             onto: Some(onto),
+            bias: None,
         };
         self.put(target, Draft::Other(item));
+        true
+    }
+
+    /// If `op` is an addition that a contraction takes over on a GPU, it does.
+    fn add_bias(&mut self, op_id: OpId, op: &Op) -> bool {
+        let found = match self.platform {
+            Platform::Host => None,
+            Platform::Gpu => bias_add(self.graph, self.uses, op_id),
+        };
+        let (Some(BiasAdd { product, bias }), &[sum]) = (found, op.results.as_slice()) else {
+            return false;
+        };
+        let dtype = |id: TensorId| self.graph.ty(id).dtype;
+        if [product, bias].map(dtype) != [dtype(sum); 2] {
+            return false;
+        }
+        let Some(slot) = self.contraction_of(op_id, product) else {
+            return false;
+        };
+        let Some(Draft::Other(Item::Contract { op, a, b, .. })) = self.slots[slot].take() else {
+            return false;
+        };
+        let is_ready = self.made_by[bias.index()].is_none_or(|made| made < slot);
+        let at = if is_ready { slot } else { self.slots.len() };
+        let item = Item::Contract {
+            op,
+            a,
+            b,
+            out: sum,
+            onto: None,
+            bias: Some(bias),
+        };
+        self.put(at, Draft::Other(item));
         true
     }
 
@@ -380,7 +420,11 @@ impl<'a> Grouping<'a> {
         let slot = self.made_by[tensor.index()]?;
         let is_plain = matches!(
             self.slots[slot],
-            Some(Draft::Other(Item::Contract { onto: None, .. }))
+            Some(Draft::Other(Item::Contract {
+                onto: None,
+                bias: None,
+                ..
+            }))
         );
         (is_plain && !self.uses.outside(tensor, &[reader])).then_some(slot)
     }

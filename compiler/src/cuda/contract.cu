@@ -5,7 +5,8 @@
 // Named parameters: MATH (0 f32, 1 tf32, 2 bf16), IN and OUT (element types), ROWS COLUMNS DEPTH,
 // TILE_ROWS TILE_COLUMNS TILE_DEPTH STAGES, WARPS_ROWS WARPS_COLUMNS, A_DEPTH_INNER and B_DEPTH_INNER (whether the
 // operand's neighbors in memory are neighbors in depth), A_BYTES and B_BYTES (of one copy), OUT_PAIRS
-// (whether two columns are stored at once), ACCUMULATE, PAD (elements behind a line along rows or columns), and the places.
+// (whether two columns are stored at once), ACCUMULATE, BIASED (whether a vector is added, with its places), PAD (elements
+// behind a line along rows or columns), and the places.
 
 #define THREADS (32 * WARPS_ROWS * WARPS_COLUMNS)
 // Rows of shared memory are padded so that the lanes of a warp meet different banks.
@@ -44,18 +45,27 @@
 COPY_TILE(copy_a, TILE_ROWS, ROWS, A_DEPTH_INNER, A_BYTES, A_ROW, A_DEPTH)
 COPY_TILE(copy_b, TILE_COLUMNS, COLUMNS, B_DEPTH_INNER, B_BYTES, B_COLUMN, B_DEPTH)
 
-static __device__ __forceinline__ void put(OUT *c, u32 row, u32 column, float x) {
+#if BIASED
+#define ADD_BIAS(row, column, x) x += to_float(bias[BIAS_ROW(row) + BIAS_COLUMN(column)])
+#else
+#define ADD_BIAS(row, column, x)
+#endif
+
+static __device__ __forceinline__ void put(OUT *c, const OUT *bias, u32 row, u32 column, float x) {
     if ((ROWS % TILE_ROWS == 0 || row < ROWS) && (COLUMNS % TILE_COLUMNS == 0 || column < COLUMNS)) {
         OUT *to = c + (C_ROW(row) + C_COLUMN(column));
+        ADD_BIAS(row, column, x);
         store(to, ACCUMULATE ? to_float(*to) + x : x);
     }
 }
 
 /// Two neighbors, of which both or none are inside.
-static __device__ __forceinline__ void put_pair(OUT *c, u32 row, u32 column, float x, float y) {
+static __device__ __forceinline__ void put_pair(OUT *c, const OUT *bias, u32 row, u32 column, float x, float y) {
 #if OUT_PAIRS
     if ((ROWS % TILE_ROWS == 0 || row < ROWS) && (COLUMNS % TILE_COLUMNS == 0 || column < COLUMNS)) {
         OUT *to = c + (C_ROW(row) + C_COLUMN(column));
+        ADD_BIAS(row, column, x);
+        ADD_BIAS(row, column + 1, y);
         if (ACCUMULATE) {
             x += to_float(to[0]);
             y += to_float(to[1]);
@@ -67,8 +77,8 @@ static __device__ __forceinline__ void put_pair(OUT *c, u32 row, u32 column, flo
         }
     }
 #else
-    put(c, row, column, x);
-    put(c, row, column + 1, y);
+    put(c, bias, row, column, x);
+    put(c, bias, row, column + 1, y);
 #endif
 }
 
@@ -112,11 +122,11 @@ static __device__ __forceinline__ void multiply(float (&acc)[SIDE_ROWS][SIDE_COL
     }
 }
 
-static __device__ __forceinline__ void finish(float (&acc)[SIDE_ROWS][SIDE_COLUMNS], OUT *c, u32 first_row, u32 first_column) {
+static __device__ __forceinline__ void finish(float (&acc)[SIDE_ROWS][SIDE_COLUMNS], OUT *c, const OUT *bias, u32 first_row, u32 first_column) {
 #pragma unroll
     for (int i = 0; i < SIDE_ROWS; i++)
 #pragma unroll
-        for (int j = 0; j < SIDE_COLUMNS; j++) put(c, first_row + row_of(i), first_column + column_of(j), acc[i][j]);
+        for (int j = 0; j < SIDE_COLUMNS; j++) put(c, bias, first_row + row_of(i), first_column + column_of(j), acc[i][j]);
 }
 
 #else
@@ -196,7 +206,7 @@ static __device__ __forceinline__ void multiply(float (&acc)[N_M][N_N][4], const
 
 #endif
 
-static __device__ __forceinline__ void finish(float (&acc)[N_M][N_N][4], OUT *c, u32 first_row, u32 first_column) {
+static __device__ __forceinline__ void finish(float (&acc)[N_M][N_N][4], OUT *c, const OUT *bias, u32 first_row, u32 first_column) {
     u32 row = first_row + warp_row() + threadIdx.x % 32 / 4, column = first_column + warp_column() + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < N_M; i++)
@@ -204,12 +214,22 @@ static __device__ __forceinline__ void finish(float (&acc)[N_M][N_N][4], OUT *c,
         for (int j = 0; j < N_N; j++)
 #pragma unroll
             for (int l = 0; l < 2; l++)
-                put_pair(c, row + i * 16 + l * 8, column + j * 8, acc[i][j][2 * l], acc[i][j][2 * l + 1]);
+                put_pair(c, bias, row + i * 16 + l * 8, column + j * 8, acc[i][j][2 * l], acc[i][j][2 * l + 1]);
 }
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) ENTRY(const IN *__restrict__ a, const IN *__restrict__ b, OUT *__restrict__ c) {
+extern "C" __global__ void __launch_bounds__(THREADS) ENTRY(const IN *__restrict__ a, const IN *__restrict__ b, OUT *__restrict__ c
+#if BIASED
+    , const OUT *__restrict__ bias
+#endif
+) {
+#if BIASED
+    // In the block's batch.
+    bias += BIAS_BATCH(blockIdx.x / (N_TILES_ROWS * N_TILES_COLUMNS));
+#else
+    const OUT *bias = nullptr;
+#endif
     extern __shared__ __align__(16) unsigned char memory[];
     IN *stages = (IN *)memory;
     u32 tile = blockIdx.x % (N_TILES_ROWS * N_TILES_COLUMNS), batch = blockIdx.x / (N_TILES_ROWS * N_TILES_COLUMNS);
@@ -239,5 +259,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) ENTRY(const IN *__restrict
         const IN *stage = stages + step % STAGES * (A_SIZE + B_SIZE);
         multiply(acc, stage, stage + A_SIZE);
     }
-    finish(acc, c, first_row, first_column);
+    finish(acc, c, bias, first_row, first_column);
 }

@@ -8,7 +8,7 @@
 
 use meshweave_dsl::device_code::KernelSource;
 use meshweave_dsl::dtype::DType;
-use meshweave_dsl::program::{Buffer, BufferId, ContractIndex};
+use meshweave_dsl::program::{Bias, Buffer, BufferId, ContractIndex};
 
 use super::define::{Defines, Launch, Loop, merge, type_name};
 use super::{Buffers, CudaError, Precision, unsupported};
@@ -72,6 +72,15 @@ impl Operand {
     }
 }
 
+/// What is added to a product.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Adds {
+    /// What the result holds.
+    pub onto: bool,
+    /// Of the result's type.
+    pub bias: Option<Bias>,
+}
+
 /// The loops by their roles, in the order of the flattened indices.
 struct Roles {
     batch: Vec<ContractIndex>,
@@ -84,13 +93,23 @@ pub(super) fn of_buffers(
     buffers: &Buffers<'_>,
     ids: [BufferId; 3],
     indices: &[ContractIndex],
-    accumulate: bool,
+    adds: Adds,
     precision: Precision,
 ) -> Result<Vec<KernelSource>, CudaError> {
     let operand = |id: BufferId| Ok::<_, CudaError>(Operand::new(id, buffers.get(id)?));
     let [a, b, c] = ids;
     let operands = [operand(a)?, operand(b)?, operand(c)?];
-    Ok(contract(operands, indices, accumulate, precision)?
+    if let Some(bias) = &adds.bias {
+        let ty = &buffers.get(bias.buffer)?.ty;
+        let fits = |span: usize| span <= ty.n_elements() && ty.dtype == operands[2].dtype;
+        if !bias.span(indices).is_some_and(fits) {
+            return Err(CudaError::Internal(format!(
+                "a bias {ty} in a contraction to {}",
+                buffers.get(c)?.ty
+            )));
+        }
+    }
+    Ok(contract(operands, indices, adds, precision)?
         .into_iter()
         .collect())
 }
@@ -103,7 +122,8 @@ pub(super) fn alignment(offset: usize) -> usize {
     }
 }
 
-/// The kernel of `c = a · b`, or `c += a · b`, over these loops; `None` when `c` has no elements.
+/// The kernel of `c = a · b`, or `c += a · b`, over these loops, with a bias or without; `None` when
+/// `c` has no elements.
 ///
 /// # Errors
 /// `Unsupported` when the operands' element types are neither both f32 nor both bf16, or the output's
@@ -111,7 +131,7 @@ pub(super) fn alignment(offset: usize) -> usize {
 pub fn contract(
     [a, b, c]: [Operand; 3],
     indices: &[ContractIndex],
-    accumulate: bool,
+    adds: Adds,
     precision: Precision,
 ) -> Result<Option<KernelSource>, CudaError> {
     // Neighbors in the output are columns, so that threads beside each other write beside each other.
@@ -124,7 +144,7 @@ pub fn contract(
         };
         let indices: Vec<ContractIndex> = indices.iter().map(swapped).collect();
         if !indices.iter().any(across) {
-            return contract([b, a, c], &indices, accumulate, precision);
+            return contract([b, a, c], &indices, adds, precision);
         }
     }
     let math = match (a.dtype, b.dtype, precision) {
@@ -192,7 +212,8 @@ pub fn contract(
         .set("A_BYTES", a_bytes)
         .set("B_BYTES", b_bytes)
         .set("OUT_PAIRS", u8::from(pairs))
-        .set("ACCUMULATE", u8::from(accumulate));
+        .set("ACCUMULATE", u8::from(adds.onto))
+        .set("BIASED", u8::from(adds.bias.is_some()));
     let names = [
         ["A_ROW", "A_DEPTH", "A_BATCH"],
         ["B_COLUMN", "B_DEPTH", "B_BATCH"],
@@ -202,6 +223,25 @@ pub fn contract(
         for (name, loops) in names.iter().zip(sides) {
             defines.place(name, loops);
         }
+    }
+    let mut args = vec![a.id, b.id, c.id];
+    if let Some(bias) = &adds.bias {
+        let stride = |d: &ContractIndex| {
+            let position = indices.iter().position(|index| index == d);
+            position
+                .and_then(|position| bias.strides.get(position))
+                .copied()
+                .unwrap_or(0)
+        };
+        for (name, loops) in [
+            ("BIAS_ROW", &roles.rows),
+            ("BIAS_COLUMN", &roles.columns),
+            ("BIAS_BATCH", &roles.batch),
+        ] {
+            let loops: Vec<Loop> = loops.iter().map(|d| (d.size, stride(d))).collect();
+            defines.place(name, &loops);
+        }
+        args.push(bias.buffer);
     }
     let part = |inner: bool, side: usize| {
         if inner {
@@ -221,7 +261,7 @@ pub fn contract(
         1 => "contract_tf32",
         _ => "contract_bf16",
     };
-    let kernel = defines.kernel(name, &[TEXT], launch, &[a.id, b.id, c.id])?;
+    let kernel = defines.kernel(name, &[TEXT], launch, &args)?;
     Ok(Some(kernel))
 }
 
@@ -344,7 +384,7 @@ mod tests {
         let kernel = contract(
             [operand(0), operand(1), operand(2)],
             &indices,
-            false,
+            Adds::default(),
             Precision::F32,
         );
         let source = kernel.unwrap().unwrap().source;
@@ -360,7 +400,7 @@ mod tests {
         let kernel = contract(
             [operand(0), operand(1), operand(2)],
             &indices,
-            false,
+            Adds::default(),
             Precision::Tf32,
         );
         let kernel = kernel.unwrap().unwrap();
@@ -374,7 +414,7 @@ mod tests {
         let indices = [index(0, 30, 0, 64), index(64, 0, 1, 1), index(30, 1, 64, 0)];
         let operands = [operand(0), operand(1), operand(2)];
         assert_eq!(
-            contract(operands, &indices, false, Precision::F32),
+            contract(operands, &indices, Adds::default(), Precision::F32),
             Ok(None)
         );
     }

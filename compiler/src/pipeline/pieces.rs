@@ -21,7 +21,7 @@ use meshweave_dsl::plan::{Placement, Plan};
 use meshweave_dsl::schedule::{ActionKind, Updates};
 
 use super::{PipelineError, Result, name};
-use crate::codegen::fuse::{Item, fuse};
+use crate::codegen::fuse::{Item, Platform, fuse};
 use crate::partition::{Keep, partition_to};
 use crate::reshard::{largest_local_type, reshard_path};
 use crate::simplify::{self, simplify_ranks};
@@ -78,6 +78,7 @@ pub(super) struct Pieces<'a> {
     pub(super) pipeline: &'a PipelinePlan,
     pub(super) keep: Keep,
     pub(super) cluster: &'a Cluster,
+    platform: Platform,
     /// Where values are stored in other types than the graph's.
     storage: Option<Storage>,
     producers: Vec<Option<OpId>>,
@@ -98,6 +99,7 @@ impl<'a> Pieces<'a> {
         pipeline: &'a PipelinePlan,
         keep: Keep,
         cluster: &'a Cluster,
+        platform: Platform,
     ) -> Self {
         let mut pieces = Self {
             graph,
@@ -105,6 +107,7 @@ impl<'a> Pieces<'a> {
             pipeline,
             keep,
             cluster,
+            platform,
             storage: Storage::of(graph, plan.storage),
             producers: graph.producers(),
             consumers: graph.consumers(),
@@ -417,7 +420,7 @@ impl<'a> Pieces<'a> {
         };
         let items = locals
             .iter()
-            .map(fuse)
+            .map(|local| fuse(local, self.platform))
             .collect::<std::result::Result<_, _>>()?;
         Ok(Piece {
             locals,

@@ -96,7 +96,14 @@ fn program(schedule: &Schedule, tied: bool, mesh: Mesh) -> Result<Program> {
         lowered: None,
     };
     let plan = Plan::replicated("stage", &graph, pipeline.stage_mesh());
-    let lowered = lower_pipeline(&graph, &plan, &pipeline, Keep::Outputs, &cluster)?;
+    let lowered = lower_pipeline(
+        &graph,
+        &plan,
+        &pipeline,
+        Keep::Outputs,
+        &cluster,
+        Platform::Host,
+    )?;
     Ok(lowered.program)
 }
 

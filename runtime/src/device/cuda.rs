@@ -196,8 +196,17 @@ impl Cuda {
                     .result()
                     .map_err(|error| failed("cannot copy", error))
             }
-            Work::Product { product, a, b, c } => match &mut self.blas {
-                Some(blas) => blas.run(*product, [*a, *b, *c], (command.stream, stream)),
+            Work::Product {
+                product,
+                a,
+                b,
+                c,
+                bias,
+            } => match &mut self.blas {
+                Some(blas) => {
+                    let operands = [*a, *b, *c];
+                    blas.run(*product, (operands, *bias), (command.stream, stream))
+                }
                 None => Err(Error::Internal("a product without its library".into())),
             },
             Work::Exchange { team, sends, recvs } => {

@@ -78,6 +78,8 @@ pub enum Work {
         a: Address,
         b: Address,
         c: Address,
+        /// Where the product has one.
+        bias: Option<Address>,
     },
     /// Sends to and receives from members of a team, all at once; what one member sends to another, that
     /// one receives, in order.
@@ -133,8 +135,19 @@ pub struct Product {
     /// Of `c`.
     pub result: DType,
     pub accumulate: bool,
+    /// The dim of `c` along which a vector of its type is added.
+    pub bias: Option<Side>,
     /// A power of two of which the addresses of all operands and batches are multiples.
     pub alignment: usize,
+}
+
+/// A dim of a product's result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// An element a row.
+    Rows,
+    /// An element a column.
+    Columns,
 }
 
 /// Strides of an operand, in elements; one of those of rows and columns is 1 where there are several.

@@ -17,6 +17,7 @@ use super::KernelTable;
 use super::rows::{CallRows, ContractRows, Counts, KernelRows};
 use crate::attention::{AttentionPlan, AttentionTypes, BackwardArgs, ForwardArgs, KernelFn};
 use crate::collective::{Communicator, Crossing, CrossingOrder, Division, GroupIdx};
+use crate::contract::bias::Spread;
 use crate::contract::{ContractOptions, ContractPlan};
 use crate::device::host::Arena;
 use crate::error::{Error, Result};
@@ -35,12 +36,15 @@ pub(super) enum Prepared {
     },
     ContractRows {
         rows: ContractRows,
+        bias: Option<(Spread, *const f32)>,
         a: *const f32,
         b: *const f32,
         c: *mut f32,
     },
     Contract {
         plan: ContractPlan,
+        /// Run before the product, which is added then.
+        bias: Option<(Spread, *const f32)>,
         a: *const f32,
         b: *const f32,
         c: *mut f32,
@@ -198,15 +202,23 @@ impl<'a> Site<'a> {
                 c,
                 indices,
                 accumulate,
+                bias,
             } => {
-                self.disjoint(&[*a, *b], &[*c])?;
+                let reads = [*a, *b].into_iter();
+                let reads = reads.chain(bias.as_ref().map(|bias| bias.buffer));
+                self.disjoint(&reads.collect::<Vec<_>>(), &[*c])?;
                 let options = ContractOptions {
-                    accumulate: *accumulate,
+                    accumulate: *accumulate || bias.is_some(),
                     ..ContractOptions::default()
                 };
                 let plan = ContractPlan::new(indices, options)?;
                 let spans = plan.spans();
-                for (id, span) in [(*a, spans.0), (*b, spans.1), (*c, spans.2)] {
+                let mut spans = vec![(*a, spans.0), (*b, spans.1), (*c, spans.2)];
+                if let Some(bias) = bias {
+                    // Without a stride for each index it fits no buffer.
+                    spans.push((bias.buffer, bias.span(indices).unwrap_or(usize::MAX)));
+                }
+                for (id, span) in spans {
                     let buffer = self.buffer(id)?;
                     if buffer.ty.n_elements() < span {
                         return Err(Error::Invalid(format!(
@@ -218,8 +230,13 @@ impl<'a> Site<'a> {
                         )));
                     }
                 }
+                let bias = bias.as_ref().map(|bias| {
+                    let spread = Spread::new(bias, indices, *accumulate);
+                    Ok::<_, Error>((spread, self.floats(bias.buffer)?.cast_const()))
+                });
                 Ok(Prepared::Contract {
                     plan,
+                    bias: bias.transpose()?,
                     a: self.floats(*a)?,
                     b: self.floats(*b)?,
                     c: self.floats(*c)?,
@@ -398,16 +415,22 @@ impl<'a> Site<'a> {
                     accumulate,
                     ..
                 },
-                Prepared::Contract { a, b, c, .. },
+                Prepared::Contract { bias, a, b, c, .. },
             ) => {
                 let options = ContractOptions {
-                    accumulate: *accumulate,
+                    accumulate: *accumulate || bias.is_some(),
                     ..ContractOptions::default()
                 };
                 let n_counts = self.ty(rows.counts)?.n_elements();
                 let counts = self.words(rows.counts)?.cast_const().cast();
                 let rows = ContractRows::new(indices, &rows.indices, options, counts, n_counts)?;
-                Ok(Prepared::ContractRows { rows, a, b, c })
+                Ok(Prepared::ContractRows {
+                    rows,
+                    bias,
+                    a,
+                    b,
+                    c,
+                })
             }
             (
                 Action::Collective { op, src, dst },

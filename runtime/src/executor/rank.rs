@@ -14,6 +14,7 @@ use super::prepare::{Call, Prepared, prepare};
 use super::rows::{self, Packed};
 use crate::attention::KernelFn;
 use crate::collective::{Communicator, Place};
+use crate::contract::bias::Spread;
 use crate::device::host::Arena;
 use crate::error::{Error, Result};
 use crate::pool::WorkerPool;
@@ -143,9 +144,18 @@ impl Rank {
                     run_kernel(&self.pool, *function, args, range, *divisible)
                 })
             }
-            Prepared::ContractRows { rows, a, b, c } => {
+            Prepared::ContractRows {
+                rows,
+                bias,
+                a,
+                b,
+                c,
+            } => {
                 // SAFETY: as for a contraction; the counts lie in this rank's arena.
-                unsafe { rows.run(&self.pool, *a, *b, *c) }
+                unsafe {
+                    begin_with(bias.as_ref(), *c);
+                    rows.run(&self.pool, *a, *b, *c)
+                }
             }
             Prepared::CollectiveRows {
                 rows,
@@ -158,9 +168,18 @@ impl Rank {
                 // not overlap unless the rows are reduced in place.
                 unsafe { rows.run(communicator, *group, *src, *dst, &mut self.packed) }
             }
-            Prepared::Contract { plan, a, b, c } => {
-                // SAFETY: `prepare` checked the spans against the buffers and c against a and b.
-                unsafe { plan.run_raw_on(&self.pool, *a, *b, *c) }
+            Prepared::Contract {
+                plan,
+                bias,
+                a,
+                b,
+                c,
+            } => {
+                // SAFETY: `prepare` checked the spans against the buffers and c against the others.
+                unsafe {
+                    begin_with(bias.as_ref(), *c);
+                    plan.run_raw_on(&self.pool, *a, *b, *c)
+                }
             }
             Prepared::Attention {
                 plan,
@@ -313,6 +332,17 @@ fn run_kernel(
         // SAFETY: as above, for a part of the rows.
         unsafe { function(args.as_ptr(), at(part), at(part + 1)) };
     })
+}
+
+/// Lets the result of a contraction with a bias begin with it.
+///
+/// # Safety
+/// As for [`Spread::run`].
+unsafe fn begin_with(bias: Option<&(Spread, *const f32)>, c: *mut f32) {
+    if let Some((spread, bias)) = bias {
+        // SAFETY: as for this function.
+        unsafe { spread.run(*bias, c) };
+    }
 }
 
 /// The scratch of every thread: the arena's for the first.

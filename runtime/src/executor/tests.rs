@@ -128,6 +128,7 @@ fn program(n_ranks: usize) -> Program {
                         },
                     ],
                     accumulate: false,
+                    bias: None,
                 },
             ),
             (
@@ -151,6 +152,7 @@ fn program(n_ranks: usize) -> Program {
                         },
                     ],
                     accumulate: false,
+                    bias: None,
                 },
             ),
             (

@@ -15,7 +15,7 @@ use meshweave_dsl::dtype::DType;
 
 use super::nvrtc::preload;
 use super::{Precision, StreamIdx};
-use crate::device::gpu::{Address, Matrix, Product, ProductIdx};
+use crate::device::gpu::{Address, Matrix, Product, ProductIdx, Side};
 use crate::error::{Error, Result};
 
 /// Memory that algorithms may use, for each stream that has products.
@@ -59,12 +59,14 @@ struct Operand {
 }
 
 impl Form {
-    /// `None` where an operand's columns and rows both lie apart, or over each other.
+    /// `None` where an operand's columns and rows both lie apart, or over each other, and where a bias
+    /// is not along the rows of what the library sees, which its epilogue adds to.
     fn of(product: &Product) -> Option<Form> {
         let Product {
             m, n, k, a, b, c, ..
         } = *product;
-        if let Some(c) = stored(c, m, n).filter(|c| !c.transposed) {
+        let straight = stored(c, m, n).filter(|c| !c.transposed);
+        if let Some(c) = straight.filter(|_| product.bias != Some(Side::Columns)) {
             return Some(Form {
                 m,
                 n,
@@ -74,6 +76,9 @@ impl Form {
                 c,
                 exchanged: false,
             });
+        }
+        if product.bias == Some(Side::Rows) {
+            return None;
         }
         // cᵀ = bᵀ aᵀ.
         let turned = |matrix: Matrix| Matrix {
@@ -176,6 +181,18 @@ impl Blas {
                     .map_err(failed)?;
             }
         }
+        if product.bias.is_some() {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE;
+            // SAFETY: the attribute is a 32-bit enum.
+            unsafe {
+                let value = (&raw const epilogue).cast();
+                result::set_matmul_desc_attribute(operation, attribute, value, 4)
+                    .map_err(failed)?;
+            }
+            // Algorithms are chosen for an address as aligned as all the product's are.
+            set_bias(operation, product.alignment as Address)?;
+        }
         let (a, b) = if form.exchanged {
             (product.b, product.a)
         } else {
@@ -272,7 +289,7 @@ impl Blas {
     pub(super) fn run(
         &mut self,
         product: ProductIdx,
-        [a, b, c]: [Address; 3],
+        ([a, b, c], bias): ([Address; 3], Option<Address>),
         (stream_idx, stream): (StreamIdx, CUstream),
     ) -> Result<()> {
         let workspace = match self.workspaces.get(&stream_idx) {
@@ -290,6 +307,9 @@ impl Blas {
             }
         };
         let prepared = &self.products[product.0];
+        if let Some(bias) = bias {
+            set_bias(prepared.operation, bias)?;
+        }
         let (a, b) = if prepared.form.exchanged {
             (b, a)
         } else {
@@ -350,6 +370,14 @@ fn data_type(dtype: DType) -> Option<sys::cudaDataType_t> {
     }
 }
 
+/// The vector that a product adds; the library reads the attribute when the product is started.
+fn set_bias(operation: sys::cublasLtMatmulDesc_t, bias: Address) -> Result<()> {
+    let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+    // SAFETY: the attribute is a pointer of 64 bits.
+    unsafe { result::set_matmul_desc_attribute(operation, attribute, (&raw const bias).cast(), 8) }
+        .map_err(|error| blas_error("refuses a bias", error))
+}
+
 fn blas_error(what: &str, error: result::CublasError) -> Error {
     Error::Exhausted(format!(
         "cuBLASLt {what}: {error}; check that it is of the driver's version, or hide it from the loader: \
@@ -398,7 +426,7 @@ mod tests {
                 Product {
                     m, n, k, n_batch: 1, a, b, c,
                     factors: DType::F32, result: DType::F32,
-                    accumulate: false, alignment: 4,
+                    accumulate: false, bias: None, alignment: 4,
                 };
             let form = Form::of(&product).unwrap();
             let values = |n: usize| (0..n).map(|i| (i % 7) as f32 - 3.0).collect::<Vec<_>>();

@@ -18,7 +18,7 @@ use meshweave_dsl::program::{Action, Buffer, BufferId, Program};
 
 use super::collective::{Collective, Functions, Launcher, Member};
 use super::order::{Item, Range};
-use super::product::{place, products};
+use super::product::{Added, place, products};
 use super::remote::{Own, Staging};
 use super::{Choice, Tables};
 use crate::device::gpu::{
@@ -236,16 +236,30 @@ impl<'a> Site<'a> {
                 c,
                 indices,
                 accumulate,
+                bias,
             } => {
-                let reads = if *accumulate {
-                    vec![*a, *b, *c]
-                } else {
-                    vec![*a, *b]
+                let mut reads = vec![*a, *b];
+                reads.extend(accumulate.then_some(*c));
+                reads.extend(bias.as_ref().map(|bias| bias.buffer));
+                let at_bias = match bias {
+                    Some(bias) => {
+                        let (ty, c) = (self.ty(rank, bias.buffer)?, self.ty(rank, *c)?);
+                        let span = bias.span(indices);
+                        if span.is_none_or(|span| span > ty.n_elements()) || ty.dtype != c.dtype {
+                            return Err(damaged(format!("a bias {ty} in a contraction to {c}")));
+                        }
+                        Some(self.address(rank, bias.buffer)?)
+                    }
+                    None => None,
+                };
+                let added = Added {
+                    onto: *accumulate,
+                    bias: bias.as_ref().zip(at_bias),
                 };
                 let operand =
                     |id| Ok::<_, Error>((self.address(rank, id)?, self.ty(rank, id)?.dtype));
                 let operands = [operand(*a)?, operand(*b)?, operand(*c)?];
-                let calls = match products(indices, *accumulate, operands)? {
+                let calls = match products(indices, added, operands)? {
                     Some(calls) => self
                         .gpu
                         .product(&calls.product)?
@@ -257,7 +271,13 @@ impl<'a> Site<'a> {
                         self.choices.insert(at, Choice::Library);
                         let call = |offsets: [usize; 3]| {
                             let [a, b, c] = [0, 1, 2].map(|i| place(operands[i], offsets[i]));
-                            Work::Product { product, a, b, c }
+                            Work::Product {
+                                product,
+                                a,
+                                b,
+                                c,
+                                bias: at_bias,
+                            }
                         };
                         offsets.into_iter().map(call).collect()
                     }

@@ -5,10 +5,10 @@
 //! Invariant: the products together are the contraction, each element of `c` summed in one product.
 
 use meshweave_dsl::dtype::DType;
-use meshweave_dsl::program::ContractIndex;
+use meshweave_dsl::program::{Bias, ContractIndex};
 
 use crate::contract::{ContractOptions, ContractPlan};
-use crate::device::gpu::{Address, Matrix, Product};
+use crate::device::gpu::{Address, Matrix, Product, Side};
 use crate::error::Result;
 
 /// More calls than this cost more than they gain.
@@ -25,6 +25,15 @@ pub(super) struct Calls {
     pub(super) offsets: Vec<[usize; 3]>,
 }
 
+/// What a contraction adds to its product.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Added<'a> {
+    /// What the result holds.
+    pub(super) onto: bool,
+    /// A vector of the result's type, and where it is.
+    pub(super) bias: Option<(&'a Bias, Address)>,
+}
+
 /// The products of a contraction of operands at these addresses and of these types; `None` where there
 /// would be too many, or of strides or types that no library takes.
 ///
@@ -32,7 +41,7 @@ pub(super) struct Calls {
 /// `Invalid` when the contraction is damaged.
 pub(super) fn products(
     indices: &[ContractIndex],
-    accumulate: bool,
+    added: Added<'_>,
     operands: [(Address, DType); 3],
 ) -> Result<Option<Calls>> {
     let [(_, factors), (_, b_dtype), (_, result)] = operands;
@@ -40,11 +49,18 @@ pub(super) fn products(
         return Ok(None);
     }
     let options = ContractOptions {
-        accumulate,
+        accumulate: added.onto,
         ..ContractOptions::default()
     };
     let plan = ContractPlan::new(indices, options)?;
     let [m, n, k] = plan.product_indices();
+    let bias = match added.bias {
+        Some((bias, _)) => match side_of(bias, indices, [m, n]) {
+            Some(side) => Some(side),
+            None => return Ok(None),
+        },
+        None => None,
+    };
     let (outer, depth) = plan.loops();
     // A loop over sums would need the calls to follow one another with another factor for `c`.
     if !depth.is_empty() {
@@ -76,7 +92,8 @@ pub(super) fn products(
         c: matrix(m.c, n.c, batch.c),
         factors,
         result,
-        accumulate,
+        accumulate: added.onto,
+        bias,
         alignment: 1,
     };
     let dense = |matrix: Matrix, n_rows: usize, n_columns: usize| {
@@ -104,9 +121,31 @@ pub(super) fn products(
     let strides = [0, 1, 2].map(|i| place((0, operands[i].1), batches[i]));
     let bits = starts
         .chain(strides)
+        .chain(added.bias.map(|(_, address)| address))
         .fold(MAX_ALIGNMENT, |bits, n| bits | n);
     product.alignment = 1 << bits.trailing_zeros();
     Ok(Some(Calls { product, offsets }))
+}
+
+/// The side of a product of these rows and columns that a bias lies along as the result does.
+fn side_of(
+    bias: &Bias,
+    indices: &[ContractIndex],
+    [rows, columns]: [ContractIndex; 2],
+) -> Option<Side> {
+    let Bias { strides, .. } = bias;
+    let along = indices.iter().zip(strides);
+    let along = along.filter(|(index, stride)| **stride > 0 && index.size > 1);
+    let n_elements: usize = along.clone().map(|(index, _)| index.size).product();
+    let is_along = |side: ContractIndex| {
+        let mut along = along.clone();
+        n_elements == side.size && along.all(|(index, stride)| stride * side.c == index.c)
+    };
+    match (is_along(rows), is_along(columns)) {
+        (true, false) => Some(Side::Rows),
+        (false, true) => Some(Side::Columns),
+        _ => None,
+    }
 }
 
 /// The address of an element of an operand.
@@ -116,12 +155,14 @@ pub(super) fn place((address, dtype): (Address, DType), element: usize) -> Addre
 
 #[cfg(test)]
 mod tests {
+    use meshweave_dsl::program::BufferId;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::contract::bias::Spread;
 
     /// The products, element by element.
-    fn run(calls: &Calls, a: &[f32], b: &[f32], c: &mut [f32]) {
+    fn run(calls: &Calls, [a, b, bias]: [&[f32]; 3], c: &mut [f32]) {
         let p = &calls.product;
         let at = |m: Matrix, batch, row, column| m.batch * batch + m.row * row + m.column * column;
         for [a0, b0, c0] in &calls.offsets {
@@ -129,7 +170,12 @@ mod tests {
                 for (i, j) in (0..p.m).flat_map(|i| (0..p.n).map(move |j| (i, j))) {
                     let terms =
                         (0..p.k).map(|x| a[a0 + at(p.a, l, i, x)] * b[b0 + at(p.b, l, x, j)]);
-                    c[c0 + at(p.c, l, i, j)] = terms.sum();
+                    let added = match p.bias {
+                        Some(Side::Rows) => bias[i],
+                        Some(Side::Columns) => bias[j],
+                        None => 0.0,
+                    };
+                    c[c0 + at(p.c, l, i, j)] = terms.sum::<f32>() + added;
                 }
             }
         }
@@ -141,6 +187,7 @@ mod tests {
             sizes in proptest::array::uniform4(1usize..5),
             roles in proptest::array::uniform4(0usize..4),
             order in any::<[bool; 3]>(),
+            side in proptest::option::of(1usize..3),
         ) {
             // Dense operands over the dims that each role gives them, first or last dim fastest.
             let uses = |operand: usize, role: usize| match operand {
@@ -162,14 +209,36 @@ mod tests {
                     spans[operand] *= sizes[dim];
                 }
             }
+            // A bias along all rows or all columns, in the result's order.
+            let bias = side.map(|side| {
+                let mut strides: Vec<usize> = (0..4)
+                    .map(|dim| if roles[dim] == side { indices[dim].c } else { 0 })
+                    .collect();
+                let mut along: Vec<usize> = (0..4).filter(|dim| roles[*dim] == side).collect();
+                along.sort_by_key(|dim| strides[*dim]);
+                let mut span = 1;
+                for dim in along {
+                    strides[dim] = span;
+                    span *= sizes[dim];
+                }
+                Bias { buffer: BufferId(3), strides }
+            });
             let values = |n: usize| (0..n).map(|i| (i % 7) as f32 - 3.0).collect::<Vec<_>>();
             let (a, b) = (values(spans[0]), values(spans[1]));
+            let bias_values = values(256);
             let mut expected = vec![0.0; spans[2]];
-            let plan = ContractPlan::new(&indices, ContractOptions::default()).unwrap();
+            if let Some(bias) = &bias {
+                let spread = Spread::new(bias, &indices, false);
+                // SAFETY: the bias spans less than 256 elements, the result is whole.
+                unsafe { spread.run(bias_values.as_ptr(), expected.as_mut_ptr()) };
+            }
+            let options = ContractOptions { accumulate: bias.is_some(), ..Default::default() };
+            let plan = ContractPlan::new(&indices, options).unwrap();
             plan.run(&a, &b, &mut expected).unwrap();
-            if let Some(calls) = products(&indices, false, [(256, DType::F32); 3]).unwrap() {
+            let added = Added { onto: false, bias: bias.as_ref().map(|bias| (bias, 512)) };
+            if let Some(calls) = products(&indices, added, [(256, DType::F32); 3]).unwrap() {
                 let mut found = vec![0.0; spans[2]];
-                run(&calls, &a, &b, &mut found);
+                run(&calls, [&a, &b, &bias_values], &mut found);
                 prop_assert_eq!(found, expected);
             }
         }
