@@ -34,7 +34,7 @@ pub struct CompileOptions {
     pub keep: Keep,
     /// Stages whose text to keep: `local`, `mlir`, `mlir-after:<pass>`, `llvm`, `asm`.
     pub emit: Vec<String>,
-    /// The GPU to compile for besides this host, as NVIDIA writes it: `sm_90`.
+    /// The GPU to compile for besides this host, as NVIDIA writes it: `sm_90`, `sm_90a`.
     pub gpu: Option<String>,
 }
 

@@ -260,7 +260,10 @@ fn targets_that_do_not_exist_are_refused() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(said.contains("there is no target `sm_90`"), "{said}");
-    assert!(said.contains("cuda:sm_90, cuda:sm_100"), "{said}");
+    assert!(
+        said.contains("cuda:sm_90, cuda:sm_90a, cuda:sm_100"),
+        "{said}"
+    );
 }
 
 /// Traces and placements that do not fit say with which figures, and what to do.

@@ -6,8 +6,8 @@ mod contract;
 mod resources;
 mod routine;
 
-use meshweave_compiler::cuda::{Precision, kernels_of};
-use meshweave_dsl::device_code::Argument;
+use meshweave_compiler::cuda::{Precision, Products, TensorCores, kernels_of};
+use meshweave_dsl::device_code::{Argument, KernelSource};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::program::{Action, Buffer, BufferId};
@@ -21,6 +21,15 @@ use crate::support::ptx::{Memory, Module, OFFSET_BITS, Order};
 struct Device {
     buffers: Vec<Buffer>,
     bytes: Vec<Vec<u8>>,
+    cores: TensorCores,
+}
+
+/// What NVRTC compiles for.
+fn compute(cores: TensorCores) -> &'static str {
+    match cores {
+        TensorCores::Warps => "compute_80",
+        TensorCores::WarpGroups => "compute_90a",
+    }
 }
 
 impl Device {
@@ -54,13 +63,26 @@ impl Device {
         id
     }
 
+    fn products(&self, precision: Precision) -> Products {
+        Products {
+            precision,
+            cores: self.cores,
+        }
+    }
+
     /// Runs an action with both orders of threads; false where there is no compiler.
     #[track_caller]
     fn run(&mut self, action: &Action, precision: Precision) -> bool {
-        let kernels = kernels_of(action, &self.buffers, precision).unwrap();
+        let kernels = kernels_of(action, &self.buffers, self.products(precision)).unwrap();
+        self.launch(&kernels)
+    }
+
+    /// Runs kernels with both orders of threads; false where there is no compiler.
+    #[track_caller]
+    fn launch(&mut self, kernels: &[KernelSource]) -> bool {
         let mut modules = Vec::new();
-        for kernel in &kernels {
-            let Some(ptx) = nvrtc::compile(&kernel.source, "compute_80") else {
+        for kernel in kernels {
+            let Some(ptx) = nvrtc::compile(&kernel.source, compute(self.cores)) else {
                 return false;
             };
             modules.push(Module::parse(&ptx));

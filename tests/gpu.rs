@@ -51,9 +51,13 @@ fn compiled(graph: &Graph, plan: &Plan) -> (Program, DeviceCode) {
 }
 
 fn options() -> CompileOptions {
+    options_for("sm_90")
+}
+
+fn options_for(target: &str) -> CompileOptions {
     CompileOptions {
         keep: Keep::Gradients,
-        gpu: Some("sm_90".into()),
+        gpu: Some(target.into()),
         ..CompileOptions::default()
     }
 }

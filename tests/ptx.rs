@@ -39,7 +39,7 @@ fn kernels(capacity_factor: Option<f64>, dtype: DType) -> Vec<Kernel> {
 
 #[test]
 fn a_training_step_assembles_without_spills() {
-    for target in [GpuTarget::Sm80, GpuTarget::Sm90] {
+    for target in [GpuTarget::Sm80, GpuTarget::Sm90, GpuTarget::Sm90a] {
         for (capacity_factor, dtype) in [
             (None, DType::F32),
             (Some(2.0), DType::F32),

@@ -29,6 +29,25 @@ pub enum Precision {
     Tf32,
 }
 
+/// What multiplies tensors of bf16.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TensorCores {
+    /// Warps, by `mma.sync`: every device from `sm_80` on.
+    #[default]
+    Warps,
+    /// Groups of four warps, by `wgmma`, where operands lie so that they can; code for `sm_90a` alone.
+    WarpGroups,
+}
+
+/// How products are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Products {
+    /// Those of f32.
+    pub precision: Precision,
+    /// Those of bf16.
+    pub cores: TensorCores,
+}
+
 /// A kernel that cannot be generated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CudaError {
@@ -54,7 +73,7 @@ pub enum CudaError {
 pub fn kernels_of(
     action: &Action,
     buffers: &[Buffer],
-    precision: Precision,
+    products: Products,
 ) -> Result<Vec<KernelSource>, CudaError> {
     let buffers = Buffers(buffers);
     match action {
@@ -70,7 +89,7 @@ pub fn kernels_of(
                 onto: *accumulate,
                 bias: bias.clone(),
             };
-            contract::of_buffers(&buffers, [*a, *b, *c], indices, adds, precision)
+            contract::of_buffers(&buffers, [*a, *b, *c], indices, adds, products)
         }
         Action::Attention { seen: Some(_), .. } => Err(unsupported(
             "attention",
@@ -84,13 +103,13 @@ pub fn kernels_of(
             o,
             lse,
             ..
-        } => attention::forward(&buffers, dims, [*q, *k, *v, *o, *lse], precision),
+        } => attention::forward(&buffers, dims, [*q, *k, *v, *o, *lse], products),
         Action::AttentionGrad {
             dims,
             inputs,
             results,
             ..
-        } => attention::backward(&buffers, dims, *inputs, *results, precision),
+        } => attention::backward(&buffers, dims, *inputs, *results, products),
         Action::Routine {
             op,
             inputs,

@@ -3,3 +3,4 @@
 pub mod cuda;
 pub mod gpu;
 pub mod host;
+pub mod target;

@@ -26,7 +26,8 @@ pub struct CompileArgs {
     /// ptx:<target>.
     #[arg(long, value_name = "STAGE")]
     emit: Option<String>,
-    /// Compile for a GPU besides this host: cuda:sm_80, cuda:sm_90 or cuda:sm_100.
+    /// Compile for a GPU besides this host: cuda:sm_80, cuda:sm_90, cuda:sm_90a (H100 and H200 alone, with
+    /// their own tensor-core instructions) or cuda:sm_100.
     #[arg(long, value_name = "TARGET")]
     target: Option<String>,
     /// Keep the gradients as outputs.

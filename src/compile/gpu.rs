@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use meshweave_compiler::codegen::kernel::{Kernel, Mutability};
 use meshweave_compiler::codegen::launch::Launch;
-use meshweave_compiler::cuda::{CudaError, Precision, kernels_of};
+use meshweave_compiler::cuda::{CudaError, Precision, Products, TensorCores, kernels_of};
 use meshweave_compiler::mlir::{self, GpuTarget};
 use meshweave_dsl::device_code::{DeviceCode, EntryPoint, GeneratedKernel, Grid};
 use meshweave_dsl::diagnostics::Class;
@@ -47,9 +47,16 @@ pub(super) fn device_code(
             writes: args.map(|arg| arg.mutability != Mutability::Read).collect(),
         }
     });
+    let products = Products {
+        precision: Precision::F32,
+        cores: match target {
+            GpuTarget::Sm90a => TensorCores::WarpGroups,
+            GpuTarget::Sm80 | GpuTarget::Sm90 | GpuTarget::Sm100 => TensorCores::Warps,
+        },
+    };
     let mut code = DeviceCode::of_kernels(target.chip(), ptx.text, generated.collect());
     for (rank, rank_program) in program.ranks.iter().enumerate() {
-        code.add_rank(launches(rank, rank_program)?);
+        code.add_rank(launches(rank, rank_program, products)?);
     }
     translate(&mut code)?;
     Ok(code)
@@ -63,6 +70,7 @@ fn grid(launch: Launch) -> Grid {
 fn launches(
     rank: usize,
     program: &RankProgram,
+    products: Products,
 ) -> Result<Vec<Vec<meshweave_dsl::device_code::KernelSource>>> {
     let instructions = program.instructions.iter().enumerate();
     let kernels = instructions.map(|(idx, instruction)| match &instruction.action {
@@ -70,7 +78,7 @@ fn launches(
         | Action::Collective { .. }
         | Action::Send { .. }
         | Action::Recv { .. } => Ok(Vec::new()),
-        action => kernels_of(action, &program.buffers, Precision::F32).map_err(|error| {
+        action => kernels_of(action, &program.buffers, products).map_err(|error| {
             let class = match error {
                 CudaError::Unsupported { .. } => Class::Unsupported,
                 CudaError::Internal(_) => Class::Internal,

@@ -1,6 +1,6 @@
 //! Attention and its gradient against the serial interpreter, plain and on tensor cores.
 
-use meshweave_compiler::cuda::{Precision, kernels_of};
+use meshweave_compiler::cuda::{Precision, TensorCores, kernels_of};
 use meshweave_dsl::dtype::{DType, Scalar};
 use meshweave_dsl::op::{AttentionDims, OpKind};
 use meshweave_dsl::program::{Action, BufferId, KernelId};
@@ -37,6 +37,11 @@ impl Case {
     /// Checks forward and backward; tolerances are relative to the greatest element.
     #[track_caller]
     fn check(self, dtype: DType, precision: Precision, tolerance: f64) {
+        self.check_on(TensorCores::Warps, dtype, precision, tolerance);
+    }
+
+    #[track_caller]
+    fn check_on(self, cores: TensorCores, dtype: DType, precision: Precision, tolerance: f64) {
         let dims = AttentionDims {
             seq: "s".into(),
             kv_seq: "t".into(),
@@ -73,7 +78,10 @@ impl Case {
         let inputs = [&q, &k, &val, &forward[0], &forward[1], &d_o];
         let backward = evaluate_op(&kind, &inputs).unwrap();
 
-        let mut device = Device::default();
+        let mut device = Device {
+            cores,
+            ..Device::default()
+        };
         let [q, k, v, d_o] = operands(dtype).each_ref().map(|value| device.input(value));
         let o = device.result(&of(dtype, s, true, Some(("v", self.value))));
         let lse = device.result(&of(DType::F32, s, true, None));
@@ -108,8 +116,13 @@ impl Case {
         // The test means what it says: tensor cores multiply where they are asked for and can.
         let tensor =
             self.head.is_multiple_of(16) && (dtype == DType::Bf16 || precision == Precision::Tf32);
-        let kernels = kernels_of(&action, &device.buffers, precision).unwrap();
-        assert_eq!(kernels[1].source.contains("#define PIECES"), tensor);
+        let kernels = kernels_of(&action, &device.buffers, device.products(precision)).unwrap();
+        let by_warps = tensor && cores == TensorCores::Warps;
+        assert_eq!(kernels[1].source.contains("#define PIECES"), by_warps);
+        assert_eq!(
+            kernels[1].source.contains("wgmma.mma_async"),
+            tensor && !by_warps
+        );
     }
 }
 
@@ -214,4 +227,45 @@ fn tensor_cores_bf16() {
         ..CASE
     };
     case.check(DType::Bf16, Precision::F32, 2e-2);
+}
+
+#[test]
+fn warp_groups() {
+    let base = Case {
+        head: 64,
+        value: 64,
+        ..CASE
+    };
+    let all = [
+        base,
+        // Tiles of keys that stream by several times, for queries of a later rank.
+        Case {
+            queries: 150,
+            keys: 406,
+            offset: 256,
+            heads: [1, 3],
+            value: 128,
+            ..base
+        },
+        Case {
+            causal: false,
+            head: 128,
+            value: 128,
+            queries: 140,
+            keys: 300,
+            heads: [1, 1],
+            heads_first: true,
+            ..base
+        },
+        // Keys that no query sees.
+        Case {
+            queries: 20,
+            keys: 200,
+            head: 128,
+            ..base
+        },
+    ];
+    for case in all {
+        case.check_on(TensorCores::WarpGroups, DType::Bf16, Precision::F32, 2e-2);
+    }
 }

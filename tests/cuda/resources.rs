@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use meshweave_compiler::cuda::{Precision, kernels_of};
+use meshweave_compiler::cuda::{Precision, Products, TensorCores, kernels_of};
 use meshweave_dsl::dtype::{DType, Scalar};
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::op::{AttentionDims, MoeDims, OpKind};
@@ -19,18 +19,27 @@ struct Chip {
     sm: &'static str,
     compute: &'static str,
     shared_bytes: usize,
+    cores: TensorCores,
 }
 
-const CHIPS: [Chip; 2] = [
+const CHIPS: [Chip; 3] = [
     Chip {
         sm: "sm_80",
         compute: "compute_80",
         shared_bytes: 164 * 1024,
+        cores: TensorCores::Warps,
     },
     Chip {
         sm: "sm_90",
         compute: "compute_90",
         shared_bytes: 228 * 1024,
+        cores: TensorCores::Warps,
+    },
+    Chip {
+        sm: "sm_90a",
+        compute: "compute_90a",
+        shared_bytes: 228 * 1024,
+        cores: TensorCores::WarpGroups,
     },
 ];
 const N_REGISTERS: usize = 65_536;
@@ -66,10 +75,8 @@ fn intensity(entry: &str, source: &str) -> Option<f64> {
     if let (Some(rows), Some(columns)) = (of("TILE_ROWS"), of("TILE_COLUMNS")) {
         return Some(2.0 * rows * columns / ((rows + columns) * bytes));
     }
-    let own = match of("PIECES") {
-        Some(pieces) => 64.0 * pieces,
-        None => 32.0,
-    };
+    let pieces = of("PIECES").map(|pieces| 64.0 * pieces);
+    let own = of("OWN").or(pieces).unwrap_or(32.0);
     let (head, value) = (of("HEAD")?, of("VALUE")?);
     // Products of each pair of an owned and a streamed row.
     let lengths = match entry.rsplit_once('_')?.0 {
@@ -282,11 +289,23 @@ fn no_kernel_spills() {
     routines(&mut cases, DType::F32);
     routines(&mut cases, DType::Bf16);
     let mut table = String::from(
-        "kernel                 | shapes                        | chip  | threads | registers | shared B | blocks | occupancy | flop/B\n",
+        "kernel                 | shapes                        | chip   | threads | registers | shared B | blocks | occupancy | flop/B\n",
     );
     for (name, action, buffers, precision) in cases {
-        for kernel in kernels_of(&action, &buffers, precision).unwrap() {
-            for chip in &CHIPS {
+        let kernels = CHIPS.each_ref().map(|chip| {
+            let products = Products {
+                precision,
+                cores: chip.cores,
+            };
+            kernels_of(&action, &buffers, products).unwrap()
+        });
+        for idx in 0..kernels[0].len() {
+            for (chip, kernels) in CHIPS.iter().zip(&kernels) {
+                let kernel = &kernels[idx];
+                // Other code of sm_90a is that of sm_90.
+                if chip.cores == TensorCores::WarpGroups && !kernel.source.contains("wgmma") {
+                    continue;
+                }
                 let Some(ptx) = nvrtc::compile(&kernel.source, chip.compute) else {
                     return;
                 };
@@ -307,7 +326,7 @@ fn no_kernel_spills() {
                     .map_or("-".into(), |flops| format!("{flops:.1}"));
                 writeln!(
                     table,
-                    "{short:22} | {name:29} | {} | {n_threads:7} | {:9} | {shared:8} | {blocks:6} | {occupancy:7} % | {flops:>6}",
+                    "{short:22} | {name:29} | {:6} | {n_threads:7} | {:9} | {shared:8} | {blocks:6} | {occupancy:7} % | {flops:>6}",
                     chip.sm, resources.registers
                 )
                 .unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use meshweave_dsl::device_code::Launch;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::{Action, BufferId};
 
@@ -79,6 +80,68 @@ fn a_rank_alone_in_bf16() {
     let plan = plan(&graph, &[("dp", 1)], &[]);
     check_mixed(&graph, plan.clone(), Library::None, 1);
     check_mixed(&graph, plan, Library::Products, 2);
+}
+
+/// Products and attention by groups of warps, which code for H100 and H200 alone has.
+#[test]
+fn warp_groups_in_bf16() {
+    let graph = altered(None, |config| config.attention.head = 64);
+    let plan = mixed(plan(&graph, &[("dp", 1)], &[]));
+    let cluster = Cluster::local(1, &Host::nominal());
+    let compiled = compile(&graph, &plan, &cluster, &options_for("sm_90a")).unwrap();
+    let (program, code) = through_artifact(&compiled);
+    assert_eq!(code.target, "sm_90a");
+    check_types(&program);
+    let is_by_groups = |launch: &Launch| {
+        let source = code.modules[launch.entry.module].source.as_ref();
+        source.is_some_and(|source| source.contains("wgmma.mma_async"))
+    };
+    let launches = program.ranks[0].instructions.iter().zip(&code.ranks[0]);
+    let of = |is_wanted: fn(&Action) -> bool| -> Vec<bool> {
+        let wanted = launches.clone().filter(|(one, _)| is_wanted(&one.action));
+        wanted
+            .flat_map(|(_, launches)| launches.iter().map(is_by_groups))
+            .collect()
+    };
+    // All products but those of f32; of attention all but D = Σ o ∘ do.
+    let products = of(|action| matches!(action, Action::Contract { .. }));
+    let n_by_groups = products.iter().filter(|by_groups| **by_groups).count();
+    assert!(8 * n_by_groups >= 7 * products.len(), "{products:?}");
+    let attention = of(|action| {
+        matches!(
+            action,
+            Action::Attention { .. } | Action::AttentionGrad { .. }
+        )
+    });
+    assert_eq!(
+        attention,
+        [true, true, false, true, true, false, true, true]
+    );
+    let session = start(&graph, &program, &code, Simulated::new(Library::None, 3));
+    check_steps(&graph, session, BF16);
+}
+
+/// Code for one device alone is refused by others, with the way out.
+#[test]
+fn code_for_another_device_is_refused() {
+    let graph = golden(None, false);
+    let plan = plan(&graph, &[("dp", 1)], &[]);
+    let (program, code) = compiled(&graph, &plan);
+    let refused = |target: &str| {
+        let code = DeviceCode {
+            target: target.into(),
+            ..code.clone()
+        };
+        let gpu = Box::new(Simulated::new(Library::None, 1));
+        let session = Session::on_gpu(program.clone(), &code, gpu, &SessionOptions::default());
+        session.err().map(|error| error.to_string())
+    };
+    assert_eq!(refused("sm_80"), None);
+    assert_eq!(refused("sm_90a"), None);
+    let said = refused("sm_100").unwrap();
+    let expected = "the code is for sm_100, which runs on compute capability 10.0 and later, and no GPU, but an \
+                    interpreter of PTX (sm_90) has 9.0; compile it again with `--target cuda:sm_90`";
+    assert_eq!(said, expected);
 }
 
 /// Layer norms, biases, learned positions, GELU and tied embeddings. A bias begins at zero, and that of the

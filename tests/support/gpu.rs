@@ -404,6 +404,10 @@ impl Gpu for Simulated {
         "no GPU, but an interpreter of PTX (sm_90)".into()
     }
 
+    fn capability(&self) -> (u32, u32) {
+        (9, 0)
+    }
+
     fn allocate(&mut self, n_bytes: usize) -> Result<Address> {
         let address = self.next_address;
         self.next_address += (n_bytes as u64).next_multiple_of(GAP) + GAP;
@@ -432,12 +436,12 @@ impl Gpu for Simulated {
         Ok(())
     }
 
-    fn load(&mut self, module: &Module) -> Result<ModuleIdx> {
+    fn load(&mut self, module: &Module, target: &str) -> Result<ModuleIdx> {
         let compiled;
         let ptx = match (&module.ptx, &module.source) {
             (Some(ptx), _) => ptx,
             (None, Some(source)) => {
-                compiled = ptx_of(source, "sm_90")?;
+                compiled = ptx_of(source, target)?;
                 &compiled
             }
             (None, None) => return Err(Error::Invalid("a module without code".into())),

@@ -10,6 +10,7 @@ mod block;
 mod functions;
 mod parse;
 mod resources;
+mod wgmma;
 
 use std::collections::BTreeMap;
 

@@ -1,7 +1,8 @@
 //! Attention and its gradient: one kernel forward, three backward.
 //!
 //! Enters: the dims of the op and its operands' buffers. Leaves: kernels on tensor cores where the
-//! operands lie so that 16 bytes can be copied at once and the head dims are multiples of 16 up to 128;
+//! operands lie so that 16 bytes can be copied at once and the head dims are multiples of 16 up to 128
+//! (those of warp groups: 64 or 128);
 //! plain ones otherwise, and wherever products are wanted in f32.
 //! Backward, in order: D = Σ o ∘ do, kept at the beginning of each row of dq; dk and dv; dq. Only the
 //! operands are touched, no scratch is needed.
@@ -17,19 +18,22 @@ use meshweave_dsl::program::BufferId;
 
 use super::contract::alignment;
 use super::define::{Defines, Launch, Loop, count, place, type_name};
-use super::{Buffers, CudaError, Precision, unsupported};
+use super::{Buffers, CudaError, Precision, Products, TensorCores, unsupported};
 
 const HEAD: &str = include_str!("attention_head.cu");
 const PLAIN: &str = include_str!("attention_plain.cu");
 const TENSOR: &str = include_str!("attention_tensor.cu");
+const WARP_GROUPS: &str = concat!(include_str!("wgmma.cu"), include_str!("attention_wgmma.cu"));
 /// Rows and columns of a plain kernel's tiles, and its threads.
 const PLAIN_TILE: usize = 32;
-/// Threads of a kernel with tiles of either kind.
+/// Threads of a kernel with tiles of plain products or of warps.
 const THREADS: usize = 128;
 /// Rows whose D a block computes.
 const DOTS_ROWS: usize = 8;
 /// Greatest head dim of which the accumulators fit into registers.
 const MAX_TENSOR_HEAD: usize = 128;
+/// Rows that a block of two warp groups owns.
+const WARP_GROUPS_OWN: usize = 128;
 /// Most dynamic shared memory of a block, on an A100.
 const MAX_SHARED_BYTES: usize = 163 * 1024;
 
@@ -53,6 +57,13 @@ impl Pass {
     }
 }
 
+/// What multiplies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cores {
+    Plain,
+    Tensor(TensorCores),
+}
+
 /// How an operand lies in memory, in elements.
 struct Operand {
     /// Loops over what keys have too (batch, key heads), outermost first.
@@ -66,8 +77,8 @@ struct Operand {
 /// An op over its operands.
 struct Attention {
     dtype: DType,
-    /// Whether all operands lie so that tensor cores can be fed, and are wanted to be.
-    on_tensor_cores: bool,
+    /// Tensor cores, where they are wanted and all operands lie so that they can be fed.
+    cores: Cores,
     queries: usize,
     keys: usize,
     head: usize,
@@ -81,9 +92,9 @@ pub(super) fn forward(
     buffers: &Buffers<'_>,
     dims: &AttentionDims,
     ids: [BufferId; 5],
-    precision: Precision,
+    products: Products,
 ) -> Result<Vec<KernelSource>, CudaError> {
-    let attention = Attention::new(buffers, dims, ids, &ids[..3], precision)?;
+    let attention = Attention::new(buffers, dims, ids, &ids[..3], products)?;
     if attention.n_heads() * attention.queries * attention.value == 0 {
         return Ok(Vec::new());
     }
@@ -95,7 +106,7 @@ pub(super) fn backward(
     dims: &AttentionDims,
     [q, k, v, o, lse, d_o]: [BufferId; 6],
     [dq, dk, dv]: [BufferId; 3],
-    precision: Precision,
+    products: Products,
 ) -> Result<Vec<KernelSource>, CudaError> {
     for (gradient, of) in [(d_o, o), (dq, q), (dk, k), (dv, v)] {
         let (gradient, of) = (buffers.get(gradient)?, buffers.get(of)?);
@@ -108,7 +119,7 @@ pub(super) fn backward(
         }
     }
     let copied = [q, k, v, d_o, dq, dk, dv];
-    let attention = Attention::new(buffers, dims, [q, k, v, o, lse], &copied, precision)?;
+    let attention = Attention::new(buffers, dims, [q, k, v, o, lse], &copied, products)?;
     if attention.n_heads() * attention.queries * attention.keys == 0 {
         return Err(unsupported("attention_grad", "no queries or no keys"));
     }
@@ -139,7 +150,7 @@ impl Attention {
         dims: &AttentionDims,
         ids: [BufferId; 5],
         copied: &[BufferId],
-        precision: Precision,
+        products: Products,
     ) -> Result<Self, CudaError> {
         let mut types = Vec::with_capacity(5);
         for id in ids {
@@ -195,7 +206,7 @@ impl Attention {
         ];
         let mut attention = Self {
             dtype,
-            on_tensor_cores: false,
+            cores: Cores::Plain,
             queries: size(q, &dims.seq)?,
             keys: size(k, &dims.kv_seq)?,
             head: size(q, &dims.head)?,
@@ -207,9 +218,15 @@ impl Attention {
         for id in copied {
             aligned &= alignment(buffers.get(*id)?.offset) == 16;
         }
-        attention.on_tensor_cores = aligned
-            && (dtype == DType::Bf16 || precision == Precision::Tf32)
-            && attention.feeds_tensor_cores();
+        if aligned
+            && (dtype == DType::Bf16 || products.precision == Precision::Tf32)
+            && attention.feeds_tensor_cores()
+        {
+            attention.cores = Cores::Tensor(match products.cores {
+                TensorCores::WarpGroups if attention.feeds_warp_groups() => TensorCores::WarpGroups,
+                _ => TensorCores::Warps,
+            });
+        }
         Ok(attention)
     }
 
@@ -226,6 +243,12 @@ impl Attention {
                     .all(|(_, stride)| stride.is_multiple_of(step))
         };
         fits(self.head) && fits(self.value) && self.operands[..4].iter().all(lies)
+    }
+
+    /// Whether rows fill lines of shared memory, and greater scores mean greater weights.
+    fn feeds_warp_groups(&self) -> bool {
+        let fits = |n: usize| n == 64 || n == 128;
+        self.dtype == DType::Bf16 && fits(self.head) && fits(self.value) && self.dims.scale.0 > 0.0
     }
 
     fn n_batches(&self) -> usize {
@@ -279,20 +302,27 @@ impl Attention {
             };
             return defines.kernel(pass.name(), &[HEAD], launch, args);
         }
-        let (text, own, shared_bytes) = if self.on_tensor_cores {
-            let blocking = Blocking::of(pass, self);
-            defines
-                .set("MATH", if self.dtype == DType::F32 { 1 } else { 2 })
-                .set("PIECES", blocking.pieces)
-                .set("OTHER", blocking.other)
-                .set("STAGES", 2);
-            (
-                TENSOR,
-                64 * blocking.pieces,
-                blocking.shared_bytes(pass, self),
-            )
-        } else {
-            (PLAIN, PLAIN_TILE, self.plain_shared_bytes(pass))
+        let (text, own, threads, shared_bytes) = match self.cores {
+            Cores::Plain => (PLAIN, PLAIN_TILE, THREADS, self.plain_shared_bytes(pass)),
+            Cores::Tensor(TensorCores::Warps) => {
+                let blocking = Blocking::of(pass, self);
+                defines
+                    .set("MATH", if self.dtype == DType::F32 { 1 } else { 2 })
+                    .set("PIECES", blocking.pieces)
+                    .set("OTHER", blocking.other)
+                    .set("STAGES", 2);
+                let shared_bytes = blocking.shared_bytes(pass, self);
+                (TENSOR, 64 * blocking.pieces, THREADS, shared_bytes)
+            }
+            Cores::Tensor(TensorCores::WarpGroups) => {
+                let ring = Ring::of(pass, self);
+                defines
+                    .set("OWN", WARP_GROUPS_OWN)
+                    .set("OTHER", ring.other)
+                    .set("STAGES", ring.stages);
+                let own = WARP_GROUPS_OWN;
+                (WARP_GROUPS, own, 2 * own, ring.shared_bytes(pass, self))
+            }
         };
         if shared_bytes > MAX_SHARED_BYTES {
             let reason = format!(
@@ -303,7 +333,7 @@ impl Attention {
         }
         let launch = Launch {
             blocks: n_heads * rows.div_ceil(own),
-            threads: THREADS,
+            threads,
             shared_bytes,
         };
         defines.kernel(pass.name(), &[HEAD, text], launch, args)
@@ -353,6 +383,42 @@ impl Blocking {
             // Two stages, in which each streamed query has its lse and D.
             Pass::Keys => own * (head + value) + 2 * self.other * (head + value + 2 * 4),
             _ => own * (head + value) + 2 * self.other * (head + value),
+        }
+    }
+}
+
+/// How rows stream by warp groups: what their accumulators leave of 255 registers, and the products that
+/// are under way while the next rows come.
+struct Ring {
+    /// Rows that stream at a time.
+    other: usize,
+    stages: usize,
+}
+
+impl Ring {
+    fn of(pass: Pass, attention: &Attention) -> Self {
+        let is_small = attention.head.max(attention.value) <= 64;
+        let (other, stages) = match pass {
+            // With 64 keys at a time two blocks fit on a multiprocessor.
+            Pass::Forward if is_small => (64, 2),
+            Pass::Forward => (128, 2),
+            Pass::Keys => (64, 2),
+            _ if is_small => (128, 3),
+            _ => (64, 3),
+        };
+        Self { other, stages }
+    }
+
+    fn shared_bytes(&self, pass: Pass, attention: &Attention) -> usize {
+        let (head, value) = (2 * attention.head, 2 * attention.value);
+        let stage = self.other * (head + value);
+        match pass {
+            Pass::Forward => WARP_GROUPS_OWN * head + self.stages * stage,
+            // Each streamed query has its lse and D.
+            Pass::Keys => {
+                WARP_GROUPS_OWN * (head + value) + self.stages * (stage + self.other * 2 * 4)
+            }
+            _ => WARP_GROUPS_OWN * (head + value) + self.stages * stage,
         }
     }
 }

@@ -2,7 +2,7 @@
 // asynchronous copies fill. Rows, columns, depth and batch are flattened indices; A_ROW(i) and the like
 // give their places in the operands.
 //
-// Named parameters: MATH (0 f32, 1 tf32, 2 bf16), IN and OUT (element types), ROWS COLUMNS DEPTH,
+// Named parameters: MATH (0 f32, 1 tf32, 2 bf16, 3 bf16 by warp groups), IN and OUT (element types), ROWS COLUMNS DEPTH,
 // TILE_ROWS TILE_COLUMNS TILE_DEPTH STAGES, WARPS_ROWS WARPS_COLUMNS, A_DEPTH_INNER and B_DEPTH_INNER (whether the
 // operand's neighbors in memory are neighbors in depth), A_BYTES and B_BYTES (of one copy), OUT_PAIRS
 // (whether two columns are stored at once), ACCUMULATE, BIASED (whether a vector is added, with its places), PAD (elements
@@ -47,8 +47,12 @@ COPY_TILE(copy_b, TILE_COLUMNS, COLUMNS, B_DEPTH_INNER, B_BYTES, B_COLUMN, B_DEP
 
 #if BIASED
 #define ADD_BIAS(row, column, x) x += to_float(bias[BIAS_ROW(row) + BIAS_COLUMN(column)])
+#define BIAS_PARAMETER , const OUT *__restrict__ bias
+#define PLACE_BIAS(batch) bias += BIAS_BATCH(batch)
 #else
 #define ADD_BIAS(row, column, x)
+#define BIAS_PARAMETER
+#define PLACE_BIAS(batch) const OUT *bias = nullptr
 #endif
 
 static __device__ __forceinline__ void put(OUT *c, const OUT *bias, u32 row, u32 column, float x) {
@@ -82,6 +86,18 @@ static __device__ __forceinline__ void put_pair(OUT *c, const OUT *bias, u32 row
 #endif
 }
 
+/// The first row and column of this block's tile, and its batch.
+static __device__ __forceinline__ u32 place_tile(u32 &first_row, u32 &first_column) {
+    u32 tile = blockIdx.x % (N_TILES_ROWS * N_TILES_COLUMNS), batch = blockIdx.x / (N_TILES_ROWS * N_TILES_COLUMNS);
+    u32 band = tile / (BAND * N_TILES_COLUMNS) * BAND;
+    u32 height = min(u32(BAND), N_TILES_ROWS - band), within = tile - band * N_TILES_COLUMNS;
+    first_row = (band + within % height) * TILE_ROWS;
+    first_column = within / height * TILE_COLUMNS;
+    return batch;
+}
+
+// Products of warp groups stand in contract_wgmma.cu.
+#if MATH != 3
 #if MATH == 0
 
 // Each thread of 16 × (THREADS / 16) computes SIDE_ROWS × SIDE_COLUMNS elements.
@@ -219,26 +235,15 @@ static __device__ __forceinline__ void finish(float (&acc)[N_M][N_N][4], OUT *c,
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) ENTRY(const IN *__restrict__ a, const IN *__restrict__ b, OUT *__restrict__ c
-#if BIASED
-    , const OUT *__restrict__ bias
-#endif
-) {
-#if BIASED
-    // In the block's batch.
-    bias += BIAS_BATCH(blockIdx.x / (N_TILES_ROWS * N_TILES_COLUMNS));
-#else
-    const OUT *bias = nullptr;
-#endif
+extern "C" __global__ void __launch_bounds__(THREADS) ENTRY(const IN *__restrict__ a, const IN *__restrict__ b, OUT *__restrict__ c BIAS_PARAMETER) {
     extern __shared__ __align__(16) unsigned char memory[];
     IN *stages = (IN *)memory;
-    u32 tile = blockIdx.x % (N_TILES_ROWS * N_TILES_COLUMNS), batch = blockIdx.x / (N_TILES_ROWS * N_TILES_COLUMNS);
-    u32 band = tile / (BAND * N_TILES_COLUMNS) * BAND;
-    u32 height = min(u32(BAND), N_TILES_ROWS - band), within = tile - band * N_TILES_COLUMNS;
-    u32 first_row = (band + within % height) * TILE_ROWS, first_column = within / height * TILE_COLUMNS;
+    u32 first_row, first_column;
+    u32 batch = place_tile(first_row, first_column);
     a += A_BATCH(batch);
     b += B_BATCH(batch);
     c += C_BATCH(batch);
+    PLACE_BIAS(batch);
 
     ACCUMULATORS = {};
     auto load = [&](u32 step) {
@@ -261,3 +266,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) ENTRY(const IN *__restrict
     }
     finish(acc, c, bias, first_row, first_column);
 }
+
+#endif

@@ -11,11 +11,18 @@ use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::{Bias, Buffer, BufferId, ContractIndex};
 
 use super::define::{Defines, Launch, Loop, merge, type_name};
-use super::{Buffers, CudaError, Precision, unsupported};
+use super::{Buffers, CudaError, Precision, Products, TensorCores, unsupported};
 
 const TEXT: &str = include_str!("contract.cu");
-/// Multiprocessors that a grid should fill: those of an A100.
+/// The body for products of warp groups, and what it is written in.
+const WARP_GROUPS: [&str; 3] = [
+    include_str!("wgmma.cu"),
+    TEXT,
+    include_str!("contract_wgmma.cu"),
+];
+/// Multiprocessors that a grid should fill: those of an A100, and of an H100.
 const N_MULTIPROCESSORS: usize = 108;
+const N_MULTIPROCESSORS_WARP_GROUPS: usize = 132;
 /// Bytes of the widest copy.
 const MAX_COPY_BYTES: usize = 16;
 /// Elements of padding of a line of shared memory that runs along rows or columns.
@@ -43,6 +50,15 @@ const fn tile(rows: usize, columns: usize, warps: [usize; 2], efficiency: f64) -
     }
 }
 
+impl Tile {
+    /// Stages of the ring of warp groups: what shared memory holds, four at most.
+    fn warp_group_stages(&self) -> usize {
+        let sharing = usize::from(self.columns <= MAX_SHARING_COLUMNS);
+        let stage_bytes = 2 * WARP_GROUP_DEPTH * (self.rows + self.columns);
+        (WARP_GROUP_SHARED_BYTES[sharing] / stage_bytes).min(4)
+    }
+}
+
 /// Tiles of tensor cores; a warp's part is a multiple of 16 × 16.
 const TENSOR_TILES: [Tile; 4] = [
     tile(128, 256, [2, 4], 1.0),
@@ -50,6 +66,20 @@ const TENSOR_TILES: [Tile; 4] = [
     tile(64, 128, [2, 2], 0.8),
     tile(64, 64, [2, 2], 0.65),
 ];
+/// Tiles of warp groups, each of which has 64 rows of 64, 128 or 256 columns.
+const WARP_GROUP_TILES: [Tile; 4] = [
+    tile(128, 256, [8, 1], 1.0),
+    tile(128, 128, [8, 1], 0.85),
+    tile(64, 128, [4, 1], 0.7),
+    tile(64, 64, [4, 1], 0.5),
+];
+/// Depth of their steps: a line of shared memory.
+const WARP_GROUP_DEPTH: usize = 64;
+/// Bytes of dynamic shared memory of a block on compute capability 9.0, and of each of two that share a
+/// multiprocessor.
+const WARP_GROUP_SHARED_BYTES: [usize; 2] = [227 * 1024, 113 * 1024];
+/// Most columns of a tile of which two blocks' accumulators fit into the registers.
+const MAX_SHARING_COLUMNS: usize = 128;
 /// Tiles of plain products; threads are 16 across, and as many down as there are.
 const PLAIN_TILES: [Tile; 2] = [tile(128, 128, [4, 2], 1.0), tile(64, 64, [4, 2], 0.7)];
 
@@ -94,7 +124,7 @@ pub(super) fn of_buffers(
     ids: [BufferId; 3],
     indices: &[ContractIndex],
     adds: Adds,
-    precision: Precision,
+    products: Products,
 ) -> Result<Vec<KernelSource>, CudaError> {
     let operand = |id: BufferId| Ok::<_, CudaError>(Operand::new(id, buffers.get(id)?));
     let [a, b, c] = ids;
@@ -109,7 +139,7 @@ pub(super) fn of_buffers(
             )));
         }
     }
-    Ok(contract(operands, indices, adds, precision)?
+    Ok(contract(operands, indices, adds, products)?
         .into_iter()
         .collect())
 }
@@ -132,7 +162,7 @@ pub fn contract(
     [a, b, c]: [Operand; 3],
     indices: &[ContractIndex],
     adds: Adds,
-    precision: Precision,
+    products: Products,
 ) -> Result<Option<KernelSource>, CudaError> {
     // Neighbors in the output are columns, so that threads beside each other write beside each other.
     let across = |d: &ContractIndex| d.c == 1 && d.b == 0 && d.size > 1;
@@ -144,10 +174,10 @@ pub fn contract(
         };
         let indices: Vec<ContractIndex> = indices.iter().map(swapped).collect();
         if !indices.iter().any(across) {
-            return contract([b, a, c], &indices, adds, precision);
+            return contract([b, a, c], &indices, adds, products);
         }
     }
-    let math = match (a.dtype, b.dtype, precision) {
+    let mut math = match (a.dtype, b.dtype, products.precision) {
         (DType::F32, DType::F32, Precision::F32) => 0,
         (DType::F32, DType::F32, Precision::Tf32) => 1,
         (DType::Bf16, DType::Bf16, _) => 2,
@@ -165,8 +195,6 @@ pub fn contract(
     if batch * rows * columns == 0 {
         return Ok(None);
     }
-    let tile = choose(math, batch, rows, columns);
-    let (tile_depth, stages) = if math == 2 { (32, 3) } else { (16, 3) };
     let n_bytes = a.dtype.n_bytes();
 
     let along = |loops: &[ContractIndex], stride: fn(&ContractIndex) -> usize| -> Vec<Loop> {
@@ -191,6 +219,19 @@ pub fn contract(
     let (b_inner, b_bytes) = copies(&b, &b_sides);
     // Two columns at once: neighbors in memory that begin at even places.
     let pairs = neighbors(&c, &c_sides[1], &[&c_sides[0], &c_sides[2]], 2) == 2;
+
+    if math == 2
+        && products.cores == TensorCores::WarpGroups
+        && a_bytes.min(b_bytes) == MAX_COPY_BYTES
+    {
+        math = 3;
+    }
+    let tile = choose(math, batch, rows, columns);
+    let (tile_depth, stages) = match math {
+        3 => (WARP_GROUP_DEPTH, tile.warp_group_stages()),
+        2 => (32, 3),
+        _ => (16, 3),
+    };
 
     let mut defines = Defines::default();
     defines
@@ -244,7 +285,9 @@ pub fn contract(
         args.push(bias.buffer);
     }
     let part = |inner: bool, side: usize| {
-        if inner {
+        if math == 3 {
+            side * tile_depth
+        } else if inner {
             side * (tile_depth + MAX_COPY_BYTES / n_bytes)
         } else {
             tile_depth * (side + PAD)
@@ -259,9 +302,11 @@ pub fn contract(
     let name = match math {
         0 => "contract_f32",
         1 => "contract_tf32",
-        _ => "contract_bf16",
+        2 => "contract_bf16",
+        _ => "contract_bf16_wgmma",
     };
-    let kernel = defines.kernel(name, &[TEXT], launch, &args)?;
+    let text = if math == 3 { &WARP_GROUPS[..] } else { &[TEXT] };
+    let kernel = defines.kernel(name, text, launch, &args)?;
     Ok(Some(kernel))
 }
 
@@ -340,14 +385,14 @@ pub(super) fn neighbors(
 
 /// The tile with which a device is done first: full waves of tiles, each by its work and efficiency.
 fn choose(math: u8, batch: usize, rows: usize, columns: usize) -> Tile {
-    let tiles: &[Tile] = if math == 0 {
-        &PLAIN_TILES
-    } else {
-        &TENSOR_TILES
+    let (tiles, n_multiprocessors): (&[Tile], usize) = match math {
+        0 => (&PLAIN_TILES, N_MULTIPROCESSORS),
+        3 => (&WARP_GROUP_TILES, N_MULTIPROCESSORS_WARP_GROUPS),
+        _ => (&TENSOR_TILES, N_MULTIPROCESSORS),
     };
     let time = |tile: &Tile| {
         let n_tiles = batch * rows.div_ceil(tile.rows) * columns.div_ceil(tile.columns);
-        let n_waves = n_tiles.div_ceil(N_MULTIPROCESSORS) as f64;
+        let n_waves = n_tiles.div_ceil(n_multiprocessors) as f64;
         n_waves * (tile.rows * tile.columns) as f64 / tile.efficiency
     };
     let mut best = tiles[0];
@@ -364,6 +409,11 @@ mod tests {
     use meshweave_dsl::device_code::Argument;
 
     use super::*;
+
+    const F32: Products = Products {
+        precision: Precision::F32,
+        cores: TensorCores::Warps,
+    };
 
     fn index(size: usize, a: usize, b: usize, c: usize) -> ContractIndex {
         ContractIndex { size, a, b, c }
@@ -385,7 +435,7 @@ mod tests {
             [operand(0), operand(1), operand(2)],
             &indices,
             Adds::default(),
-            Precision::F32,
+            F32,
         );
         let source = kernel.unwrap().unwrap().source;
         assert!(source.contains("#define A_BYTES 8\n"), "{source}");
@@ -401,7 +451,10 @@ mod tests {
             [operand(0), operand(1), operand(2)],
             &indices,
             Adds::default(),
-            Precision::Tf32,
+            Products {
+                precision: Precision::Tf32,
+                ..F32
+            },
         );
         let kernel = kernel.unwrap().unwrap();
         let ids = [1, 0, 2].map(|id| Argument::Buffer(BufferId(id)));
@@ -413,9 +466,6 @@ mod tests {
     fn empty_outputs_need_no_kernel() {
         let indices = [index(0, 30, 0, 64), index(64, 0, 1, 1), index(30, 1, 64, 0)];
         let operands = [operand(0), operand(1), operand(2)];
-        assert_eq!(
-            contract(operands, &indices, Adds::default(), Precision::F32),
-            Ok(None)
-        );
+        assert_eq!(contract(operands, &indices, Adds::default(), F32), Ok(None));
     }
 }

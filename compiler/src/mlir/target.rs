@@ -69,8 +69,10 @@ impl HostTarget {
 pub enum GpuTarget {
     /// A100.
     Sm80,
-    /// H100, H200.
+    /// H100, H200, and what comes after them.
     Sm90,
+    /// H100 and H200 alone, with the instructions that only they have.
+    Sm90a,
     /// B200.
     Sm100,
 }
@@ -79,7 +81,7 @@ impl GpuTarget {
     /// LLVM's triple of PTX for CUDA.
     pub const TRIPLE: &'static str = "nvptx64-nvidia-cuda";
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Sm80, Self::Sm90, Self::Sm100];
+    pub const ALL: [Self; 4] = [Self::Sm80, Self::Sm90, Self::Sm90a, Self::Sm100];
 
     /// The target of that name.
     pub fn parse(name: &str) -> Option<Self> {
@@ -91,6 +93,7 @@ impl GpuTarget {
         match self {
             Self::Sm80 => "sm_80",
             Self::Sm90 => "sm_90",
+            Self::Sm90a => "sm_90a",
             Self::Sm100 => "sm_100",
         }
     }
@@ -100,6 +103,7 @@ impl GpuTarget {
         match self {
             Self::Sm80 => "+ptx70",
             Self::Sm90 => "+ptx78",
+            Self::Sm90a => "+ptx80",
             Self::Sm100 => "+ptx86",
         }
     }

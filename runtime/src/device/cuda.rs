@@ -18,6 +18,7 @@ use super::gpu::{
     Address, Command, EventIdx, FunctionIdx, Gpu, GraphIdx, ModuleIdx, Product, ProductIdx,
     StreamIdx, TeamIdx, Value, Work,
 };
+use super::target::is_exact;
 use crate::error::{Error, Result};
 use blas::Blas;
 use nccl::Team;
@@ -41,6 +42,7 @@ pub struct Cuda {
     device: sys::CUdevice,
     context: sys::CUcontext,
     name: String,
+    capability: (u32, u32),
     target: String,
     memory: Vec<sys::CUdeviceptr>,
     /// Pinned memory of the host.
@@ -128,6 +130,7 @@ impl Cuda {
             device,
             context,
             name,
+            capability: (major as u32, minor as u32),
             target: format!("sm_{major}{minor}"),
             memory: Vec::new(),
             host_memory: Vec::new(),
@@ -240,6 +243,10 @@ impl Gpu for Cuda {
         format!("{} ({})", self.name, self.target)
     }
 
+    fn capability(&self) -> (u32, u32) {
+        self.capability
+    }
+
     fn allocate(&mut self, n_bytes: usize) -> Result<Address> {
         self.enter()?;
         // SAFETY: the memory is freed with this value; it is given out zeroed.
@@ -300,13 +307,19 @@ impl Gpu for Cuda {
             .map_err(|error| self.error("cannot copy from the device", error))
     }
 
-    fn load(&mut self, module: &Module) -> Result<ModuleIdx> {
+    fn load(&mut self, module: &Module, target: &str) -> Result<ModuleIdx> {
         self.enter()?;
         let compiled;
         let ptx = match (&module.ptx, &module.source) {
             (Some(ptx), _) => ptx,
             (None, Some(source)) => {
-                compiled = ptx_of(source, &self.target)?;
+                // Code that is not for this device alone is compiled for it all the same.
+                let own = if is_exact(target) {
+                    target
+                } else {
+                    &self.target
+                };
+                compiled = ptx_of(source, own)?;
                 &compiled
             }
             (None, None) => {

@@ -163,6 +163,9 @@ pub trait Gpu: Send {
     /// The device in words, for people.
     fn name(&self) -> String;
 
+    /// Its compute capability, major and minor.
+    fn capability(&self) -> (u32, u32);
+
     /// Memory of so many zero bytes, at a multiple of 256; it stays where it is as long as the device.
     ///
     /// # Errors
@@ -188,11 +191,11 @@ pub trait Gpu: Send {
     /// Those of the device, and of what was submitted before.
     fn download(&mut self, from: Address, words: &mut [u32]) -> Result<()>;
 
-    /// Loads a module, compiling its source where there is no PTX.
+    /// Loads a module of code for `target` (`sm_90`), compiling its source where there is no PTX.
     ///
     /// # Errors
     /// `Invalid` when the code is refused, `Exhausted` when there is no compiler for its source.
-    fn load(&mut self, module: &Module) -> Result<ModuleIdx>;
+    fn load(&mut self, module: &Module, target: &str) -> Result<ModuleIdx>;
 
     /// A function of a module.
     ///

@@ -24,6 +24,7 @@ use meshweave_dsl::program::{Action, BufferId, Program, RankProgram};
 
 use crate::collective::Communicator;
 use crate::device::gpu::{Address, Gpu, GraphIdx, TEAM_NAME_WORDS, Value, Work};
+use crate::device::target::check_target;
 use crate::error::{Error, Result};
 use collective::Functions;
 use issue::{Apart, Place, Site, TeamKey, address};
@@ -130,7 +131,7 @@ impl OnGpu {
     /// communicator, only its rank is here, and all ranks call this together; else all ranks are.
     ///
     /// # Errors
-    /// `Invalid` when program and code do not fit each other or are damaged; `Exhausted` when the
+    /// `Invalid` when program, code and device do not fit each other or are damaged; `Exhausted` when the
     /// device's memory does not suffice; `Unsupported` when the program needs what is not written for
     /// GPUs.
     pub(super) fn new(
@@ -140,6 +141,7 @@ impl OnGpu {
         communicator: Option<&mut dyn Communicator>,
     ) -> Result<Self> {
         check(program, code)?;
+        check_target(&code.target, &gpu.name(), gpu.capability())?;
         let here = communicator
             .as_ref()
             .map(|communicator| communicator.rank());
@@ -166,12 +168,16 @@ impl OnGpu {
             }
         });
         let channels = channels.collect::<Result<Vec<_>>>()?;
-        let modules = code.modules.iter().map(|module| gpu.load(module));
+        let modules = code
+            .modules
+            .iter()
+            .map(|module| gpu.load(module, &code.target));
         let modules = modules.collect::<Result<Vec<_>>>()?;
-        let own = gpu.load(&Module {
+        let own = Module {
             source: None,
             ptx: Some(collective::CODE.into()),
-        })?;
+        };
+        let own = gpu.load(&own, &code.target)?;
         let apart = communicator.map(|communicator| join(program, gpu.as_mut(), communicator));
         let mut site = Site {
             program,

@@ -6,14 +6,16 @@ use meshweave_compiler::codegen::launch::WARP;
 use meshweave_dsl::device_code::Grid;
 
 use super::functions::{f, of};
-use super::parse::{Arg, Entry, Inst, Op, SHARED, Space, Special, WarpOp};
+use super::parse::{Arg, Entry, Inst, Op, Product, SHARED, Space, Special, WarpOp};
+use super::wgmma::{DEPTH, GROUP, Left, Matrix, Products, Started};
 use super::{Memory, Order};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Running,
-    /// At an instruction of the whole warp, or at a barrier of the block.
+    /// At an instruction of the whole warp or of four warps, or at a barrier of the block.
     AtWarp,
+    AtGroup,
     AtBarrier,
     Done,
 }
@@ -44,6 +46,8 @@ pub(super) struct Block<'a, 'm> {
     memory: &'a mut Memory<'m>,
     shared: Vec<u8>,
     threads: Vec<Thread>,
+    /// Of entries that have products of warp groups.
+    products: Option<Products>,
     is_late: bool,
 }
 
@@ -59,6 +63,9 @@ impl<'a, 'm> Block<'a, 'm> {
         // What was not written is no number, in f32 and in bf16.
         let n_shared = entry.n_shared + grid.shared_bytes as usize;
         let shared = [0xc0, 0x7f].repeat(n_shared.div_ceil(2));
+        let n_threads = grid.n_threads();
+        let products =
+            (entry.has_products).then(|| Products::new(n_threads, entry.n_registers, &shared));
         let thread = || Thread {
             registers: vec![0; entry.n_registers],
             at: 0,
@@ -74,7 +81,8 @@ impl<'a, 'm> Block<'a, 'm> {
             params,
             memory,
             shared,
-            threads: (0..grid.n_threads()).map(|_| thread()).collect(),
+            threads: (0..n_threads).map(|_| thread()).collect(),
+            products,
             is_late: false,
         }
     }
@@ -93,6 +101,8 @@ impl<'a, 'm> Block<'a, 'm> {
                 }
             }
             if self.threads.iter().all(|t| t.state == State::Done) {
+                let is_idle = self.products.as_ref().is_none_or(Products::is_idle);
+                assert!(is_idle, "{}: products that nobody waited for", self.name);
                 return;
             }
             self.release();
@@ -114,6 +124,25 @@ impl<'a, 'm> Block<'a, 'm> {
                 unreachable!()
             };
             self.together(op, inst, first..last);
+            for thread in &mut self.threads[first..last] {
+                thread.state = State::Running;
+                thread.at += 1;
+            }
+            progress = true;
+        }
+        for first in (0..self.threads.len()).step_by(GROUP) {
+            let last = (first + GROUP).min(self.threads.len());
+            let group = &self.threads[first..last];
+            let at = group[0].at;
+            if (group.iter()).any(|t| t.state != State::AtGroup || t.at != at) {
+                continue;
+            }
+            let inst = &self.entry.code[at];
+            let Op::Product(product) = inst.op else {
+                unreachable!()
+            };
+            assert_eq!(last - first, GROUP, "{}: {}", self.name, inst.text);
+            self.product(product, inst, first);
             for thread in &mut self.threads[first..last] {
                 thread.state = State::Running;
                 thread.at += 1;
@@ -188,6 +217,114 @@ impl<'a, 'm> Block<'a, 'm> {
                 }
             }
             WarpOp::Multiply { bf16 } => self.multiply(bf16, inst, lanes.clone()),
+            WarpOp::ProductFence => self.products().fence(lanes),
+            WarpOp::ProductCommit => self.products().commit(lanes.start / WARP),
+            WarpOp::ProductWait => {
+                let n = self.value(lanes.start, &inst.args[0]) as usize;
+                while let Some(id) = self.products().next_due(lanes.start / WARP, n) {
+                    self.compute(id, lanes.start / GROUP * GROUP);
+                    self.products().release(id, lanes.clone());
+                }
+            }
+        }
+    }
+
+    fn products(&mut self) -> &mut Products {
+        let name = self.name;
+        (self.products.as_mut()).unwrap_or_else(|| panic!("{name}: a kernel without products"))
+    }
+
+    /// Starts a product of the group of warps that begins with thread `first`.
+    fn product(&mut self, product: Product, inst: &Inst, first: usize) {
+        let register = |arg: &Arg| match arg {
+            Arg::Register(register) => *register,
+            _ => panic!("{}: {}", self.name, inst.text),
+        };
+        let (sums, rest) = inst.args.split_at(product.n / 2);
+        let sums = sums.iter().map(register).collect();
+        let (left, rest) = rest.split_at(if product.from_registers { 4 } else { 1 });
+        // The right operand, whether sums go on, signs of both, major-ness of both or of the right one.
+        let operands: Vec<u64> = rest.iter().map(|arg| self.value(first, arg)).collect();
+        assert_eq!(operands[2..4], [1, 1], "{}: {}", self.name, inst.text);
+        let (left, majors) = if product.from_registers {
+            let left = [0, 1, 2, 3].map(|idx| register(&left[idx]));
+            (Left::Registers(left), &operands[4..])
+        } else {
+            let matrix = Matrix::of(self.value(first, &left[0]), operands[4] != 0);
+            (Left::Memory(matrix), &operands[5..])
+        };
+        let right = Matrix::of(operands[0], majors[0] != 0);
+        let started = Started::new(sums, left, right, operands[1] != 0);
+        let id = self.products().start(first, started, &inst.text);
+        if !self.is_late {
+            self.compute(id, first);
+        }
+    }
+
+    /// Computes a product of the group that begins with thread `first`, unless that was done: d[64, N] =
+    /// a[64, 16] b[16, N], or onto d, elements where the PTX manual has them (9.7.15.5.1.1).
+    fn compute(&mut self, id: usize, first: usize) {
+        if self.products().is_done(id) {
+            return;
+        }
+        let Some(products) = self.products.take() else {
+            return;
+        };
+        let product = products.get(id);
+        let mut a = [[0.0f64; DEPTH]; 64];
+        match &product.left {
+            Left::Memory(matrix) => {
+                for (row, elements) in a.iter_mut().enumerate() {
+                    for (depth, element) in elements.iter_mut().enumerate() {
+                        *element = products.element(matrix.address(row, depth)).into();
+                    }
+                }
+            }
+            Left::Registers(registers) => {
+                for (thread, state) in self.threads[first..first + GROUP].iter().enumerate() {
+                    for (idx, register) in registers.iter().enumerate() {
+                        let row = thread / WARP * 16 + thread % WARP / 4 + idx % 2 * 8;
+                        let depth = thread % 4 * 2 + idx / 2 * 8;
+                        let bits = state.registers[*register];
+                        a[row][depth] = f(bits << 16).into();
+                        a[row][depth + 1] = f(bits & 0xffff_0000).into();
+                    }
+                }
+            }
+        }
+        let n = product.n_columns();
+        let mut sums = vec![0.0f64; 64 * n];
+        for depth in 0..DEPTH {
+            let b: Vec<f64> = (0..n)
+                .map(|column| {
+                    products
+                        .element(product.right.address(column, depth))
+                        .into()
+                })
+                .collect();
+            for (sums, a) in sums.chunks_exact_mut(n).zip(&a) {
+                for (sum, b) in sums.iter_mut().zip(&b) {
+                    *sum += a[depth] * b;
+                }
+            }
+        }
+        for (thread, state) in (self.threads[first..first + GROUP].iter_mut()).enumerate() {
+            for (idx, register) in product.sums.iter().enumerate() {
+                let row = thread / WARP * 16 + thread % WARP / 4 + idx / 2 % 2 * 8;
+                let column = idx / 4 * 8 + thread % 4 * 2 + idx % 2;
+                let sum = &mut state.registers[*register];
+                let onto = if product.accumulates { f(*sum) } else { 0.0 };
+                *sum = of((f64::from(onto) + sums[row * n + column]) as f32);
+            }
+        }
+        self.products = Some(products);
+    }
+
+    /// A thread touches a register, which products may have.
+    fn touch(&self, thread: usize, register: usize) {
+        if let Some(products) = &self.products {
+            let inst = &self.entry.code[self.threads[thread].at];
+            products.touch(thread, register, &inst.text);
         }
     }
 
@@ -233,7 +370,10 @@ impl<'a, 'm> Block<'a, 'm> {
     fn value(&self, thread: usize, arg: &Arg) -> u64 {
         let threads = self.grid.threads.map(|n| n as usize);
         match arg {
-            Arg::Register(idx) => self.threads[thread].registers[*idx],
+            Arg::Register(idx) => {
+                self.touch(thread, *idx);
+                self.threads[thread].registers[*idx]
+            }
             Arg::Value(value) => *value,
             Arg::Special(Special::Thread(0)) => (thread % threads[0]) as u64,
             Arg::Special(Special::Thread(1)) => (thread / threads[0] % threads[1]) as u64,
@@ -288,13 +428,19 @@ impl<'a, 'm> Block<'a, 'm> {
         u64::from_le_bytes(value)
     }
 
-    fn store(&mut self, address: u64, n: usize, space: Space, value: u64, text: &str) {
+    /// Stores a value of a thread.
+    fn store(&mut self, thread: usize, to: (u64, Space), n: usize, value: u64, text: &str) {
+        let (address, space) = to;
         let bytes = self.bytes(address, n, space, text);
         bytes.copy_from_slice(&value.to_le_bytes()[..n]);
+        let is_shared = space == Space::Shared || (space == Space::Generic && address >= SHARED);
+        if let Some(products) = self.products.as_mut().filter(|_| is_shared) {
+            products.wrote(thread, of_block(address, n), text);
+        }
     }
 
     /// Carries out a copy: bytes that are not read are not touched.
-    fn arrive(&mut self, copy: Copy, text: &str) {
+    fn arrive(&mut self, thread: usize, copy: Copy, text: &str) {
         let mut data = vec![0; copy.bytes];
         if copy.read > 0 {
             assert_eq!(copy.read, copy.bytes, "{}: {text}", self.name);
@@ -302,6 +448,9 @@ impl<'a, 'm> Block<'a, 'm> {
         }
         let to = self.bytes(copy.to, copy.bytes, Space::Shared, text);
         to.copy_from_slice(&data);
+        if let Some(products) = &mut self.products {
+            products.wrote(thread, of_block(copy.to, copy.bytes), text);
+        }
     }
 
     fn step(&mut self, idx: usize) {
@@ -364,7 +513,7 @@ impl<'a, 'm> Block<'a, 'm> {
                 for element in 0..n {
                     let value = self.value(idx, &inst.args[1 + element]);
                     let at = address + (element * bytes) as u64;
-                    self.store(at, bytes, space, value, &inst.text);
+                    self.store(idx, (at, space), bytes, value, &inst.text);
                 }
             }
             Op::Copy(bytes) => {
@@ -374,10 +523,13 @@ impl<'a, 'm> Block<'a, 'm> {
                     bytes,
                     read: (inst.args.get(3)).map_or(bytes, |arg| self.value(idx, arg) as usize),
                 };
+                if let Some(products) = &self.products {
+                    products.check_write(&of_block(copy.to, copy.bytes), &inst.text);
+                }
                 if self.is_late {
                     self.threads[idx].copies.push(copy);
                 } else {
-                    self.arrive(copy, &inst.text);
+                    self.arrive(idx, copy, &inst.text);
                 }
             }
             Op::Commit => {
@@ -390,12 +542,18 @@ impl<'a, 'm> Block<'a, 'm> {
                 while self.threads[idx].groups.len() > n {
                     let group = self.threads[idx].groups.pop_front();
                     for copy in group.into_iter().flatten() {
-                        self.arrive(copy, &inst.text);
+                        self.arrive(idx, copy, &inst.text);
                     }
                 }
             }
             Op::Branch(to) => next = to,
+            Op::FenceAsync => {
+                if let Some(products) = &mut self.products {
+                    products.fence_async(idx, &self.shared);
+                }
+            }
             Op::Warp(_) => return self.threads[idx].state = State::AtWarp,
+            Op::Product(_) => return self.threads[idx].state = State::AtGroup,
             Op::Barrier => return self.threads[idx].state = State::AtBarrier,
             Op::Return => return self.threads[idx].state = State::Done,
         }
@@ -412,8 +570,17 @@ impl<'a, 'm> Block<'a, 'm> {
 
     fn set(&mut self, idx: usize, to: &Arg, value: u64) {
         match to {
-            Arg::Register(register) => self.threads[idx].registers[*register] = value,
+            Arg::Register(register) => {
+                self.touch(idx, *register);
+                self.threads[idx].registers[*register] = value;
+            }
             _ => panic!("{}: an instruction sets no register", self.name),
         }
     }
+}
+
+/// The bytes of the block's memory at an address of it.
+fn of_block(address: u64, n: usize) -> std::ops::Range<usize> {
+    let offset = (address & (SHARED - 1)) as usize;
+    offset..offset + n
 }

@@ -12,6 +12,7 @@ pub(super) struct Entry {
     /// Bytes of the block's memory that the kernel declares itself.
     pub(super) n_shared: usize,
     pub(super) n_registers: usize,
+    pub(super) has_products: bool,
     pub(super) code: Vec<Inst>,
 }
 
@@ -50,6 +51,10 @@ pub(super) enum Op {
     Wait,
     Branch(usize),
     Warp(WarpOp),
+    /// A product of four warps.
+    Product(Product),
+    /// Orders the thread's writes to the block's memory before what the tensor cores read there.
+    FenceAsync,
     Barrier,
     Return,
 }
@@ -75,10 +80,23 @@ pub(super) enum WarpOp {
         n: usize,
         transposed: bool,
     },
+    /// Of products of four warps: gives registers to them, ends a group of them, waits for groups.
+    ProductFence,
+    ProductCommit,
+    ProductWait,
     /// m16n8k16 of bf16, or m16n8k8 of tf32.
     Multiply {
         bf16: bool,
     },
+}
+
+/// `wgmma.mma_async.m64nNk16.f32.bf16.bf16`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Product {
+    /// Columns.
+    pub(super) n: usize,
+    /// Whether the left operand stands in registers.
+    pub(super) from_registers: bool,
 }
 
 #[derive(Clone)]
@@ -248,7 +266,9 @@ impl Entry {
                 }
             };
             let args = match op {
-                Op::Branch(_) | Op::Return | Op::Barrier | Op::Commit => Vec::new(),
+                Op::Branch(_) | Op::Return | Op::Barrier | Op::Commit | Op::FenceAsync => {
+                    Vec::new()
+                }
                 // Operands in braces follow one another like others; a shuffle's second result, which
                 // says whether the source was in range, is not kept.
                 _ => operands
@@ -269,6 +289,7 @@ impl Entry {
             params,
             n_shared: shared.n_bytes.next_multiple_of(16),
             n_registers: registers.len(),
+            has_products: code.iter().any(|inst| matches!(inst.op, Op::Product(_))),
             code,
         }
     }
@@ -290,6 +311,19 @@ impl Op {
             "bar.sync" | "barrier.sync" => {
                 assert!(operands.trim() == "0", "barrier {operands}");
                 Self::Barrier
+            }
+            "fence.proxy.async" | "fence.proxy.async.shared::cta" => Self::FenceAsync,
+            "wgmma.fence.sync.aligned" => Self::Warp(WarpOp::ProductFence),
+            "wgmma.commit_group.sync.aligned" => Self::Warp(WarpOp::ProductCommit),
+            "wgmma.wait_group.sync.aligned" => Self::Warp(WarpOp::ProductWait),
+            _ if name.starts_with("wgmma.mma_async.sync.aligned.m64n") => {
+                let shape = name.strip_prefix("wgmma.mma_async.sync.aligned.m64n")?;
+                let n = shape.strip_suffix("k16.f32.bf16.bf16")?.parse().ok()?;
+                assert!(n % 8 == 0 && (8..=256).contains(&n), "{name}");
+                Self::Product(Product {
+                    n,
+                    from_registers: operands.matches('{').count() == 2,
+                })
             }
             "bar.warp.sync" => Self::Warp(WarpOp::Barrier),
             "shfl.sync.bfly.b32" => Self::Warp(WarpOp::ShuffleXor),

@@ -34,6 +34,8 @@ pub fn assemble(text: &str, chip: &str) -> Option<Vec<Resources>> {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
+    // Products of warp groups that the assembler makes wait for one another.
+    assert!(!said.contains("Performance Loss"), "{said}");
     let mut all: Vec<Resources> = Vec::new();
     // The number before a word.
     let before = |line: &str, word: &str| -> usize {
