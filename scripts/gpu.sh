@@ -12,9 +12,14 @@ if [ ! -x "$checker" ] || [ ! -d "$folder/corpus" ]; then
 fi
 case "${1-}" in
 --bench) ;;
-*) exec "$checker" "$folder/corpus" ;;
+*)
+    # Once with cuBLASLt's products, where it is installed, and once with generated kernels alone.
+    "$checker" "$folder/corpus"
+    exec "$checker" "$folder/corpus" --generated
+    ;;
 esac
 "$checker" "$folder/timed" --bench
+"$checker" "$folder/timed" --bench --generated
 
 # The same steps and kernels by PyTorch and Triton, where they are installed.
 if ! python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then

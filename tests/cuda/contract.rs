@@ -1,6 +1,7 @@
 //! Contractions in every memory order, on plain and on tensor cores.
 
 use meshweave_compiler::cuda::{Precision, TensorCores, kernels_of};
+use meshweave_dsl::device_code::Grid;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::TensorType;
 use meshweave_dsl::op::{BinaryFn, OpKind};
@@ -317,7 +318,7 @@ fn warp_groups() {
         (67, 72, 72, [128, 128]),
         (79, 72, 200, [128, 256]),
     ] {
-        let sizes = [('b', batch), ('m', m), ('n', n), ('k', 72)];
+        let sizes = [('b', batch), ('m', m), ('n', n), ('k', 40)];
         let source = check(["bmk", "bkn", "bmn"], &sizes, WARP_GROUPS, false, [0; 3]);
         let [rows, columns] = tile;
         let tile = format!("#define TILE_ROWS {rows}\n#define TILE_COLUMNS {columns}\n");
@@ -332,14 +333,15 @@ fn warp_groups() {
     }
 }
 
-/// A kernel that breaks a rule of `wgmma` does not pass: each is broken once.
+/// A kernel that breaks a rule of `wgmma` does not pass: each is broken once. The tile is made
+/// one of two warp groups, which go on without each other where nothing holds them.
 #[test]
 fn rules_of_warp_groups() {
     let (x, y) = (
-        noise(ty(DType::Bf16, &[("m", 64), ("k", 512)]), 1),
+        noise(ty(DType::Bf16, &[("m", 128), ("k", 512)]), 1),
         noise(ty(DType::Bf16, &[("k", 512), ("n", 64)]), 2),
     );
-    let result = ty(DType::F32, &[("m", 64), ("n", 64)]);
+    let result = ty(DType::F32, &[("m", 128), ("n", 64)]);
     let run = |broken: Option<(&str, &str)>| {
         let mut device = Device {
             cores: TensorCores::WarpGroups,
@@ -357,6 +359,17 @@ fn rules_of_warp_groups() {
         };
         let products = device.products(Precision::F32);
         let mut kernels = kernels_of(&action, &device.buffers, products).unwrap();
+        let tile = "#define TILE_ROWS 64\n#define TILE_COLUMNS 64\n#define TILE_DEPTH 64\n#define STAGES 4\n#define WARPS_ROWS 4\n";
+        assert!(kernels[0].source.contains(tile));
+        let twice = tile
+            .replace("TILE_ROWS 64", "TILE_ROWS 128")
+            .replace("WARPS_ROWS 4", "WARPS_ROWS 8");
+        kernels[0].source = kernels[0].source.replace(tile, &twice);
+        kernels[0].grid = Grid {
+            blocks: [1, 1, 1],
+            threads: [256, 1, 1],
+            shared_bytes: 4 * 128 * (128 + 64),
+        };
         if let Some((from, to)) = broken {
             assert!(kernels[0].source.contains(from), "{from}");
             kernels[0].source = kernels[0].source.replace(from, to);

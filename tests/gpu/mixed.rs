@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use meshweave_compiler::model::Positions;
 use meshweave_dsl::device_code::Launch;
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::{Action, BufferId};
@@ -85,7 +86,10 @@ fn a_rank_alone_in_bf16() {
 /// Products and attention by groups of warps, which code for H100 and H200 alone has.
 #[test]
 fn warp_groups_in_bf16() {
-    let graph = altered(None, |config| config.attention.head = 64);
+    let graph = altered(None, |config| {
+        config.attention.head = 64;
+        config.positions = Positions::Learned { n_positions: 8 };
+    });
     let plan = mixed(plan(&graph, &[("dp", 1)], &[]));
     let cluster = Cluster::local(1, &Host::nominal());
     let compiled = compile(&graph, &plan, &cluster, &options_for("sm_90a")).unwrap();

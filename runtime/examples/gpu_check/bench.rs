@@ -14,10 +14,10 @@ use meshweave_dsl::cluster::{Cluster, Device};
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::program::{Action, Program};
 use meshweave_dsl::timeline::{Category, Event, Timeline};
-use meshweave_runtime::device::cuda::{Cuda, Precision};
+use meshweave_runtime::device::cuda::Cuda;
 use meshweave_runtime::device::gpu::{Command, EventIdx, Gpu, StreamIdx, Work};
 
-use super::{Failure, Task, cases, give_batch, name, on_gpu};
+use super::{By, Failure, Task, cases, give_batch, name, on_gpu};
 
 /// Steps of the graph, of which the fastest counts.
 const N_STEPS: usize = 20;
@@ -25,11 +25,12 @@ const N_STEPS: usize = 20;
 const N_LISTED: usize = 16;
 
 /// Times all programs of a folder; the number of those that failed.
-pub fn bench(folder: &Path) -> Result<usize, Failure> {
-    let mut gpu = Cuda::open(0, Precision::F32)?;
+pub fn bench(folder: &Path, by: By) -> Result<usize, Failure> {
+    let mut gpu = by.open()?;
     let copy = copy_bandwidth(&mut gpu)?;
     let known = preset_of(&gpu.name());
     println!("device     {}", gpu.name());
+    println!("products   {}", by.words());
     println!(
         "copies     {:.0} GB/s, read and written (measured)",
         copy / 1e9
@@ -41,7 +42,7 @@ pub fn bench(folder: &Path) -> Result<usize, Failure> {
     drop(gpu);
     let mut n_failed = 0;
     for case in cases(folder)? {
-        if let Err(error) = bench_one(&case, copy, known.as_ref()) {
+        if let Err(error) = bench_one(&case, by, copy, known.as_ref()) {
             n_failed += 1;
             println!("{:<24}  FAILED: {error}", name(&case));
         }
@@ -49,9 +50,9 @@ pub fn bench(folder: &Path) -> Result<usize, Failure> {
     Ok(n_failed)
 }
 
-fn bench_one(case: &Path, copy: f64, known: Option<&Device>) -> Result<(), Failure> {
+fn bench_one(case: &Path, by: By, copy: f64, known: Option<&Device>) -> Result<(), Failure> {
     let Task { vocab } = serde_json::from_slice(&std::fs::read(case.join("expected.json"))?)?;
-    let mut session = on_gpu(case)?;
+    let mut session = on_gpu(case, by)?;
     give_batch(&mut session, vocab, 0)?;
     // The first step loads what it needs; the second one's instructions are timed one by one.
     session.step()?;

@@ -1,9 +1,9 @@
-//! Runs the programs of a folder on a GPU and compares them: `gpu_check FOLDER [--bench]`.
+//! Runs the programs of a folder on a GPU and compares them: `gpu_check FOLDER [--bench] [--generated]`.
 //!
 //! In: what `meshweave corpus` has written. Out: a line a program: the greatest relative error of
 //! losses, gradients and parameters against the serial f64 interpreter, and of losses against this
-//! machine's CPU; with `--bench` times beside the limits of the device. Fails when a program does, and
-//! when there is no GPU.
+//! machine's CPU; with `--bench` times beside the limits of the device. With `--generated` no library
+//! makes products. Fails when a program does, and when there is no GPU.
 
 mod bench;
 
@@ -43,15 +43,45 @@ struct Tolerance {
     tensors: f64,
 }
 
+/// What makes products.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Library,
+    Generated,
+}
+
+impl By {
+    /// In words, for headings.
+    fn words(self) -> &'static str {
+        match self {
+            Self::Library => "by cuBLASLt where it is installed",
+            Self::Generated => "by generated kernels",
+        }
+    }
+
+    fn open(self) -> Result<Cuda, Failure> {
+        let gpu = Cuda::open(0, Precision::F32)?;
+        Ok(match self {
+            Self::Library => gpu,
+            Self::Generated => gpu.without_library(),
+        })
+    }
+}
+
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let Some(folder) = args.iter().find(|arg| !arg.starts_with("--")) else {
-        eprintln!("usage: gpu_check FOLDER [--bench]");
+        eprintln!("usage: gpu_check FOLDER [--bench] [--generated]");
         return ExitCode::FAILURE;
     };
-    let run = match args.iter().any(|arg| arg == "--bench") {
-        true => bench::bench(Path::new(folder)),
-        false => check_all(Path::new(folder)),
+    let has = |flag: &str| args.iter().any(|arg| arg == flag);
+    let by = match has("--generated") {
+        true => By::Generated,
+        false => By::Library,
+    };
+    let run = match has("--bench") {
+        true => bench::bench(Path::new(folder), by),
+        false => check_all(Path::new(folder), by),
     };
     match run {
         Ok(0) => ExitCode::SUCCESS,
@@ -91,15 +121,16 @@ fn name(case: &Path) -> String {
         .map_or_else(String::new, |name| name.to_string_lossy().into())
 }
 
-fn check_all(folder: &Path) -> Result<usize, Failure> {
+fn check_all(folder: &Path, by: By) -> Result<usize, Failure> {
     // Without a GPU this is what there is to say.
     n_devices()?;
-    println!("device     {}", Cuda::open(0, Precision::F32)?.name());
+    println!("device     {}", by.open()?.name());
+    println!("products   {}", by.words());
     println!("program                    losses   tensors   losses to CPU");
     let mut n_failed = 0;
     for case in cases(folder)? {
         let name = name(&case);
-        match check(&case) {
+        match check(&case, by) {
             Ok(Found {
                 tolerance,
                 losses,
@@ -133,12 +164,12 @@ struct Found {
     cpu: Result<f64, String>,
 }
 
-fn check(case: &Path) -> Result<Found, Failure> {
+fn check(case: &Path, by: By) -> Result<Found, Failure> {
     let text = std::fs::read(case.join("expected.json"))?;
     let expected: Expected = serde_json::from_slice(&text)?;
     let Task { vocab } = serde_json::from_slice(&text)?;
     let truth = Checkpoint::open(&case.join("expected.safetensors"))?;
-    let mut session = on_gpu(case)?;
+    let mut session = on_gpu(case, by)?;
     let gradients: Vec<(String, TensorType)> = session
         .program()
         .outputs
@@ -187,9 +218,9 @@ fn check(case: &Path) -> Result<Found, Failure> {
     })
 }
 
-fn on_gpu(case: &Path) -> Result<Session, Failure> {
+fn on_gpu(case: &Path, by: By) -> Result<Session, Failure> {
     let (program, code) = artifact::load_gpu(&case.join("artifact"))?;
-    let gpu = Box::new(Cuda::open(0, Precision::F32)?);
+    let gpu = Box::new(by.open()?);
     Ok(Session::on_gpu(
         program,
         &code,

@@ -147,6 +147,12 @@ impl Cuda {
         Ok(cuda)
     }
 
+    /// The same device, on which generated kernels make all products.
+    pub fn without_library(mut self) -> Self {
+        self.blas = None;
+        self
+    }
+
     /// What code has to be compiled for: `sm_90`.
     pub fn target(&self) -> &str {
         &self.target

@@ -105,50 +105,46 @@ impl<'a, 'm> Block<'a, 'm> {
                 assert!(is_idle, "{}: products that nobody waited for", self.name);
                 return;
             }
-            self.release();
+            self.release(order);
         }
     }
 
-    /// Lets those go on who all have arrived.
-    fn release(&mut self) {
+    /// Lets those go on who all have arrived: one warp, or one group of warps, while there is any, so that
+    /// it runs ahead of the others as far as it may; else the block.
+    fn release(&mut self, order: Order) {
+        for state in [State::AtWarp, State::AtGroup] {
+            let n_together = if state == State::AtWarp { WARP } else { GROUP };
+            let n_threads = self.threads.len();
+            let n = n_threads.div_ceil(n_together);
+            for idx in 0..n {
+                let idx = match order {
+                    Order::Ascending => idx,
+                    Order::Descending => n - 1 - idx,
+                };
+                let first = idx * n_together;
+                let together = first..(first + n_together).min(n_threads);
+                let threads = &self.threads[together.clone()];
+                let at = threads[0].at;
+                if threads.iter().any(|t| t.state != state || t.at != at) {
+                    continue;
+                }
+                let inst = &self.entry.code[at];
+                match inst.op {
+                    Op::Warp(op) => self.together(op, inst, together.clone()),
+                    Op::Product(product) => {
+                        assert_eq!(together.len(), GROUP, "{}: {}", self.name, inst.text);
+                        self.product(product, inst, first);
+                    }
+                    _ => unreachable!(),
+                }
+                for thread in &mut self.threads[together] {
+                    thread.state = State::Running;
+                    thread.at += 1;
+                }
+                return;
+            }
+        }
         let mut progress = false;
-        for first in (0..self.threads.len()).step_by(WARP) {
-            let last = (first + WARP).min(self.threads.len());
-            let warp = &self.threads[first..last];
-            let at = warp[0].at;
-            if warp.iter().any(|t| t.state != State::AtWarp || t.at != at) {
-                continue;
-            }
-            let inst = &self.entry.code[at];
-            let Op::Warp(op) = inst.op else {
-                unreachable!()
-            };
-            self.together(op, inst, first..last);
-            for thread in &mut self.threads[first..last] {
-                thread.state = State::Running;
-                thread.at += 1;
-            }
-            progress = true;
-        }
-        for first in (0..self.threads.len()).step_by(GROUP) {
-            let last = (first + GROUP).min(self.threads.len());
-            let group = &self.threads[first..last];
-            let at = group[0].at;
-            if (group.iter()).any(|t| t.state != State::AtGroup || t.at != at) {
-                continue;
-            }
-            let inst = &self.entry.code[at];
-            let Op::Product(product) = inst.op else {
-                unreachable!()
-            };
-            assert_eq!(last - first, GROUP, "{}: {}", self.name, inst.text);
-            self.product(product, inst, first);
-            for thread in &mut self.threads[first..last] {
-                thread.state = State::Running;
-                thread.at += 1;
-            }
-            progress = true;
-        }
         // Threads that have ended are not waited for.
         let mut waiting = self.threads.iter().filter(|t| t.state != State::Done);
         let at = waiting.clone().next().map(|t| t.at);
