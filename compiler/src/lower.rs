@@ -558,9 +558,15 @@ impl<'a> RankLowering<'a> {
     }
 
     fn scratch(&mut self, item_idx: usize, op: &Op) -> Result<BufferId, LowerError> {
-        let offset = self.memory.scratch[item_idx]
-            .ok_or_else(|| LowerError::Internal("an attention item without scratch".into()))?;
         let n_elements = scratch_elements(self.local, op);
+        let offset = match self.memory.scratch[item_idx] {
+            Some(offset) => offset,
+            None if n_elements == 0 => 0,
+            None => {
+                let what = "an attention item without scratch";
+                return Err(LowerError::Internal(what.into()));
+            }
+        };
         let id = BufferId(self.buffers.len() as u32);
         self.buffers.push(Buffer {
             name: format!("{}.scratch", self.local.op_name(op)),

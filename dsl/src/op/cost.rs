@@ -4,6 +4,7 @@
 //! part, give the types of the part.
 
 use super::{MoeDims, OpKind};
+use crate::dtype::DType;
 use crate::graph::TensorType;
 
 /// Queries that attention on the host works on at once.
@@ -101,13 +102,15 @@ impl OpKind {
 
     /// Elements of f32 scratch that the host runtime needs for one execution: attention works on
     /// blocks of [`ATTENTION_BLOCK_ROWS`] queries, holding their scores (and, for the gradient, the
-    /// scores' gradient and one value per query) at once. Everything else needs none.
+    /// scores' gradient and one value per query) at once. Everything else needs none, nor do tensors
+    /// of types that hosts do not compute in.
     pub fn scratch_elements(&self, inputs: &[&TensorType]) -> usize {
         let (Self::Attention(dims) | Self::AttentionGrad(dims)) = self else {
             return 0;
         };
         let kv_len = inputs
             .get(1)
+            .filter(|k| k.dtype == DType::F32)
             .and_then(|k| k.size_of(&dims.kv_seq))
             .unwrap_or(0);
         match self {
