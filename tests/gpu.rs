@@ -18,6 +18,7 @@ use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Category;
 use meshweave_dsl::weave::ast::{Block, Name, Statement};
 use meshweave_runtime::artifact;
+use meshweave_runtime::collective::Communicator;
 use meshweave_runtime::collective::threads::{WaitOptions, World};
 use meshweave_runtime::executor::{Session, SessionOptions};
 use meshweave_runtime::reference::{Stepper, Value};
@@ -243,44 +244,90 @@ fn ranks_on_devices_of_their_own() {
     }
 }
 
-/// Three steps on as many devices as there are ranks, and on one.
+/// Three steps on as many devices as there are ranks, which exchange by themselves or by their host, and
+/// on one.
 fn check_apart(graph: &Graph, program: &Program, code: &DeviceCode) {
     let mut whole = start(graph, program, code, Simulated::new(Library::Products, 3));
     for _ in 0..3 {
         whole.step().unwrap();
     }
-    let hub = Arc::new(Hub::default());
     let n_ranks = program.ranks.len();
-    let world = World::new(n_ranks, WaitOptions::for_threads(n_ranks));
-    std::thread::scope(|scope| {
-        for communicator in world.communicators() {
-            let (program, hub, whole) = (program.clone(), hub.clone(), &whole);
-            scope.spawn(move || {
-                let gpu = Simulated::with_peers(Library::Products, 5, hub);
-                let mut session = Session::one_on_gpu(
-                    program,
-                    code,
-                    Box::new(gpu),
-                    &SessionOptions::default(),
-                    Box::new(communicator),
-                )
-                .unwrap();
-                give_batch(graph, &mut session);
-                for _ in 0..3 {
-                    session.step().unwrap();
-                }
-                assert_eq!(session.loss().unwrap(), whole.loss().unwrap());
-                for id in graph.params() {
-                    let name = &graph.tensor(id).name;
-                    assert_eq!(
-                        session.get(name).unwrap(),
-                        whole.get(name).unwrap(),
-                        "{name}"
-                    );
-                }
-            });
-        }
-    });
+    for has_teams in [true, false] {
+        let hub = Arc::new(Hub::default());
+        let world = World::new(n_ranks, WaitOptions::for_threads(n_ranks));
+        std::thread::scope(|scope| {
+            for communicator in world.communicators() {
+                let (hub, whole) = (hub.clone(), &whole);
+                scope.spawn(move || {
+                    let gpu = Simulated::with_peers(Library::Products, 5, hub);
+                    let gpu = if has_teams { gpu } else { gpu.without_teams() };
+                    let mut session = start_apart(graph, (program, code), gpu, communicator);
+                    for _ in 0..3 {
+                        session.step().unwrap();
+                    }
+                    assert_eq!(session.loss().unwrap(), whole.loss().unwrap());
+                    for id in graph.params() {
+                        let name = &graph.tensor(id).name;
+                        let (here, there) = (session.get(name), whole.get(name));
+                        assert_eq!(here.unwrap(), there.unwrap(), "{name}");
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// The communicator's rank, on a device of its own.
+fn start_apart(
+    graph: &Graph,
+    (program, code): (&Program, &DeviceCode),
+    gpu: Simulated,
+    communicator: impl Communicator + 'static,
+) -> Session {
+    let (gpu, communicator) = (Box::new(gpu), Box::new(communicator));
+    let options = SessionOptions::default();
+    let session = Session::one_on_gpu(program.clone(), code, gpu, &options, communicator);
+    let mut session = session.unwrap();
+    give_batch(graph, &mut session);
+    session
+}
+
+/// A rank that does not come to a step is named by those whose devices wait for it, with the instruction
+/// that they have come to.
+#[test]
+fn a_rank_that_does_not_come_is_named() {
+    let graph = golden(None, false);
+    let plan = plan(&graph, &[("dp", 2)], &[("dp", &["batch"])]);
+    let (program, code) = compiled(&graph, &plan);
+    let (graph, program, code) = (&graph, &program, &code);
+    let wait = WaitOptions {
+        timeout: std::time::Duration::from_secs(5),
+        ..WaitOptions::for_threads(2)
+    };
+    for has_teams in [true, false] {
+        let hub = Arc::new(Hub::default());
+        std::thread::scope(|scope| {
+            for communicator in World::new(2, wait).communicators() {
+                let hub = hub.clone();
+                scope.spawn(move || {
+                    let rank = communicator.rank();
+                    let gpu = Simulated::with_peers(Library::Products, 5, hub);
+                    let gpu = if has_teams { gpu } else { gpu.without_teams() };
+                    let mut session = start_apart(graph, (program, code), gpu, communicator);
+                    if rank == 0 {
+                        let error = session.step().unwrap_err().to_string();
+                        for part in [
+                            "step 1 of this run on GPUs: rank 0 waited",
+                            "for rank 1, which did not arrive; rank 0 has come to instruction",
+                        ] {
+                            assert!(error.contains(part), "{error}");
+                        }
+                        assert_eq!(session.step().unwrap_err().to_string(), error);
+                    }
+                });
+            }
+        });
+    }
 }
 
 /// Stages of a pipeline, which send each other messages: on one device, and on one each.

@@ -183,6 +183,33 @@ fn a_rank_that_stops_is_named_and_the_run_goes_on_from_its_checkpoint() {
     }
 }
 
+#[test]
+fn a_rank_that_stops_before_it_joins_its_groups_is_named() {
+    if !has_mpi() {
+        return;
+    }
+    let case = Case::new();
+    let artifact = case.compile("tp2-dp2", 4, "", TP_DP);
+    let output = run(&[
+        "run",
+        &artifact,
+        "--backend",
+        "mpi",
+        "--timeout",
+        "4",
+        "--drill",
+        "2:0:0:stop",
+    ]);
+    let error = json(&output)["error"].to_string();
+    assert_eq!(output.status.code(), Some(4), "{error}");
+    for part in [
+        "joining the group of ranks [",
+        "rank 2 gave no sign of life",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
 /// What needs the document is done by the process that started the job.
 #[test]
 fn processes_are_verified_and_reported() {

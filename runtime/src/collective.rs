@@ -107,6 +107,19 @@ pub struct Place {
     pub instruction: Option<usize>,
 }
 
+/// Bytes to or from another rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parcel {
+    pub rank: usize,
+    /// In this process' memory, or in its device's where [`Communicator::reaches_devices`].
+    pub address: u64,
+    pub n_bytes: usize,
+}
+
+/// Parcels that were sent off together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Shipment(pub(crate) usize);
+
 /// One rank's access to the others.
 ///
 /// Every member of a group calls the same collectives of the group in the same order. A group of one
@@ -131,10 +144,11 @@ pub trait Communicator: Send {
     fn enter(&mut self, place: Place);
 
     /// Joins the group of these ranks, in the order of their shards; the same list gives the same
-    /// group. Does not wait for the others.
+    /// group. May wait for the others.
     ///
     /// # Errors
-    /// `Invalid` when the list is empty, repeats a rank, names one that does not exist, or lacks this one.
+    /// `Invalid` when the list is empty, repeats a rank, names one that does not exist, or lacks this one;
+    /// `Exhausted` when members do not come in time.
     fn join(&mut self, ranks: &[usize]) -> Result<GroupIdx>;
 
     /// Number of members of a group.
@@ -215,6 +229,41 @@ pub trait Communicator: Send {
     /// # Errors
     /// `Exhausted` when members do not arrive in time.
     fn barrier(&mut self, group: GroupIdx) -> Result<()>;
+
+    /// Waits for something that all ranks do together outside of their communicators, as GPUs do that
+    /// exchange by a library of their own, and listens to the others meanwhile. `step` counts such waits;
+    /// `usual` is how long this one takes when nothing is wrong, which the time-out is added to.
+    ///
+    /// # Errors
+    /// Those of `is_done`, and another rank's failure; `Exhausted` when it is not done in time: it names
+    /// the ranks that have not come so far.
+    fn attend(
+        &mut self,
+        what: &str,
+        step: u64,
+        usual: Duration,
+        is_done: &mut dyn FnMut(&mut dyn Communicator) -> Result<bool>,
+    ) -> Result<()>;
+
+    /// Starts to send and to receive bytes, all at once; does not wait. What one rank sends another under
+    /// a tag, that one receives, in order.
+    ///
+    /// # Safety
+    /// The memory is there, what is sent stays as it is, and what is received is not looked at, until
+    /// [`Communicator::has_arrived`] says that all of it has arrived; for ever when that fails.
+    ///
+    /// # Errors
+    /// Those of the network.
+    unsafe fn ship(&mut self, tag: u32, sends: &[Parcel], recvs: &[Parcel]) -> Result<Shipment>;
+
+    /// Whether all parcels of a shipment have been sent and received; does not wait.
+    ///
+    /// # Errors
+    /// Those of the network; `Invalid` when a parcel is of another size than was sent.
+    fn has_arrived(&mut self, shipment: Shipment) -> Result<bool>;
+
+    /// Whether parcels may lie in the memory of a device of NVIDIA's.
+    fn reaches_devices(&self) -> bool;
 
     /// Sends a copy of `src` to another rank; messages between two ranks arrive in order. Waits only
     /// while the channel to that rank is full.

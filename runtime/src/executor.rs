@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use meshweave_dsl::dtype::DType;
 use meshweave_dsl::graph::{Role, TensorType};
-use meshweave_dsl::program::{GlobalTensor, Program};
+use meshweave_dsl::program::{BufferId, GlobalTensor, Program};
 use meshweave_dsl::timeline::{Basis, Event, Timeline};
 
 use crate::collective::threads::{WaitOptions, World};
@@ -82,6 +82,8 @@ pub struct Session {
     /// Inputs that no one has given yet.
     missing: BTreeSet<String>,
     n_steps: usize,
+    /// What is rehearsed on a GPU, and the buffer of which a bit flips when it is about divergence.
+    gpu_drill: Option<(Drill, BufferId)>,
     /// Holds the code that the ranks' instructions call; after them, so that it is unloaded last.
     _kernels: KernelTable,
 }
@@ -169,6 +171,7 @@ impl Session {
             outputs,
             missing,
             n_steps: 0,
+            gpu_drill: None,
             program,
             _kernels: kernels,
         };
@@ -346,6 +349,9 @@ impl Session {
         }
         if self.program.sources.iter().any(is_step) {
             self.set(STEP_INPUT, &HostTensor::scalar((self.n_steps + 1) as f32))?;
+        }
+        if self.gpu_drill.is_some() {
+            self.rehearse_on_gpu()?;
         }
         if let Some(gpu) = &self.gpu {
             let timeline = self.step_gpu(gpu)?;

@@ -96,11 +96,12 @@ pub struct Mpi {
     pub(crate) word: Handle,
     pub(crate) byte: Handle,
     errors_return: Handle,
+    reaches_cuda: bool,
     /// What the library says of itself.
     version: String,
     file: String,
     /// Keeps the code mapped.
-    _library: Library,
+    library: Library,
 }
 
 // SAFETY: handles and functions are plain numbers and addresses; the library was initialized for calls
@@ -179,9 +180,10 @@ impl Mpi {
             word,
             byte,
             errors_return,
+            reaches_cuda: false,
             version: String::new(),
             file: file.to_string(),
-            _library: library,
+            library,
         };
         let (mut initialized, mut provided) = (0, 0);
         let (no_count, no_values) = (std::ptr::null_mut(), std::ptr::null_mut());
@@ -201,6 +203,7 @@ impl Mpi {
         if initialized == 0 && provided < THREAD_SERIALIZED {
             return Err(unfit("support for threads (MPI_THREAD_SERIALIZED)"));
         }
+        mpi.reaches_cuda = reaches_cuda(&mpi.library);
         mpi.return_errors(mpi.world)?;
         // SAFETY: `text` gives room for the longest string.
         mpi.version =
@@ -216,6 +219,11 @@ impl Mpi {
     /// The name under which the library was found.
     pub fn file(&self) -> &str {
         &self.file
+    }
+
+    /// Whether calls take addresses of CUDA's memory, as the library says of itself.
+    pub fn reaches_cuda(&self) -> bool {
+        self.reaches_cuda
     }
 
     /// The name of this host.
@@ -283,6 +291,25 @@ impl Mpi {
             .map(|text| text.to_string_lossy().trim().to_string())
             .unwrap_or_default()
     }
+}
+
+/// What a library says of itself and CUDA's memory: Open MPI by `MPIX_Query_cuda_support`, MPICH and its
+/// relatives by `MPIX_GPU_query_support` (kind 0 is CUDA). One that has neither reaches none.
+fn reaches_cuda(library: &Library) -> bool {
+    type Query = unsafe extern "C" fn() -> c_int;
+    type QueryKind = unsafe extern "C" fn(c_int, *mut c_int) -> c_int;
+    const CUDA: c_int = 0;
+    let mut is_supported = 0;
+    // SAFETY: both libraries' headers (`mpi-ext.h`, `mpi.h`) give these signatures.
+    unsafe {
+        if let Ok(query) = library.get::<Query>(b"MPIX_Query_cuda_support\0") {
+            return query() == 1;
+        }
+        if let Ok(query) = library.get::<QueryKind>(b"MPIX_GPU_query_support\0") {
+            return query(CUDA, &raw mut is_supported) == 0 && is_supported != 0;
+        }
+    }
+    false
 }
 
 /// The usual names, those of the launcher in use first.

@@ -52,7 +52,8 @@ pub struct JobArgs {
     #[arg(long)]
     pub(super) resume: Option<PathBuf>,
     /// Rehearse a failure: `RANK:STEP:INSTRUCTION:WHAT`, where WHAT is `kill`, `stop`, `slow=SECONDS` or
-    /// `diverge`; steps count from 1.
+    /// `diverge`; steps count from 1, and step 0 is before processes join their groups. On GPUs it comes
+    /// before the step's first instruction.
     #[arg(long)]
     pub(super) drill: Option<String>,
 }

@@ -19,7 +19,7 @@ use meshweave_runtime::collective::Communicator;
 use meshweave_runtime::collective::mpi::MpiCommunicator;
 use meshweave_runtime::data::DataSource;
 use meshweave_runtime::device::cuda::{Cuda, Precision, n_devices};
-use meshweave_runtime::executor::{KernelTable, Session as Execution, SessionOptions};
+use meshweave_runtime::executor::{Drill, KernelTable, Session as Execution, SessionOptions};
 use meshweave_runtime::mpi::Mpi;
 use meshweave_runtime::rendezvous::{self, Roster, Ticket};
 use meshweave_runtime::{artifact, signals};
@@ -92,6 +92,11 @@ pub fn worker(args: &WorkerArgs, format: Format) -> Result<()> {
     };
     if rank == 0 && format == Format::Text {
         eprint!("{}", roster_text(&mpi, &roster, &loaded.program));
+    }
+    if let Some(drill) = args.job.drill.as_ref()
+        && let Ok(drill) = drill.parse::<Drill>()
+    {
+        drill.before_groups(rank);
     }
     let options = SessionOptions {
         threads_per_device: Some(args.job.threads.unwrap_or_else(|| threads(&roster, rank))),

@@ -13,8 +13,8 @@ use meshweave_dsl::dtype::DType;
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_runtime::device::cuda::ptx_of;
 use meshweave_runtime::device::gpu::{
-    Address, Command, EventIdx, FunctionIdx, Gpu, GraphIdx, ModuleIdx, Part, Product, ProductIdx,
-    Side, TEAM_NAME_WORDS, TeamIdx, Value, Work,
+    Address, CallIdx, Command, EventIdx, FunctionIdx, Gpu, GraphIdx, ModuleIdx, Part, Product,
+    ProductIdx, Side, TEAM_NAME_WORDS, TeamIdx, Value, Work,
 };
 use meshweave_runtime::{Error, Result};
 
@@ -56,6 +56,11 @@ pub struct Simulated {
     library: Library,
     hub: Arc<Hub>,
     teams: Vec<Team>,
+    /// Whether there is a library for exchanges between devices.
+    has_teams: bool,
+    /// Calls of the host that it has not heard of, and those that it has answered.
+    asked: Vec<CallIdx>,
+    answered: Vec<CallIdx>,
     random: u64,
     memory: Vec<(Address, Vec<u8>)>,
     /// The host's, which copies reach and kernels do not.
@@ -79,6 +84,10 @@ enum Queued {
     /// Until the event was recorded so often.
     Wait(EventIdx, usize),
     Record(EventIdx, usize),
+    Call {
+        call: CallIdx,
+        is_asked: bool,
+    },
     /// Sends that others wait for are made as soon as the stream has come here.
     Exchange {
         team: usize,
@@ -108,6 +117,9 @@ impl Simulated {
             library,
             hub,
             teams: Vec::new(),
+            has_teams: true,
+            asked: Vec::new(),
+            answered: Vec::new(),
             random: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
             memory: Vec::new(),
             host_memory: Vec::new(),
@@ -121,6 +133,12 @@ impl Simulated {
             clock: 0,
             graphs: Vec::new(),
         }
+    }
+
+    /// The device without a library for exchanges.
+    pub fn without_teams(mut self) -> Self {
+        self.has_teams = false;
+        self
     }
 
     fn random(&mut self, n: usize) -> usize {
@@ -188,9 +206,11 @@ impl Simulated {
             } => {
                 self.multiply(self.products[product.0], [*a, *b, *c], *bias);
             }
-            Work::Record(_) | Work::Wait(_) | Work::Exchange { .. } | Work::AllReduce { .. } => {
-                unreachable!("queued as what they wait for")
-            }
+            Work::Call(_)
+            | Work::Record(_)
+            | Work::Wait(_)
+            | Work::Exchange { .. }
+            | Work::AllReduce { .. } => unreachable!("queued as what they wait for"),
         }
     }
 
@@ -232,6 +252,12 @@ impl Simulated {
         };
         let ready = match &mut head {
             Queued::Wait(event, n) => self.events[event.0].1 >= *n,
+            Queued::Call { call, is_asked } => {
+                if !std::mem::replace(is_asked, true) {
+                    self.asked.push(*call);
+                }
+                self.answered.contains(call)
+            }
             Queued::Exchange {
                 team,
                 sends,
@@ -415,9 +441,11 @@ impl Gpu for Simulated {
         Ok(address)
     }
 
+    /// At its own address, since others of the host read and write it too.
     fn allocate_host(&mut self, n_bytes: usize) -> Result<Address> {
-        let address = self.allocate(n_bytes)?;
-        self.host_memory.extend(self.memory.pop());
+        let mut bytes = vec![0_u8; n_bytes];
+        let address = bytes.as_mut_ptr() as Address;
+        self.host_memory.push((address, bytes));
         Ok(address)
     }
 
@@ -463,6 +491,19 @@ impl Gpu for Simulated {
         Ok(Some(ProductIdx(self.products.len() - 1)))
     }
 
+    fn has_teams(&mut self) -> Result<bool> {
+        Ok(self.has_teams)
+    }
+
+    fn calls(&mut self) -> Result<Vec<CallIdx>> {
+        Ok(std::mem::take(&mut self.asked))
+    }
+
+    fn answer(&mut self, call: CallIdx) -> Result<()> {
+        self.answered.push(call);
+        Ok(())
+    }
+
     fn team_name(&mut self) -> Result<Vec<u32>> {
         let mut state = self.hub.state.lock().unwrap();
         state.n_names += 1;
@@ -481,7 +522,7 @@ impl Gpu for Simulated {
         Ok(TeamIdx(self.teams.len() - 1))
     }
 
-    fn reserve(&mut self, n_streams: usize, n_events: usize) -> Result<()> {
+    fn reserve(&mut self, n_streams: usize, n_events: usize, _n_calls: usize) -> Result<()> {
         self.streams.resize_with(n_streams, VecDeque::new);
         self.events.resize(n_events, (0, 0));
         self.times.resize(n_events, 0);
@@ -496,6 +537,10 @@ impl Gpu for Simulated {
                     self.events[event.0].0 += 1;
                     Queued::Record(*event, self.events[event.0].0)
                 }
+                Work::Call(call) => Queued::Call {
+                    call: *call,
+                    is_asked: false,
+                },
                 Work::Exchange { team, sends, recvs } => Queued::Exchange {
                     team: team.0,
                     sends: sends.clone(),
@@ -535,21 +580,49 @@ impl Gpu for Simulated {
         self.submit(&commands)
     }
 
+    fn is_idle(&mut self) -> Result<bool> {
+        self.run();
+        Ok(self.streams.iter().all(VecDeque::is_empty))
+    }
+
+    fn has_passed(&mut self, event: EventIdx) -> Result<bool> {
+        let (n_submitted, n_done) = self.events[event.0];
+        Ok(n_submitted == n_done)
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         let started = std::time::Instant::now();
+        loop {
+            self.run();
+            assert!(
+                started.elapsed() < Duration::from_secs(300),
+                "devices wait for one another"
+            );
+            if !self.wait() {
+                break;
+            }
+        }
+        assert!(
+            self.streams.iter().all(VecDeque::is_empty),
+            "streams wait for one another"
+        );
+        Ok(())
+    }
+
+    fn elapsed_s(&mut self, from: EventIdx, to: EventIdx) -> Result<f64> {
+        Ok(self.times[to.0].saturating_sub(self.times[from.0]) as f64 * 1e-6)
+    }
+}
+
+impl Simulated {
+    /// Runs the streams until each is at its end, or at something that has not come yet.
+    fn run(&mut self) {
         loop {
             let ready: Vec<usize> = (0..self.streams.len())
                 .filter(|stream| self.is_ready(*stream))
                 .collect();
             if ready.is_empty() {
-                assert!(
-                    started.elapsed() < Duration::from_secs(300),
-                    "devices wait for one another"
-                );
-                if self.wait() {
-                    continue;
-                }
-                break;
+                return;
             }
             let stream = ready[self.random(ready.len())];
             // A stream may run far ahead of the others.
@@ -565,19 +638,11 @@ impl Gpu for Simulated {
                         self.times[event.0] = self.clock;
                     }
                     Some(Queued::Work(work)) => self.execute(&work),
+                    Some(Queued::Call { call, .. }) => self.answered.retain(|other| *other != call),
                     Some(Queued::Wait(..)) | None => {}
                     Some(exchange) => self.arrive(exchange),
                 }
             }
         }
-        assert!(
-            self.streams.iter().all(VecDeque::is_empty),
-            "streams wait for one another"
-        );
-        Ok(())
-    }
-
-    fn elapsed_s(&mut self, from: EventIdx, to: EventIdx) -> Result<f64> {
-        Ok(self.times[to.0].saturating_sub(self.times[from.0]) as f64 * 1e-6)
     }
 }

@@ -200,7 +200,7 @@ fn of_any_layer(name: &str) -> String {
 fn copy_bandwidth(gpu: &mut Cuda) -> Result<f64, Failure> {
     const N_BYTES: usize = 1 << 30;
     let (from, to) = (gpu.allocate(N_BYTES)?, gpu.allocate(N_BYTES)?);
-    gpu.reserve(1, 2)?;
+    gpu.reserve(1, 2, 0)?;
     let stream = StreamIdx(0);
     let command = |work| Command { stream, work };
     let commands = [

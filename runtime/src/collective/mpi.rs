@@ -21,7 +21,9 @@ use std::time::Duration;
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::program::Program;
 
-use super::{CollectiveStats, Communicator, Crossing, Division, GroupIdx, Place, describe};
+use super::{
+    CollectiveStats, Communicator, Crossing, Division, GroupIdx, Parcel, Place, Shipment, describe,
+};
 use crate::error::{Error, Result};
 use crate::mpi::{Handle, Mpi};
 use moves::{Route, copies, fold, route, rows, sized, words, words_as_floats, words_mut};
@@ -32,6 +34,9 @@ const SMALL: usize = 2048;
 
 /// The tag of messages between ranks.
 const TAG: c_int = 0;
+
+/// Set in the numbers of waits that are no calls of a group.
+const OUTSIDE: u64 = 1 << 63;
 
 /// Messages under way on a channel whose depth no program states.
 const DEFAULT_DEPTH: usize = 8;
@@ -45,6 +50,11 @@ pub struct MpiCommunicator {
     groups: Vec<Member>,
     /// For messages between ranks.
     messages: Handle,
+    /// For parcels.
+    parcels: Handle,
+    /// Parcels under way, by the number of their shipment.
+    shipments: BTreeMap<usize, Vec<Handle>>,
+    n_shipments: usize,
     watch: std::sync::Mutex<Watch>,
     /// Messages under way, by their receiver.
     sends: BTreeMap<usize, VecDeque<(Handle, Vec<u32>)>>,
@@ -74,19 +84,20 @@ impl MpiCommunicator {
     /// mesh lie within hosts.
     ///
     /// # Errors
-    /// `Exhausted` when MPI refuses.
+    /// `Exhausted` when MPI refuses, or some processes of the job do not come in time.
     pub fn new(mpi: Arc<Mpi>, timeout: Duration) -> Result<MpiCommunicator> {
-        let order = hosts::in_order(&hosts::of_ranks(&mpi)?);
+        let order = hosts::in_order(&hosts::of_ranks(&mpi, timeout)?);
         let all = mpi.subset(mpi.world, &order, TAG)?;
         let (mut rank, n_ranks) = (0, order.len());
-        let (mut messages, mut control) = (Handle::EMPTY, Handle::EMPTY);
+        let (mut messages, mut control, mut parcels) =
+            (Handle::EMPTY, Handle::EMPTY, Handle::EMPTY);
         // SAFETY: the out-parameters are locals; the communicator was made above.
         unsafe {
             mpi.check(
                 "MPI_Comm_rank",
                 (mpi.functions.comm_rank)(all, &raw mut rank),
             )?;
-            for comm in [&raw mut messages, &raw mut control] {
+            for comm in [&raw mut messages, &raw mut control, &raw mut parcels] {
                 mpi.check("MPI_Comm_dup", (mpi.functions.comm_dup)(all, comm))?;
                 mpi.return_errors(*comm)?;
             }
@@ -99,6 +110,9 @@ impl MpiCommunicator {
             timeout,
             groups: Vec::new(),
             messages,
+            parcels,
+            shipments: BTreeMap::new(),
+            n_shipments: 0,
             watch: std::sync::Mutex::new(Watch::new(control, rank, n_ranks)),
             sends: BTreeMap::new(),
             depths: BTreeMap::new(),
@@ -251,9 +265,11 @@ impl Communicator for MpiCommunicator {
         let mut comm = None;
         if ranks.len() > 1 {
             // Members join in the order of their instructions, in which they also call: what would
-            // stand still here would stand still there. The tag keeps groups apart that are made at
-            // the same time.
-            comm = Some(self.mpi.subset(self.messages, ranks, hash_ranks(ranks))?);
+            // stand still here would stand still there. MPI makes a communicator in one call that no
+            // time-out ends, so that nobody starts it before all have come.
+            let tag = tag_of(ranks);
+            self.assemble(ranks, member_idx, tag)?;
+            comm = Some(self.mpi.subset(self.messages, ranks, tag)?);
         }
         self.groups.push(Member {
             ranks: ranks.to_vec(),
@@ -262,6 +278,52 @@ impl Communicator for MpiCommunicator {
             n_calls: 0,
         });
         Ok(GroupIdx(self.groups.len() - 1))
+    }
+
+    fn attend(
+        &mut self,
+        what: &str,
+        step: u64,
+        usual: Duration,
+        is_done: &mut dyn FnMut(&mut dyn Communicator) -> Result<bool>,
+    ) -> Result<()> {
+        if let Some(error) = &self.failure {
+            return Err(error.clone());
+        }
+        let at = |this: &MpiCommunicator| Waiting {
+            what: what.to_string(),
+            ranks: (0..this.n_ranks).collect(),
+            number: OUTSIDE | step,
+        };
+        let patience = self.timeout + usual;
+        self.poll(patience, at, |this| match is_done(this) {
+            Ok(is_done) => Ok(is_done),
+            Err(error) => this.failed(error),
+        })
+    }
+
+    unsafe fn ship(&mut self, tag: u32, sends: &[Parcel], recvs: &[Parcel]) -> Result<Shipment> {
+        // SAFETY: as the caller promises.
+        let requests = unsafe { self.start_parcels(tag, sends, recvs) }?;
+        self.n_shipments += 1;
+        self.shipments.insert(self.n_shipments, requests);
+        Ok(Shipment(self.n_shipments))
+    }
+
+    fn has_arrived(&mut self, Shipment(number): Shipment) -> Result<bool> {
+        let mut requests = self.shipments.remove(&number).unwrap_or_default();
+        while let Some(request) = requests.last_mut() {
+            if !self.test(request)? {
+                self.shipments.insert(number, requests);
+                return Ok(false);
+            }
+            requests.pop();
+        }
+        Ok(true)
+    }
+
+    fn reaches_devices(&self) -> bool {
+        self.mpi.reaches_cuda()
     }
 
     fn group_size(&self, group: GroupIdx) -> Result<usize> {
@@ -618,10 +680,11 @@ impl Communicator for MpiCommunicator {
     }
 }
 
-/// A tag from the members, the same on all of them.
-fn hash_ranks(ranks: &[usize]) -> c_int {
+/// The tag of what the members of a group say to each other before they have a communicator: the same on
+/// all of them, and another one for groups that are made at the same time.
+fn tag_of(ranks: &[usize]) -> c_int {
     let hash = ranks.iter().fold(17_usize, |hash, rank| {
         hash.wrapping_mul(31).wrapping_add(rank + 1)
     });
-    (hash % 32749) as c_int
+    TAG + 1 + (hash % 32749) as c_int
 }

@@ -11,6 +11,7 @@
 
 mod barrier;
 mod mail;
+mod parcels;
 mod reduce;
 pub(crate) mod route;
 #[cfg(test)]
@@ -21,19 +22,24 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::program::Program;
 
 use super::{
-    CollectiveStats, Communicator, Crossing, CrossingOrder, Division, GroupIdx, Place, describe,
+    CollectiveStats, Communicator, Crossing, CrossingOrder, Division, GroupIdx, Parcel, Place,
+    Shipment, describe,
 };
 use crate::error::{Error, Result};
 use crate::strided::{CopyLoop, CopyPlan};
 use barrier::Barrier;
 use mail::Mail;
+use parcels::{Expected, Parcels};
 use route::Route;
+
+/// Between two looks at something that does not wake who waits for it.
+const GLANCE: Duration = Duration::from_micros(50);
 
 /// How ranks wait for each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,10 +72,13 @@ pub struct World {
     threads: Vec<Mutex<Option<Thread>>>,
     /// Messages under way.
     mail: Mutex<Mail>,
+    parcels: Mutex<Parcels>,
     /// What the ranks run, where they run a program.
     program: OnceLock<Arc<Program>>,
     /// Where each rank is in it: steps done, and the instruction (the greatest number between steps).
     places: Vec<[AtomicU64; 2]>,
+    /// The last wait of each rank for something outside of its communicator.
+    attending: Vec<AtomicU64>,
 }
 
 struct Group {
@@ -103,6 +112,7 @@ pub struct ThreadCommunicator {
     rank: usize,
     world: Arc<World>,
     groups: Vec<Member>,
+    expected: Expected,
     stats: CollectiveStats,
 }
 
@@ -122,10 +132,12 @@ impl World {
             failure: Mutex::new(None),
             threads: (0..n_ranks).map(|_| Mutex::new(None)).collect(),
             mail: Mutex::new(BTreeMap::new()),
+            parcels: Mutex::new(BTreeMap::new()),
             program: OnceLock::new(),
             places: (0..n_ranks)
                 .map(|_| [AtomicU64::new(0), AtomicU64::new(u64::MAX)])
                 .collect(),
+            attending: (0..n_ranks).map(|_| AtomicU64::new(0)).collect(),
         })
     }
 
@@ -136,6 +148,7 @@ impl World {
                 rank,
                 world: Arc::clone(self),
                 groups: Vec::new(),
+                expected: Expected::default(),
                 stats: CollectiveStats::default(),
             })
             .collect()
@@ -393,6 +406,60 @@ impl Communicator for ThreadCommunicator {
         let [n_steps, at] = &self.world.places[self.rank];
         n_steps.store(place.n_steps as u64, Ordering::Relaxed);
         at.store(instruction, Ordering::Relaxed);
+    }
+
+    fn attend(
+        &mut self,
+        what: &str,
+        step: u64,
+        usual: Duration,
+        is_done: &mut dyn FnMut(&mut dyn Communicator) -> Result<bool>,
+    ) -> Result<()> {
+        self.world.attending[self.rank].store(step, Ordering::SeqCst);
+        let (started, patience) = (Instant::now(), self.world.options.timeout + usual);
+        loop {
+            self.world.check()?;
+            let error = match is_done(self) {
+                Ok(true) => break,
+                Ok(false) if started.elapsed() < patience => {
+                    std::thread::sleep(GLANCE);
+                    continue;
+                }
+                Ok(false) => {
+                    let missing = self.world.attending.iter().enumerate();
+                    let missing = missing.filter(|(_, at)| at.load(Ordering::SeqCst) < step);
+                    let missing: Vec<String> = missing.map(|(rank, _)| rank.to_string()).collect();
+                    Error::Exhausted(format!(
+                        "{what}: rank {} waited {:.1} s, {}",
+                        self.rank,
+                        started.elapsed().as_secs_f64(),
+                        match missing.as_slice() {
+                            [] => "all ranks have arrived, and it does not end".to_string(),
+                            missing =>
+                                format!("for rank {}, which did not arrive", missing.join(", ")),
+                        }
+                    ))
+                }
+                Err(error) => error,
+            };
+            self.world.fail(&error);
+            return Err(error);
+        }
+        self.stats.wait_s += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    unsafe fn ship(&mut self, tag: u32, sends: &[Parcel], recvs: &[Parcel]) -> Result<Shipment> {
+        // SAFETY: as the caller promises.
+        unsafe { self.send_off(tag, sends, recvs) }
+    }
+
+    fn has_arrived(&mut self, shipment: Shipment) -> Result<bool> {
+        self.take_in(shipment)
+    }
+
+    fn reaches_devices(&self) -> bool {
+        false
     }
 
     fn join(&mut self, ranks: &[usize]) -> Result<GroupIdx> {

@@ -10,13 +10,14 @@ mod nccl;
 mod nvrtc;
 
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{Ordering, fence};
 
 use cudarc::driver::{result, sys};
 use meshweave_dsl::device_code::{Grid, Module};
 
 use super::gpu::{
-    Address, Command, EventIdx, FunctionIdx, Gpu, GraphIdx, ModuleIdx, Product, ProductIdx,
-    StreamIdx, TeamIdx, Value, Work,
+    Address, CallIdx, Command, EventIdx, FunctionIdx, Gpu, GraphIdx, ModuleIdx, Product,
+    ProductIdx, StreamIdx, TeamIdx, Value, Work,
 };
 use super::target::is_exact;
 use crate::error::{Error, Result};
@@ -54,7 +55,17 @@ pub struct Cuda {
     graphs: Vec<sys::CUgraphExec>,
     blas: Option<Blas>,
     teams: Vec<Team>,
+    /// A word a call in pinned memory: [`ASKED`] by its stream, [`ANSWERED`] by the host.
+    calls: Address,
+    /// Calls that the host has heard of and not answered.
+    is_heard: Vec<bool>,
 }
+
+/// What a stream leaves for the host.
+const ASKED: u32 = 1;
+
+/// What it then waits for.
+const ANSWERED: u32 = 2;
 
 // SAFETY: the handles may be used by any thread in whose the context is current, which every method sees
 // to; methods take the device by exclusive reference.
@@ -141,6 +152,8 @@ impl Cuda {
             graphs: Vec::new(),
             blas: None,
             teams: Vec::new(),
+            calls: 0,
+            is_heard: Vec::new(),
         };
         cuda.enter()?;
         cuda.blas = Blas::load(precision)?;
@@ -167,6 +180,17 @@ impl Cuda {
 
     fn error(&self, what: &str, error: result::DriverError) -> Error {
         driver_error(&format!("{what} on {}", self.name), error)
+    }
+
+    /// Whether what was asked about is done.
+    fn is_over(&self, state: sys::CUresult, what: &str) -> Result<bool> {
+        match state {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            state => state
+                .result()
+                .map(|()| true)
+                .map_err(|error| self.error(what, error)),
+        }
     }
 
     fn start(&mut self, command: &Command) -> Result<()> {
@@ -229,6 +253,19 @@ impl Cuda {
                 dst,
                 n_elements,
             } => self.teams[team.0].all_reduce((*kind, *dtype), (*src, *dst, *n_elements), stream),
+            Work::Call(CallIdx(call)) => {
+                let word = self.calls + 4 * *call as u64;
+                let until = sys::CUstreamWaitValue_flags_enum::CU_STREAM_WAIT_VALUE_EQ as u32;
+                // SAFETY: the word is one of pinned memory, which has the same address on the device.
+                unsafe {
+                    sys::cuStreamWriteValue32_v2(stream, word, ASKED, 0)
+                        .result()
+                        .and_then(|()| {
+                            sys::cuStreamWaitValue32_v2(stream, word, ANSWERED, until).result()
+                        })
+                }
+                .map_err(|error| failed("cannot call the host", error))
+            }
             Work::Record(EventIdx(event)) => {
                 // SAFETY: both handles are this device's.
                 unsafe { result::event::record(self.events[*event], stream) }
@@ -384,6 +421,11 @@ impl Gpu for Cuda {
         }
     }
 
+    fn has_teams(&mut self) -> Result<bool> {
+        self.enter()?;
+        Ok(nccl::is_there())
+    }
+
     fn team_name(&mut self) -> Result<Vec<u32>> {
         self.enter()?;
         nccl::team_name()
@@ -395,8 +437,12 @@ impl Gpu for Cuda {
         Ok(TeamIdx(self.teams.len() - 1))
     }
 
-    fn reserve(&mut self, n_streams: usize, n_events: usize) -> Result<()> {
+    fn reserve(&mut self, n_streams: usize, n_events: usize, n_calls: usize) -> Result<()> {
         self.enter()?;
+        if n_calls > self.is_heard.len() {
+            self.calls = self.allocate_host(4 * n_calls)?;
+            self.is_heard = vec![false; n_calls];
+        }
         while self.streams.len() < n_streams {
             let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(|error| self.error("cannot make a stream", error))?;
@@ -407,6 +453,31 @@ impl Gpu for Cuda {
                 .map_err(|error| self.error("cannot make an event", error))?;
             self.events.push(event);
         }
+        Ok(())
+    }
+
+    fn calls(&mut self) -> Result<Vec<CallIdx>> {
+        self.enter()?;
+        let mut found = Vec::new();
+        for (idx, is_heard) in self.is_heard.iter_mut().enumerate() {
+            // SAFETY: a word of pinned memory, which the device may write at any time.
+            let word = unsafe { (self.calls as *const u32).add(idx).read_volatile() };
+            if word == ASKED && !*is_heard {
+                *is_heard = true;
+                found.push(CallIdx(idx));
+            }
+        }
+        // What the device wrote before it asked is read after this.
+        fence(Ordering::Acquire);
+        Ok(found)
+    }
+
+    fn answer(&mut self, CallIdx(idx): CallIdx) -> Result<()> {
+        self.is_heard[idx] = false;
+        // What was received is written before this.
+        fence(Ordering::Release);
+        // SAFETY: as above; the device reads it until it is this.
+        unsafe { (self.calls as *mut u32).add(idx).write_volatile(ANSWERED) };
         Ok(())
     }
 
@@ -447,6 +518,28 @@ impl Gpu for Cuda {
             .map_err(|error| self.error("cannot start a graph", error))
     }
 
+    fn is_idle(&mut self) -> Result<bool> {
+        self.enter()?;
+        for team in &self.teams {
+            team.check()?;
+        }
+        for stream in &self.streams {
+            // SAFETY: the stream is this device's.
+            let state = unsafe { sys::cuStreamQuery(*stream) };
+            if !self.is_over(state, "a kernel has failed")? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn has_passed(&mut self, event: EventIdx) -> Result<bool> {
+        self.enter()?;
+        // SAFETY: the event is this device's.
+        let state = unsafe { sys::cuEventQuery(self.events[event.0]) };
+        self.is_over(state, "a kernel has failed")
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         self.enter()?;
         result::ctx::synchronize().map_err(|error| self.error("a kernel has failed", error))
@@ -467,6 +560,10 @@ impl Drop for Cuda {
             return;
         }
         // Best effort: there is no one to tell of a failure.
+        if !matches!(self.is_idle(), Ok(true)) {
+            // An exchange whose peers are gone would never end.
+            self.teams.drain(..).for_each(Team::abort);
+        }
         let _ = result::ctx::synchronize();
         self.blas = None;
         self.teams.clear();

@@ -47,6 +47,10 @@ pub struct EventIdx(pub usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GraphIdx(pub usize);
 
+/// Index of a call of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CallIdx(pub usize);
+
 /// An argument of a launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value {
@@ -97,6 +101,8 @@ pub enum Work {
         dst: Address,
         n_elements: usize,
     },
+    /// Calls the host, and holds the stream back until it has answered.
+    Call(CallIdx),
     Record(EventIdx),
     Wait(EventIdx),
 }
@@ -209,6 +215,12 @@ pub trait Gpu: Send {
     /// Those of the library.
     fn product(&mut self, product: &Product) -> Result<Option<ProductIdx>>;
 
+    /// Whether the device has a library for teams.
+    ///
+    /// # Errors
+    /// Those of loading it.
+    fn has_teams(&mut self) -> Result<bool>;
+
     /// A name for a team, which all its members join it by.
     ///
     /// # Errors
@@ -221,11 +233,23 @@ pub trait Gpu: Send {
     /// `Exhausted` when the device has no way to others, or they do not come.
     fn join(&mut self, name: &[u32], n_members: usize, member: usize) -> Result<TeamIdx>;
 
-    /// Makes streams and events up to these numbers.
+    /// Makes streams, events and calls up to these numbers.
     ///
     /// # Errors
     /// `Exhausted` when the device has no more.
-    fn reserve(&mut self, n_streams: usize, n_events: usize) -> Result<()>;
+    fn reserve(&mut self, n_streams: usize, n_events: usize, n_calls: usize) -> Result<()>;
+
+    /// The calls that streams have come to since this was last asked.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn calls(&mut self) -> Result<Vec<CallIdx>>;
+
+    /// Lets the stream of a call go on.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn answer(&mut self, call: CallIdx) -> Result<()>;
 
     /// Starts commands, in this order; does not wait for them.
     ///
@@ -244,6 +268,18 @@ pub trait Gpu: Send {
     /// # Errors
     /// Those of the device.
     fn replay(&mut self, graph: GraphIdx) -> Result<()>;
+
+    /// Whether everything that was submitted is done; does not wait for it.
+    ///
+    /// # Errors
+    /// What has failed since the last call, here or, as far as the device hears of it, on a peer.
+    fn is_idle(&mut self) -> Result<bool>;
+
+    /// Whether the last `Record` of an event, which no graph holds, has run.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn has_passed(&mut self, event: EventIdx) -> Result<bool>;
 
     /// Waits for everything that was submitted.
     ///

@@ -1,6 +1,7 @@
 //! Rehearsed failures: what a rank does at an instruction, to see how the others take it.
 //!
-//! In: `RANK:STEP:INSTRUCTION:WHAT`. Out: a drill for a session. Invariant: a drill happens once.
+//! In: `RANK:STEP:INSTRUCTION:WHAT`. Out: a drill for a session. Invariant: a drill happens once: on a GPU,
+//! where all instructions of a step are started at once, before the step.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drill {
     pub rank: usize,
-    /// Counted from 1.
+    /// Counted from 1; 0 is before the ranks join their groups.
     pub step: usize,
     pub instruction: usize,
     pub what: Mishap,
@@ -69,6 +70,15 @@ impl FromStr for Drill {
     }
 }
 
+impl Drill {
+    /// Does what is rehearsed before the ranks join their groups, if it is that, on `rank`.
+    pub fn before_groups(&self, rank: usize) {
+        if (self.rank, self.step) == (rank, 0) {
+            self.what.befall();
+        }
+    }
+}
+
 /// A drill, and the word that flips when it is about divergence.
 pub(super) struct PlacedDrill {
     pub(super) drill: Drill,
@@ -92,13 +102,6 @@ impl Session {
                 self.program.ranks.len()
             )));
         }
-        if self.gpu.is_some() {
-            return Err(Error::Unsupported(
-                "drills are for ranks that are threads or processes of the host; leave out \
-                 `--backend cuda`"
-                    .into(),
-            ));
-        }
         // What diverges is best something that another rank holds too.
         let shared = |placed: &&Placed, here: &&PlacedPart| {
             let parts = &placed.tensor.parts;
@@ -114,19 +117,56 @@ impl Session {
         });
         let first = held.clone().next();
         let chosen = held.find(|(placed, here)| shared(placed, here)).or(first);
-        if let Some((_, here)) = chosen {
-            for rank in &self.ranks {
-                let mut rank = lock(rank);
-                if rank.rank == drill.rank {
-                    let Words::Here(at) = here.words else {
-                        continue;
-                    };
-                    let drill = drill.clone();
-                    rank.drill = Some(PlacedDrill { drill, at });
-                }
+        let Some((placed, here)) = chosen else {
+            return Ok(());
+        };
+        let drill = drill.clone();
+        let Words::Here(at) = here.words else {
+            let buffer = placed.tensor.parts[here.part_idx].buffer;
+            self.gpu_drill = Some((drill, buffer));
+            return Ok(());
+        };
+        for rank in &self.ranks {
+            let mut rank = lock(rank);
+            if rank.rank == drill.rank {
+                let drill = drill.clone();
+                rank.drill = Some(PlacedDrill { drill, at });
             }
         }
         Ok(())
+    }
+
+    /// Does what is rehearsed before this step on a GPU, once.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(super) fn rehearse_on_gpu(&mut self) -> Result<()> {
+        let next = self.n_steps + 1;
+        let Some((drill, buffer)) = self.gpu_drill.take_if(|(drill, _)| drill.step == next) else {
+            return Ok(());
+        };
+        if drill.what != Mishap::Diverge {
+            drill.what.befall();
+            return Ok(());
+        }
+        let Some(gpu) = &self.gpu else { return Ok(()) };
+        let (mut gpu, mut word, at) = (lock(gpu), [0], (drill.rank, buffer));
+        gpu.read(&self.program, at, &mut word)?;
+        gpu.write(&self.program, at, &[word[0] ^ 1])
+    }
+}
+
+impl Mishap {
+    /// What concerns the process befalls it.
+    fn befall(self) {
+        match self {
+            // SAFETY: raising a signal in the own process.
+            Self::Kill => drop(unsafe { libc::raise(libc::SIGKILL) }),
+            // SAFETY: as above.
+            Self::Stop => drop(unsafe { libc::raise(libc::SIGSTOP) }),
+            Self::Slow(time) => std::thread::sleep(time),
+            Self::Diverge => {}
+        }
     }
 }
 
@@ -136,17 +176,11 @@ impl Rank {
         let Some(drill) = self.drill.take() else {
             return;
         };
-        match drill.drill.what {
-            // SAFETY: raising a signal in the own process.
-            Mishap::Kill => drop(unsafe { libc::raise(libc::SIGKILL) }),
-            // SAFETY: as above.
-            Mishap::Stop => drop(unsafe { libc::raise(libc::SIGSTOP) }),
-            Mishap::Slow(time) => std::thread::sleep(time),
-            Mishap::Diverge => {
-                // SAFETY: the first word of a parameter or state in this rank's arena, which runs on
-                // this thread alone.
-                unsafe { *drill.at ^= 1 }
-            }
+        if drill.drill.what == Mishap::Diverge {
+            // SAFETY: the first word of a parameter or state in this rank's arena, which runs on
+            // this thread alone.
+            unsafe { *drill.at ^= 1 }
         }
+        drill.drill.what.befall();
     }
 }

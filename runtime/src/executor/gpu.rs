@@ -11,6 +11,7 @@
 //! [`OnGpu::other_bytes`] in all.
 
 mod collective;
+mod hosted;
 mod issue;
 mod order;
 mod product;
@@ -18,15 +19,17 @@ mod remote;
 mod session;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use meshweave_dsl::device_code::{DEVICE_CODE_VERSION, DeviceCode, Module};
 use meshweave_dsl::program::{Action, BufferId, Program, RankProgram};
 
-use crate::collective::Communicator;
-use crate::device::gpu::{Address, Gpu, GraphIdx, TEAM_NAME_WORDS, Value, Work};
+use crate::collective::{Communicator, exchange_texts};
+use crate::device::gpu::{Address, Gpu, GraphIdx, TEAM_NAME_WORDS, TeamIdx, Value, Work};
 use crate::device::target::check_target;
 use crate::error::{Error, Result};
 use collective::Functions;
+use hosted::Hosted;
 use issue::{Apart, Place, Site, TeamKey, address};
 use order::{Order, Step, Timing};
 use remote::{IN_STAGING, Staging};
@@ -103,7 +106,7 @@ impl Known {
             }
             // Of buffers alone.
             Work::Product { .. } | Work::AllReduce { .. } => {}
-            Work::Record(_) | Work::Wait(_) => {}
+            Work::Call(_) | Work::Record(_) | Work::Wait(_) => {}
         }
     }
 }
@@ -119,11 +122,15 @@ pub(in crate::executor) struct OnGpu {
     whole: Step,
     graph: Option<GraphIdx>,
     n_run: usize,
+    /// What the last step took.
+    usual: Duration,
     /// Of the last timed step, one a rank and instruction.
     spans: Vec<Vec<Span>>,
     choices: BTreeMap<(usize, usize), Choice>,
     other_bytes: usize,
     host_bytes: usize,
+    /// What the host exchanges, where the device has no library for it.
+    hosted: Hosted,
 }
 
 impl OnGpu {
@@ -178,6 +185,9 @@ impl OnGpu {
             ptx: Some(collective::CODE.into()),
         };
         let own = gpu.load(&own, &code.target)?;
+        let reaches_devices = communicator
+            .as_ref()
+            .is_some_and(|communicator| communicator.reaches_devices());
         let apart = communicator.map(|communicator| join(program, gpu.as_mut(), communicator));
         let mut site = Site {
             program,
@@ -196,7 +206,8 @@ impl OnGpu {
         let n_streams = site.n_streams();
         let (places, choices) = (site.places, site.choices);
         let addresses = site.tables.addresses;
-        let staging_bytes = site.apart.map_or(0, |apart| apart.staging.n_bytes);
+        let apart = site.apart;
+        let staging_bytes = apart.as_ref().map_or(0, |apart| apart.staging.n_bytes);
         let table_bytes = 8 * addresses.len();
         let known = Known {
             table: if table_bytes > 0 {
@@ -220,9 +231,16 @@ impl OnGpu {
         }
         let works = items.iter_mut().flat_map(|item| &mut item.work);
         works.for_each(|work| known.place(work));
+        let by_host = apart.and_then(|apart| apart.by_host);
+        let hosted = match by_host {
+            Some(teams) => Hosted::replace(&mut items, &teams, gpu.as_mut(), reaches_devices)?,
+            None => Hosted::default(),
+        };
+        host_bytes += hosted.n_bytes;
         let order = Order::new(items, n_streams);
         let (timed, whole) = (order.step(Timing::EveryItem), order.step(Timing::StepOnly));
-        gpu.reserve(n_streams, timed.n_events.max(whole.n_events))?;
+        let n_events = timed.n_events.max(whole.n_events);
+        gpu.reserve(n_streams, n_events, hosted.n_calls())?;
         let n_instructions = program.ranks.iter().map(|rank| rank.instructions.len());
         Ok(Self {
             gpu,
@@ -236,10 +254,12 @@ impl OnGpu {
             whole,
             graph: None,
             n_run: 0,
+            usual: Duration::ZERO,
             spans: n_instructions.map(|n| vec![Span::default(); n]).collect(),
             choices,
             other_bytes: table_bytes + staging_bytes,
             host_bytes,
+            hosted,
         })
     }
 
@@ -314,21 +334,30 @@ impl OnGpu {
         self.gpu.upload(address, words)
     }
 
-    /// Runs one step; returns when it is done.
+    /// Runs one step; returns when it is done. With a communicator it listens to the other ranks
+    /// meanwhile.
     ///
     /// # Errors
-    /// Those of the device.
-    pub(super) fn step(&mut self) -> Result<()> {
+    /// Those of the device, and of [`Communicator::attend`].
+    pub(super) fn step(
+        &mut self,
+        program: &Program,
+        communicator: Option<&mut dyn Communicator>,
+    ) -> Result<()> {
         if self.n_run == N_TIMED_STEPS {
             self.graph = self.gpu.record(&self.whole.commands)?;
         }
         self.n_run += 1;
-        if let Some(graph) = self.graph {
-            self.gpu.replay(graph)?;
-            return self.gpu.synchronize();
+        let started = Instant::now();
+        match self.graph {
+            Some(graph) => self.gpu.replay(graph)?,
+            None => self.gpu.submit(&self.timed.commands)?,
         }
-        self.gpu.submit(&self.timed.commands)?;
-        self.gpu.synchronize()?;
+        self.finish(program, communicator)?;
+        self.usual = started.elapsed();
+        if self.graph.is_some() {
+            return Ok(());
+        }
         for (owners, (start, end)) in self.owners.iter().zip(&self.timed.times) {
             let span = Span {
                 start_s: self.gpu.elapsed_s(self.timed.bounds.0, *start)?,
@@ -341,6 +370,53 @@ impl OnGpu {
         Ok(())
     }
 
+    /// Waits for the step that was started.
+    fn finish(
+        &mut self,
+        program: &Program,
+        communicator: Option<&mut dyn Communicator>,
+    ) -> Result<()> {
+        if let Some(communicator) = communicator {
+            let what = format!("step {} of this run on GPUs", self.n_run);
+            let (gpu, hosted) = (&mut self.gpu, &mut self.hosted);
+            let mut is_done = |communicator: &mut dyn Communicator| {
+                hosted.serve(gpu.as_mut(), communicator)?;
+                gpu.is_idle()
+            };
+            let done = communicator.attend(&what, self.n_run as u64, self.usual, &mut is_done);
+            done.map_err(|error| self.placed(program, error))?;
+        }
+        self.gpu.synchronize()
+    }
+
+    /// A failure with the instruction that the step has come to, where that is known: where the host
+    /// makes exchanges, and where instructions are timed.
+    fn placed(&mut self, program: &Program, error: Error) -> Error {
+        let Error::Exhausted(text) = &error else {
+            return error;
+        };
+        let at = self.hosted.waits_at().or_else(|| self.first_unfinished());
+        let Some((rank, instruction_idx)) = at else {
+            return error;
+        };
+        let instruction = &program.ranks[rank].instructions[instruction_idx];
+        Error::Exhausted(format!(
+            "{text}; rank {rank} has come to instruction {instruction_idx}, `{}`",
+            instruction.name
+        ))
+    }
+
+    /// Rank and instruction of the first item that has not ended, while instructions are timed.
+    fn first_unfinished(&mut self) -> Option<(usize, usize)> {
+        if self.graph.is_some() {
+            return None;
+        }
+        let ends = self.owners.iter().zip(&self.timed.times);
+        let mut ends = ends.filter_map(|(owners, (_, end))| Some((*owners.first()?, *end)));
+        let first = ends.find(|(_, end)| !self.gpu.has_passed(*end).unwrap_or(true));
+        first.map(|(at, _)| at)
+    }
+
     /// The times of the last step that was timed.
     pub(super) fn spans(&self, rank: usize) -> &[Span] {
         &self.spans[rank]
@@ -348,7 +424,7 @@ impl OnGpu {
 }
 
 /// Joins the groups and channels of a rank, together with all other ranks: each group's first member
-/// makes the name that the others join it by.
+/// makes the name that the others join it by. Where the host exchanges, there is nothing to join.
 fn join(
     program: &Program,
     gpu: &mut dyn Gpu,
@@ -368,6 +444,19 @@ fn join(
         let ends = vec![channel.from, channel.to];
         keys.insert((ends, TeamKey::Channel(channel_idx)));
     }
+    // All exchange in one way: the host does where some rank's device has no library for it.
+    let has_teams = if gpu.has_teams()? { "teams" } else { "" };
+    let all_have = exchange_texts(communicator, has_teams)?;
+    if all_have.iter().any(String::is_empty) {
+        let (by_host, keys): (Vec<_>, Vec<_>) = keys.into_iter().unzip();
+        let teams = keys.into_iter().enumerate();
+        return Ok(Apart {
+            rank,
+            teams: teams.map(|(idx, key)| (key, TeamIdx(idx))).collect(),
+            by_host: Some(by_host),
+            staging: Staging::default(),
+        });
+    }
     let mut teams = BTreeMap::new();
     for (ranks, key) in keys {
         let Some(member) = ranks.iter().position(|other| *other == rank) else {
@@ -381,11 +470,14 @@ fn join(
         let mut name = vec![0; TEAM_NAME_WORDS];
         let group = communicator.join(&ranks)?;
         communicator.broadcast(group, &made, &mut name)?;
+        // The library waits for all members without an end: none goes there before all are here.
+        communicator.barrier(group)?;
         teams.insert(key, gpu.join(&name, ranks.len(), member)?);
     }
     Ok(Apart {
         rank,
         teams,
+        by_host: None,
         staging: Staging::default(),
     })
 }

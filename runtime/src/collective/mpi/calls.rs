@@ -2,14 +2,15 @@
 //!
 //! In: words and how many of them each member sends and receives. Out: the words, moved; or the failure that
 //! ended the wait: another rank's, or that of who did not arrive in time.
-//! Invariant: a call that returns well has left MPI: its buffers are free again.
+//! Invariant: a call that returns well has left MPI: its buffers are free again. Every wait but those
+//! inside of MPI's own making of communicators has an end.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};
 
 use super::watch::Waiting;
 use super::{MpiCommunicator, describe};
-use crate::collective::GroupIdx;
+use crate::collective::{GroupIdx, Parcel};
 use crate::error::{Error, Result};
 use crate::mpi::{Handle, Mpi, Status};
 
@@ -22,6 +23,9 @@ const EAGER: Duration = Duration::from_millis(20);
 
 /// Tests between two sleeps of a longer wait.
 const N_TESTS: u32 = 16;
+
+/// Most bytes of a parcel at once: MPI's counts have 31 bits.
+const PIECE: usize = 1 << 30;
 
 /// How long a rank still waits after the job was told to end.
 const LAST_WAIT: Duration = Duration::from_millis(700);
@@ -64,20 +68,73 @@ impl MpiCommunicator {
         Ok(true)
     }
 
+    /// Waits until all members of a group have come: each tells a member twice as far away in every
+    /// round, and hears of one as far behind (a dissemination barrier).
+    pub(super) fn assemble(
+        &mut self,
+        ranks: &[usize],
+        member_idx: usize,
+        tag: c_int,
+    ) -> Result<()> {
+        if let Some(error) = &self.failure {
+            return Err(error.clone());
+        }
+        let (n_members, mut distance) = (ranks.len(), 1);
+        while distance < n_members {
+            let to = ranks[(member_idx + distance) % n_members];
+            let from = ranks[(member_idx + n_members - distance) % n_members];
+            let mut requests = [Handle::EMPTY; 2];
+            let [sent, heard] = &mut requests;
+            let (functions, byte) = (&self.mpi.functions, self.mpi.byte);
+            let nothing = std::ptr::NonNull::<u8>::dangling().as_ptr().cast();
+            // SAFETY: messages without bytes, which need no memory.
+            let (sent, heard) = unsafe {
+                (
+                    (functions.isend)(nothing, 0, byte, to as c_int, tag, self.messages, sent),
+                    (functions.irecv)(nothing, 0, byte, from as c_int, tag, self.messages, heard),
+                )
+            };
+            for (call, code) in [("MPI_Isend", sent), ("MPI_Irecv", heard)] {
+                if let Err(error) = self.mpi.check(call, code) {
+                    return self.failed(error);
+                }
+            }
+            for mut request in requests {
+                self.complete(&mut request, |_| Waiting {
+                    what: "joining the group".to_string(),
+                    ranks: ranks.to_vec(),
+                    number: 0,
+                })?;
+            }
+            distance *= 2;
+        }
+        Ok(())
+    }
+
     /// Waits for a request, listening to the others when it takes long.
     pub(super) fn complete(
         &mut self,
         request: &mut Handle,
         at: impl Fn(&MpiCommunicator) -> Waiting,
     ) -> Result<()> {
-        if self.test(request)? {
+        self.poll(self.timeout, at, |this| this.test(request))
+    }
+
+    /// Waits until `is_done`, for at most `patience`, listening to the others when it takes long.
+    pub(super) fn poll(
+        &mut self,
+        patience: Duration,
+        at: impl Fn(&MpiCommunicator) -> Waiting,
+        mut is_done: impl FnMut(&mut MpiCommunicator) -> Result<bool>,
+    ) -> Result<()> {
+        if is_done(self)? {
             return Ok(());
         }
         let started = Instant::now();
         let mut n_tests = 0_u32;
         let mut looked = started;
         let mut waiting: Option<Waiting> = None;
-        while !self.test(request)? {
+        while !is_done(self)? {
             n_tests = n_tests.wrapping_add(1);
             if n_tests < 64 {
                 std::hint::spin_loop();
@@ -108,7 +165,7 @@ impl MpiCommunicator {
                 return Err(error);
             }
             let ending = crate::signals::ending() && waited > self.timeout.min(LAST_WAIT);
-            if waited >= self.timeout || ending {
+            if waited >= patience || ending {
                 let hint = if ending {
                     " (the job was told to end)"
                 } else {
@@ -120,6 +177,58 @@ impl MpiCommunicator {
         }
         self.stats.wait_s += started.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    /// Starts to send and to receive parcels, greater ones piece by piece.
+    ///
+    /// # Safety
+    /// As for [`Communicator::ship`](crate::collective::Communicator::ship).
+    pub(super) unsafe fn start_parcels(
+        &mut self,
+        tag: u32,
+        sends: &[Parcel],
+        recvs: &[Parcel],
+    ) -> Result<Vec<Handle>> {
+        if let Some(error) = &self.failure {
+            return Err(error.clone());
+        }
+        let (tag, byte, comm) = (tag as c_int, self.mpi.byte, self.parcels);
+        let mut requests = Vec::new();
+        for (is_send, parcels) in [(false, recvs), (true, sends)] {
+            for parcel in parcels {
+                let peer = parcel.rank as c_int;
+                let mut done = 0;
+                while done < parcel.n_bytes {
+                    let n_bytes = (parcel.n_bytes - done).min(PIECE);
+                    let at = parcel.address + done as u64;
+                    let mut request = Handle::EMPTY;
+                    let (functions, out) = (&self.mpi.functions, &raw mut request);
+                    let n = n_bytes as c_int;
+                    // SAFETY: as the caller promises.
+                    let (call, code) = unsafe {
+                        if is_send {
+                            let isend = functions.isend;
+                            (
+                                "MPI_Isend",
+                                isend(at as *const c_void, n, byte, peer, tag, comm, out),
+                            )
+                        } else {
+                            let irecv = functions.irecv;
+                            (
+                                "MPI_Irecv",
+                                irecv(at as *mut c_void, n, byte, peer, tag, comm, out),
+                            )
+                        }
+                    };
+                    if let Err(error) = self.mpi.check(call, code) {
+                        return self.failed(error);
+                    }
+                    requests.push(request);
+                    done += n_bytes;
+                }
+            }
+        }
+        Ok(requests)
     }
 
     pub(super) fn test(&mut self, request: &mut Handle) -> Result<bool> {

@@ -6,8 +6,9 @@
 
 use std::ffi::c_int;
 use std::ptr;
+use std::time::{Duration, Instant};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mpi::{Handle, Mpi, Status};
 
 /// Bytes of a host's name, the longest of either interface.
@@ -16,8 +17,8 @@ const NAME_BYTES: usize = 256;
 /// The host of every process, in the launcher's order.
 ///
 /// # Errors
-/// `Exhausted` when MPI refuses.
-pub(super) fn of_ranks(mpi: &Mpi) -> Result<Vec<String>> {
+/// `Exhausted` when MPI refuses, or some processes have not come after `timeout`.
+pub(super) fn of_ranks(mpi: &Mpi, timeout: Duration) -> Result<Vec<String>> {
     let mut size = 0;
     // SAFETY: the out-parameter is a local; the world's communicator is always valid.
     let code = unsafe { (mpi.functions.comm_size)(mpi.world, &raw mut size) };
@@ -31,6 +32,7 @@ pub(super) fn of_ranks(mpi: &Mpi) -> Result<Vec<String>> {
         .map(|rank| (rank * NAME_BYTES) as c_int)
         .collect();
     let (mut request, mut is_done, mut status) = (Handle::EMPTY, 0, Status::EMPTY);
+    let started = Instant::now();
     // SAFETY: the buffers hold what the counts say, and live until the request has ended.
     unsafe {
         let code = (mpi.functions.iallgatherv)(
@@ -48,6 +50,16 @@ pub(super) fn of_ranks(mpi: &Mpi) -> Result<Vec<String>> {
         while is_done == 0 {
             let code = (mpi.functions.test)(&raw mut request, &raw mut is_done, &raw mut status);
             mpi.check("MPI_Test", code)?;
+            if started.elapsed() >= timeout {
+                // MPI may write to it until the process ends.
+                std::mem::forget((own, all, counts, starts));
+                return Err(Error::Exhausted(format!(
+                    "not all {n_ranks} processes of the job have come within {:.1} s of this one's start, \
+                     on {}: one of them is stopped, or busy; a larger --timeout helps where they are only slow",
+                    timeout.as_secs_f64(),
+                    mpi.host()
+                )));
+            }
             std::thread::yield_now();
         }
     }

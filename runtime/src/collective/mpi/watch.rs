@@ -158,13 +158,17 @@ impl Watch {
             .filter(|rank| *rank != self.rank && heard(*rank).is_none())
             .collect();
         let mut text = format!(
-            "{} of ranks {:?}: rank {} waited {:.1} s for {}, which did not arrive",
+            "{} of ranks {:?}: rank {} waited {:.1} s",
             at.what,
             at.ranks,
             self.rank,
             waited.as_secs_f64(),
-            listed(&missing)
         );
+        if missing.is_empty() {
+            text += "; all of them have arrived, and it does not end";
+            return Error::Exhausted(text + hint);
+        }
+        text += &format!(" for {}, which did not arrive", listed(&missing));
         for rank in &missing {
             if let Some(other) = heard(*rank) {
                 text += &format!(

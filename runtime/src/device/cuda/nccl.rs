@@ -34,16 +34,20 @@ pub(super) fn team_name() -> Result<Vec<u32>> {
         .collect())
 }
 
-fn load() -> Result<()> {
+/// Whether the library is there.
+pub(super) fn is_there() -> bool {
     preload();
     // SAFETY: looks for a library and loads it.
-    if unsafe { sys::is_culib_present() } {
+    unsafe { sys::is_culib_present() }
+}
+
+fn load() -> Result<()> {
+    if is_there() {
         return Ok(());
     }
     Err(Error::Exhausted(
-        "ranks on several GPUs need NCCL: libnccl.so was looked for where the system's loader looks and is \
-         not there; install NCCL with its development package, or put all ranks on one GPU: `meshweave run \
-         --backend cuda`"
+        "NCCL: libnccl.so was looked for where the system's loader looks and is not there; install NCCL with \
+         its development package"
             .into(),
     ))
 }
@@ -73,6 +77,28 @@ impl Team {
             communicator.assume_init()
         };
         Ok(Team { communicator })
+    }
+
+    /// What NCCL has noticed since: a peer that is gone, a network that fails.
+    ///
+    /// # Errors
+    /// `Exhausted` with it.
+    pub(super) fn check(&self) -> Result<()> {
+        let mut state = sys::ncclResult_t::ncclSuccess;
+        // SAFETY: the communicator is this team's; the out-parameter is a local.
+        unsafe { sys::ncclCommGetAsyncError(self.communicator, &raw mut state) }
+            .result()
+            .map_err(|error| nccl_error("cannot ask after a team", &error))?;
+        let state = state.result();
+        state.map_err(|error| nccl_error("has lost an exchange between devices", &error))?;
+        Ok(())
+    }
+
+    /// Ends what is under way; the team is of no use afterwards.
+    pub(super) fn abort(self) {
+        // SAFETY: freed once: this value's own end does not come.
+        let _ = unsafe { result::comm_abort(self.communicator) };
+        std::mem::forget(self);
     }
 
     /// Sends and receives, all at once.

@@ -58,6 +58,8 @@ pub(super) struct Site<'a> {
 pub(super) struct Apart {
     pub(super) rank: usize,
     pub(super) teams: BTreeMap<TeamKey, TeamIdx>,
+    /// The ranks of each team, where the host exchanges for them.
+    pub(super) by_host: Option<Vec<Vec<usize>>>,
     pub(super) staging: Staging,
 }
 
@@ -397,6 +399,7 @@ impl<'a> Site<'a> {
             n_members: group.len(),
             src,
             dst,
+            has_sums: apart.by_host.is_none(),
         };
         let mut launcher = Launcher {
             gpu: &mut *self.gpu,

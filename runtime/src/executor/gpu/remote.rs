@@ -3,7 +3,8 @@
 //! In: a [`Collective`] and this member's place in it. Out: work for its device, exchanges among it.
 //! Invariant: what two members say of an exchange agrees, because both read it off the same collective;
 //! sums are made in the order of the group's ranks, so they have the bits of every other backend. All
-//! reductions but those by the library's own all-reduce are such.
+//! reductions but those by the library's own all-reduce are such: those of log-sum-exps, and all where the
+//! host exchanges.
 
 use meshweave_dsl::layout::ReduceKind;
 
@@ -14,6 +15,9 @@ use crate::strided::CopyLoop;
 
 /// Stands before the memory for packed elements is known; its other bits are the offset there.
 pub(super) const IN_STAGING: Address = 1 << 62;
+
+/// Up to this many elements every member reduces everything by itself, which saves an exchange.
+const SMALL: usize = 2048;
 
 /// Multiples at which pieces of it begin.
 const ALIGNMENT: usize = 256;
@@ -48,6 +52,8 @@ pub(super) struct Own {
     pub(super) n_members: usize,
     pub(super) src: Address,
     pub(super) dst: Address,
+    /// Whether the team reduces by itself.
+    pub(super) has_sums: bool,
 }
 
 impl Launcher<'_> {
@@ -64,7 +70,9 @@ impl Launcher<'_> {
         staging.clear();
         match collective {
             Collective::Moves(moves) => self.exchange(moves, own, staging),
-            Collective::AllReduce { kind, n_elements } if *kind != ReduceKind::Lse => {
+            Collective::AllReduce { kind, n_elements }
+                if *kind != ReduceKind::Lse && own.has_sums =>
+            {
                 Ok(vec![Work::AllReduce {
                     team: own.team,
                     kind: *kind,
@@ -74,9 +82,12 @@ impl Launcher<'_> {
                     n_elements: *n_elements,
                 }])
             }
-            Collective::AllReduce { kind, n_elements } => {
+            Collective::AllReduce { kind, n_elements } if *n_elements <= SMALL => {
                 let rows = vec![Rows::dense(*n_elements); own.n_members];
                 self.combine(*kind, &rows, own, staging)
+            }
+            Collective::AllReduce { kind, n_elements } => {
+                self.all_reduce(*kind, *n_elements, own, staging)
             }
             Collective::ReduceScatter { kind, rows } => self.combine(*kind, rows, own, staging),
         }
@@ -119,6 +130,49 @@ impl Launcher<'_> {
         };
         let mut works = self.exchange(&moves, into_slots, staging)?;
         works.push(self.reduce(kind, &slots, &[own.dst], &Rows::dense(n_own))?);
+        Ok(works)
+    }
+
+    /// Every member combines a part of the elements, which the others then get of it.
+    fn all_reduce(
+        &mut self,
+        kind: ReduceKind,
+        n_elements: usize,
+        own: Own,
+        staging: &mut Staging,
+    ) -> Result<Vec<Work>> {
+        let (share, more) = (n_elements / own.n_members, n_elements % own.n_members);
+        let mut start = 0;
+        let parts = (0..own.n_members).map(|member| {
+            let n = share + usize::from(member < more);
+            start += n;
+            Rows {
+                start: start - n,
+                ..Rows::dense(n)
+            }
+        });
+        let parts: Vec<Rows> = parts.collect();
+        let own_part = Own {
+            dst: self.element(own.dst, parts[own.member].start),
+            ..own
+        };
+        let mut works = self.combine(kind, &parts, own_part, staging)?;
+        let ways =
+            (0..own.n_members).flat_map(|source| (0..own.n_members).map(move |to| (source, to)));
+        let moves = ways.filter(|(source, target)| source != target);
+        let moves = moves.map(|(source, target)| Move {
+            source,
+            target,
+            loops: Rows::dense(parts[source].n_elements()).loops(),
+            from: parts[source].start,
+            to: parts[source].start,
+        });
+        let moves: Vec<Move> = moves.collect();
+        let in_place = Own {
+            src: own.dst,
+            ..own
+        };
+        works.extend(self.exchange(&moves, in_place, staging)?);
         Ok(works)
     }
 

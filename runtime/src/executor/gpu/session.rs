@@ -56,8 +56,9 @@ impl Session {
     }
 
     /// Starts the rank that `communicator` is the end of, on a GPU of its own; the others run elsewhere,
-    /// on theirs. The communicator brings them together and carries what is gathered; collectives go
-    /// from device to device.
+    /// on theirs. The communicator brings them together, listens to the others while a step runs, and
+    /// carries what is gathered; collectives go from device to device, or through it where some device
+    /// has no library for that.
     ///
     /// # Errors
     /// As for [`Session::on_gpu`] and [`Session::one_of`].
@@ -98,7 +99,11 @@ impl Session {
     /// Runs one step; the session is over when it fails.
     pub(in crate::executor) fn step_gpu(&self, gpu: &Mutex<OnGpu>) -> Result<Timeline> {
         let mut gpu = lock(gpu);
-        match gpu.step() {
+        let mut communicator = self.communicator.as_ref().map(lock);
+        let communicator = communicator
+            .as_mut()
+            .map(|guard| &mut ***guard as &mut dyn Communicator);
+        match gpu.step(&self.program, communicator) {
             Ok(()) => Ok(self.gpu_timeline(&gpu)),
             Err(error) => {
                 lock(&self.failure).get_or_insert_with(|| error.clone());
