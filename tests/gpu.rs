@@ -30,6 +30,7 @@ use crate::support::plans;
 
 mod biases;
 mod mixed;
+mod processes;
 
 /// Most difference from the oracle: of losses relative to them, of gradients and of parameters after
 /// three steps relative to each tensor's greatest element.
@@ -314,16 +315,17 @@ fn a_rank_that_does_not_come_is_named() {
                     let gpu = Simulated::with_peers(Library::Products, 5, hub);
                     let gpu = if has_teams { gpu } else { gpu.without_teams() };
                     let mut session = start_apart(graph, (program, code), gpu, communicator);
-                    if rank == 0 {
-                        let error = session.step().unwrap_err().to_string();
-                        for part in [
-                            "step 1 of this run on GPUs: rank 0 waited",
-                            "for rank 1, which did not arrive; rank 0 has come to instruction",
-                        ] {
-                            assert!(error.contains(part), "{error}");
-                        }
-                        assert_eq!(session.step().unwrap_err().to_string(), error);
-                    }
+                    let slow = "1:1:0:slow=10".parse().unwrap();
+                    session.rehearse(&slow).unwrap();
+                    // The rank that was waited for hears of it when it comes.
+                    let error = session.step().unwrap_err().to_string();
+                    let said = "step 1 of this run on GPUs: rank 0 waited";
+                    assert!(error.contains(said), "{error}");
+                    let missing = "for rank 1, which did not arrive";
+                    assert!(error.contains(missing), "{error}");
+                    let place = "rank 0 has come to instruction";
+                    assert_eq!(error.contains(place), rank == 0, "{error}");
+                    assert_eq!(session.step().unwrap_err().to_string(), error);
                 });
             }
         });

@@ -46,7 +46,7 @@ fn exists(launcher: &str) -> bool {
     Command::new(launcher).arg("--version").output().is_ok()
 }
 
-fn has_mpi() -> bool {
+pub(crate) fn has_mpi() -> bool {
     if !exists("mpirun") {
         eprintln!("skipped: no mpirun on this machine");
     }

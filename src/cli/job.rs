@@ -6,11 +6,21 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use meshweave_compiler::resolve::Init;
+use meshweave_runtime::device::cuda::Precision;
 
 use super::train::parse_init;
 use crate::error::Result;
+
+/// Products of f32 on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum GpuPrecision {
+    /// Factors and sums of f32; the default.
+    F32,
+    /// Factors rounded to 10 bits, sums of f32: tensor cores.
+    Tf32,
+}
 
 #[derive(Clone, Debug, Default, PartialEq, Args)]
 pub struct JobArgs {
@@ -26,9 +36,13 @@ pub struct JobArgs {
     /// Threads of each device; by default the cores divided by the devices.
     #[arg(long)]
     pub(super) threads: Option<usize>,
-    /// Give every process a GPU of its own, over NCCL (ranks that are processes only).
+    /// Give every process a GPU of its own (ranks that are processes only); they exchange by NCCL, or by
+    /// MPI where it is missing.
     #[arg(long)]
     pub(super) gpu: bool,
+    /// How products of f32 are made by a GPU's library.
+    #[arg(long, value_enum)]
+    precision: Option<GpuPrecision>,
     /// Seconds without a rank after which a collective fails and says who did not arrive [default: 600].
     #[arg(long, value_parser = positive)]
     pub(super) timeout: Option<f64>,
@@ -73,6 +87,13 @@ impl JobArgs {
         give("--init", self.init.as_ref().map(OsString::from));
         give("--data", path(&self.data));
         give("--threads", number(self.threads));
+        let precision = self
+            .precision
+            .and_then(|precision| precision.to_possible_value());
+        give(
+            "--precision",
+            precision.map(|value| value.get_name().into()),
+        );
         if self.gpu {
             args.push("--gpu".into());
         }
@@ -103,6 +124,14 @@ impl JobArgs {
         self.init.as_deref().map(parse_init).transpose()
     }
 
+    /// How products of f32 are made by a GPU's library: in f32 where the command line says nothing.
+    pub(super) fn precision(&self) -> Precision {
+        match self.precision {
+            Some(GpuPrecision::Tf32) => Precision::Tf32,
+            Some(GpuPrecision::F32) | None => Precision::F32,
+        }
+    }
+
     /// Seconds of patience with other ranks.
     pub(super) fn timeout_s(&self) -> f64 {
         self.timeout.unwrap_or(600.0)
@@ -130,7 +159,7 @@ mod tests {
 
     #[test]
     fn flags_survive_the_way_to_another_process() {
-        let line = "x --steps 3 --init random:7 --data d --threads 2 --gpu --timeout 0.5 --trace t --save s \
+        let line = "x --steps 3 --init random:7 --data d --threads 2 --gpu --precision tf32 --timeout 0.5 --trace t --save s \
                     --checkpoint c --every 4 --keep 1 --resume r --drill 1:2:3:kill";
         let Only { job } = Only::parse_from(line.split_whitespace());
         let again = std::iter::once(OsString::from("x")).chain(job.to_args());

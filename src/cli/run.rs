@@ -11,7 +11,7 @@ use meshweave_compiler::show::{perfetto, report};
 use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::Timeline;
-use meshweave_runtime::device::cuda::{Cuda, Precision};
+use meshweave_runtime::device::cuda::Cuda;
 use meshweave_runtime::executor::{Session as Execution, SessionOptions};
 use meshweave_runtime::pretrained::Pretrained;
 use meshweave_runtime::tensor::{Elements, HostTensor};
@@ -81,9 +81,6 @@ pub struct RunArgs {
     /// Which GPU, counted from 0 (CUDA only).
     #[arg(long, default_value_t = 0)]
     device: usize,
-    /// How products of f32 are made by the GPU's library (CUDA only).
-    #[arg(long, value_enum, default_value_t = GpuPrecision::F32)]
-    precision: GpuPrecision,
     #[command(flatten)]
     job: JobArgs,
 }
@@ -97,15 +94,6 @@ enum Backend {
     Mpi,
     /// All ranks on one NVIDIA GPU, taking turns.
     Cuda,
-}
-
-/// Products of f32 on a GPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum GpuPrecision {
-    /// Factors and sums of f32.
-    F32,
-    /// Factors rounded to 10 bits, sums of f32: tensor cores.
-    Tf32,
 }
 
 /// A program ready to start, and what is known of where it comes from.
@@ -222,11 +210,7 @@ fn conclude(
 }
 
 fn open_gpu(args: &RunArgs) -> Result<Cuda> {
-    let precision = match args.precision {
-        GpuPrecision::F32 => Precision::F32,
-        GpuPrecision::Tf32 => Precision::Tf32,
-    };
-    Cuda::open(args.device, precision).map_err(runtime_error)
+    Cuda::open(args.device, args.job.precision()).map_err(runtime_error)
 }
 
 /// Starts an artifact's program: on a GPU where there is one, else on threads.

@@ -105,7 +105,7 @@ pub fn worker(args: &WorkerArgs, format: Format) -> Result<()> {
     };
     let started = match loaded.code {
         Code::Host(kernels) => Execution::one_of(loaded.program, kernels, &options, communicator),
-        Code::Gpu(code) => own_gpu(&roster, rank).and_then(|gpu| {
+        Code::Gpu(code) => own_gpu(&roster, rank, args.job.precision()).and_then(|gpu| {
             Execution::one_on_gpu(loaded.program, &code, Box::new(gpu), &options, communicator)
         }),
     };
@@ -321,7 +321,7 @@ fn gather(execution: &Execution, outcome: &mut Outcome) -> Result<()> {
 }
 
 /// The GPU of a process: its host's processes take one each, in the order of their ranks.
-fn own_gpu(roster: &Roster, rank: usize) -> meshweave_runtime::Result<Cuda> {
+fn own_gpu(roster: &Roster, rank: usize, precision: Precision) -> meshweave_runtime::Result<Cuda> {
     let own = roster.hosts.get(rank);
     let before = roster.hosts.iter().take(rank);
     let ordinal = before.filter(|host| Some(*host) == own).count();
@@ -332,7 +332,7 @@ fn own_gpu(roster: &Roster, rank: usize) -> meshweave_runtime::Result<Cuda> {
              start fewer processes there, or put all ranks on one GPU with `meshweave run --backend cuda`"
         )));
     }
-    Cuda::open(ordinal, Precision::F32)
+    Cuda::open(ordinal, precision)
 }
 
 /// Threads of a rank: the cores of its host divided by its host's ranks.
