@@ -79,8 +79,7 @@ fn check(graph: &Graph, inputs: &BTreeMap<TensorId, Value>, tolerance: f64) -> V
                 // SAFETY: the symbol has this signature.
                 let function: libloading::Symbol<KernelFn> =
                     unsafe { library.get(object.symbols[idx].as_bytes()) }.unwrap();
-                let (entry, launch) = &ptx.entries[idx];
-                let device = (&module, entry.as_str(), *launch);
+                let device = (&module, &ptx.entries[idx][..]);
                 run(graph, fragment, *function, device, tolerance, &mut memory);
                 for result in &fragment.results {
                     let actual = memory[result.index()].as_ref().unwrap();
@@ -171,7 +170,7 @@ fn run(
     graph: &Graph,
     fragment: &Fragment,
     function: KernelFn,
-    (module, entry, launch): (&ptx::Module, &str, Launch),
+    (module, entries): (&ptx::Module, &[(String, Launch)]),
     tolerance: f64,
     memory: &mut [Option<Vec<u32>>],
 ) {
@@ -202,7 +201,9 @@ fn run(
     let args: Vec<usize> = fragment.args.iter().map(buffer_of).collect();
     let on_device = [Order::Ascending, Order::Descending].map(|order| {
         let mut buffers = buffers.clone();
-        module.run(entry, launch, &args, &mut buffers, order);
+        for (entry, launch) in entries {
+            module.run(entry, *launch, &args, &mut buffers, order);
+        }
         buffers
     });
 
@@ -225,7 +226,8 @@ fn run(
     }
     assert_eq!(
         on_device[0], on_device[1],
-        "a race in {entry}\n{}",
+        "a race in {}\n{}",
+        fragment.name,
         fragment.kernel
     );
     for result in &fragment.results {

@@ -51,7 +51,7 @@ fn a_training_step_assembles_without_spills() {
             let Some(all) = assemble(&ptx.text, target.chip()) else {
                 return;
             };
-            assert_eq!(all.len(), kernels.len());
+            assert_eq!(all.len(), ptx.entries.iter().flatten().count());
             for resources in &all {
                 assert_eq!(resources.spilled, 0, "{resources:?}");
                 // 512 threads of 128 registers fill a multiprocessor.

@@ -5,6 +5,7 @@
 //! Invariant: every [`kernel::Kernel`] that exists has passed the checks of
 //! [`kernel::KernelBuilder::finish`], so emitters need not re-check types or bounds of ids.
 
+pub mod columns;
 pub mod kernel;
 pub mod kernel_builder;
 pub mod lanes;

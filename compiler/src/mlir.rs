@@ -192,24 +192,35 @@ pub fn compile(
 pub struct Ptx {
     /// One module of PTX; the driver, or `ptxas`, assembles it.
     pub text: String,
-    /// For each kernel given, in order, its entry and how to launch it; equal programs share one.
-    pub entries: Vec<(String, Launch)>,
+    /// For each kernel given, in order, its entries and how to launch them, one after another; equal
+    /// programs share them.
+    pub entries: Vec<Vec<(String, Launch)>>,
     /// Text of the stages asked for, in their order.
     pub stages: Vec<(Stage, String)>,
 }
 
-/// Compiles `kernels` for `target`: `name(arg pointers…)` over all rows at once.
+/// Compiles `kernels` for `target`: `name(arg pointers…)` over all rows at once, all parts of a kernel with
+/// the same arguments.
 ///
 /// # Errors
 /// `Unsupported` for programs not handled, `Internal` if MLIR or LLVM refuses.
 pub fn compile_ptx(kernels: &[Kernel], target: GpuTarget, stages: &[Stage]) -> Result<Ptx, Error> {
     let (distinct, symbols) = distinct(kernels)?;
+    let mut parts: Vec<(Kernel, Launch)> = Vec::new();
+    let mut entries_of: HashMap<&str, Vec<(String, Launch)>> = HashMap::new();
+    for kernel in distinct {
+        let own = Launch::parts(kernel);
+        let entries = own
+            .iter()
+            .map(|(part, launch)| (part.name().to_string(), *launch));
+        entries_of.insert(kernel.name(), entries.collect());
+        parts.extend(own);
+    }
     let entries = symbols
-        .into_iter()
-        .zip(kernels)
-        .map(|(symbol, kernel)| (symbol, Launch::of(kernel.program())))
-        .collect();
-    let (text, stages) = llvm::compile_ptx_module(&distinct, target, stages)?;
+        .iter()
+        .map(|symbol| entries_of[symbol.as_str()].clone());
+    let entries = entries.collect();
+    let (text, stages) = llvm::compile_ptx_module(&parts, target, stages)?;
     Ok(Ptx {
         text,
         entries,

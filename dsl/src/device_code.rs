@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::program::BufferId;
 
 /// Version of the form; code of another version is refused.
-pub const DEVICE_CODE_VERSION: u32 = 1;
+pub const DEVICE_CODE_VERSION: u32 = 2;
 
 /// The shape of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -101,7 +101,8 @@ pub struct EntryPoint {
 /// A kernel of the program: it takes its buffers' addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GeneratedKernel {
-    pub entry: EntryPoint,
+    /// Launched one after another, each with all arguments.
+    pub entries: Vec<EntryPoint>,
     /// For each argument, whether it is written.
     pub writes: Vec<bool>,
 }

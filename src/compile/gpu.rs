@@ -36,14 +36,15 @@ pub(super) fn device_code(
 ) -> Result<DeviceCode> {
     let ptx = mlir::compile_ptx(kernels, target, &[]).map_err(mlir_error)?;
     let generated = kernels.iter().zip(ptx.entries);
-    let generated = generated.map(|(kernel, (name, launch))| {
+    let generated = generated.map(|(kernel, entries)| {
         let args = kernel.program().args().iter();
+        let entries = entries.into_iter().map(|(name, launch)| EntryPoint {
+            module: 0,
+            name,
+            grid: grid(launch),
+        });
         GeneratedKernel {
-            entry: EntryPoint {
-                module: 0,
-                name,
-                grid: grid(launch),
-            },
+            entries: entries.collect(),
             writes: args.map(|arg| arg.mutability != Mutability::Read).collect(),
         }
     });

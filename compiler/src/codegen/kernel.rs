@@ -293,6 +293,39 @@ impl Inst {
         }
     }
 
+    /// Calls `f` with every operand, indices of accesses included, for it to change.
+    pub fn for_each_operand_mut(&mut self, mut f: impl FnMut(&mut Val)) {
+        let access = |a: &mut Access, f: &mut dyn FnMut(&mut Val)| {
+            if let Some(indexed) = &mut a.indexed {
+                f(&mut indexed.index);
+            }
+        };
+        match self {
+            Self::Const { .. } | Self::LaneIndex | Self::RowIndex(_) => {}
+            Self::Load(a) => access(a, &mut f),
+            Self::Unary(_, v) | Self::Convert(_, v) | Self::Reduce(_, v) => f(v),
+            Self::Binary(_, a, b) | Self::Compare(_, a, b) | Self::PowI(a, b) => {
+                f(a);
+                f(b);
+            }
+            Self::Fma(a, b, c) | Self::Select(a, b, c) => {
+                f(a);
+                f(b);
+                f(c);
+            }
+            Self::Store(a, v) => {
+                access(a, &mut f);
+                f(v);
+            }
+            Self::Accumulate {
+                access: a, value, ..
+            } => {
+                access(a, &mut f);
+                f(value);
+            }
+        }
+    }
+
     /// Stores or accumulates?
     pub fn is_effect(&self) -> bool {
         matches!(self, Self::Store(..) | Self::Accumulate { .. })
@@ -375,6 +408,32 @@ impl RowProgram {
             Inst::Store(access, _) => access.indexed.is_none(),
             _ => true,
         })
+    }
+
+    /// The program with those of its effects alone that `keep` names.
+    pub fn with_effects(&self, keep: impl Fn(Val) -> bool) -> RowProgram {
+        let mut place = Vec::with_capacity(self.body.len());
+        let (mut body, mut types) = (Vec::new(), Vec::new());
+        for (val, inst) in self.insts() {
+            place.push(Val(body.len() as u32));
+            if inst.is_effect() && !keep(val) {
+                continue;
+            }
+            let mut inst = inst.clone();
+            inst.for_each_operand_mut(|operand| *operand = place[operand.index()]);
+            body.push(inst);
+            types.push(self.types[val.index()]);
+        }
+        let limit = self.limit.map(|limit| LaneLimit {
+            visible: place[limit.visible.index()],
+            extent: place[limit.extent.index()],
+        });
+        RowProgram {
+            limit,
+            body,
+            types,
+            ..self.clone()
+        }
     }
 
     /// Whether the memory of `read` may be given to `written`: the program touches both at the
@@ -529,6 +588,12 @@ impl Kernel {
     /// The same code under another symbol.
     pub fn renamed(self, name: String) -> Self {
         Self { name, ..self }
+    }
+
+    /// A part of the code, under a symbol of its own.
+    pub(crate) fn part(&self, suffix: &str, program: RowProgram) -> Self {
+        let name = format!("{}{suffix}", self.name);
+        Self { name, program }
     }
 }
 

@@ -5,6 +5,7 @@
 //! Invariant: all loads of a chunk of lanes stand before its stores, instruction by instruction
 //! across the unrolled vectors, so that neither aliasing nor latency serializes them.
 
+mod columns;
 mod lanes;
 mod threads;
 mod values;
@@ -18,9 +19,9 @@ use melior::ir::{Attribute, Block, Identifier, Module, Region, RegionLike, Type,
 
 use super::Error;
 use super::ops::{Cmp, Form, Ops, V};
-use crate::codegen::kernel::{Access, Elem, Inst, RowProgram, Val};
+use crate::codegen::kernel::{Access, Elem, Inst, Kernel, RowProgram, Val};
 use crate::codegen::lanes::{LanePlan, SCRATCH_LIMIT_BYTES, plan_lanes};
-use crate::codegen::launch::{Launch, WARP};
+use crate::codegen::launch::{Launch, WARP, Walk};
 use threads::Threads;
 
 /// What the emitted code may use.
@@ -56,22 +57,27 @@ pub fn emit_kernel<'c>(
     )
 }
 
-/// Appends the GPU kernel `name(arg pointers…)` to `module`, and the memory that its blocks share.
+/// Appends the GPU kernel `kernel(arg pointers…)` to `module`, and the memory that its blocks share.
 ///
 /// # Errors
 /// `Internal` if an operation does not build, which is a bug of the emitter.
 pub fn emit_device_kernel<'c>(
     context: &'c Context,
     module: &Module<'c>,
-    name: &str,
-    program: &RowProgram,
+    kernel: &Kernel,
+    launch: Launch,
 ) -> Result<(), Error> {
-    let launch = Launch::of(program);
+    let (name, program) = (kernel.name(), kernel.program());
     let shared = format!("{name}_shared");
-    if launch.team > WARP {
+    let n_shared = match launch.walk {
+        Walk::Rows if launch.team > WARP => WARP,
+        Walk::Rows => 0,
+        Walk::Columns => launch.threads(),
+    };
+    if n_shared > 0 {
         module
             .body()
-            .append_operation(shared_memory(context, &shared, WARP)?);
+            .append_operation(shared_memory(context, &shared, n_shared)?);
     }
     let ptr = melior::dialect::llvm::r#type::pointer(context, 0);
     let options = EmitOptions {
@@ -88,7 +94,10 @@ pub fn emit_device_kernel<'c>(
         (program, plan, options),
         |function, parameters| {
             function.args = parameters.to_vec();
-            function.emit_threads(launch, &shared)
+            match launch.walk {
+                Walk::Rows => function.emit_threads(launch, &shared),
+                Walk::Columns => function.emit_columns(launch, &shared),
+            }
         },
     )
 }

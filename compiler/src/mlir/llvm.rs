@@ -87,19 +87,20 @@ pub fn compile_module(
 /// # Errors
 /// See [`super::compile_ptx`].
 pub fn compile_ptx_module(
-    kernels: &[&Kernel],
+    kernels: &[(Kernel, Launch)],
     target: GpuTarget,
     wanted: &[Stage],
 ) -> Result<(String, Vec<(Stage, String)>), Error> {
-    in_context(kernels, |context| {
+    let all: Vec<&Kernel> = kernels.iter().map(|(kernel, _)| kernel).collect();
+    in_context(&all, |context| {
         let module = Module::new(Location::unknown(context));
-        for kernel in kernels {
-            emit_device_kernel(context, &module, kernel.name(), kernel.program())?;
+        for (kernel, launch) in kernels {
+            emit_device_kernel(context, &module, kernel, *launch)?;
         }
         let machine = Machine::new(GpuTarget::TRIPLE, target.chip(), target.ptx_version())?;
         let (llvm, stages) = lower(context, module, &machine, wanted, |llvm| {
-            for kernel in kernels {
-                llvm.make_entry(kernel.name(), Launch::of(kernel.program()).threads())?;
+            for (kernel, launch) in kernels {
+                llvm.make_entry(kernel.name(), launch.threads())?;
             }
             Ok(())
         })?;

@@ -156,7 +156,7 @@ impl<'c> Function<'_, 'c> {
 
     pub(super) fn reduce_kind(&self, val: Val) -> Result<ReduceKind, Error> {
         match self.program.inst(val) {
-            Inst::Reduce(kind, _) => Ok(*kind),
+            Inst::Reduce(kind, _) | Inst::Accumulate { kind, .. } => Ok(*kind),
             _ => Err(Error::Internal {
                 message: format!("{val} is no reduction"),
             }),

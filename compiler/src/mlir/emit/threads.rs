@@ -65,7 +65,7 @@ impl<'c> Function<'_, 'c> {
         this.ops.op0("func.return", &[], &[])
     }
 
-    fn threads(&self) -> Result<&Threads<'c>, Error> {
+    pub(super) fn threads(&self) -> Result<&Threads<'c>, Error> {
         self.threads.as_ref().ok_or_else(|| Error::Internal {
             message: "a walk by threads in host code".to_string(),
         })
@@ -79,8 +79,13 @@ impl<'c> Function<'_, 'c> {
                 let all = self.ops.int(Form::Scalar, -1)?;
                 self.ops.op0("nvvm.bar.warp.sync", &[all], &[])
             }
-            _ => self.ops.op0("nvvm.barrier0", &[], &[]),
+            _ => self.sync_block(),
         }
+    }
+
+    /// Waits for the other threads of the block, all of which come here.
+    pub(super) fn sync_block(&mut self) -> Result<(), Error> {
+        self.ops.op0("nvvm.barrier0", &[], &[])
     }
 
     /// Runs `body` in the first thread of the team only.
@@ -171,7 +176,7 @@ impl<'c> Function<'_, 'c> {
 
     /// One thread's lanes `starts`: instruction by instruction, so that their loads are in flight
     /// together.
-    fn emit_lanes(
+    pub(super) fn emit_lanes(
         &mut self,
         pass: &LanePass,
         row_ptrs: &HashMap<Val, V<'c>>,
@@ -208,7 +213,9 @@ impl<'c> Function<'_, 'c> {
             lanes.insert(val, values);
         }
         for (sum, &val) in sums.iter_mut().zip(&pass.reductions) {
-            let Inst::Reduce(kind, v) = program.inst(val) else {
+            let (Inst::Reduce(kind, v) | Inst::Accumulate { kind, value: v, .. }) =
+                program.inst(val)
+            else {
                 continue;
             };
             for idx in 0..starts.len() {
@@ -255,7 +262,12 @@ impl<'c> Function<'_, 'c> {
         }
     }
 
-    fn lane_ptr(&mut self, access: &Access, row_ptr: V<'c>, lane: V<'c>) -> Result<V<'c>, Error> {
+    pub(super) fn lane_ptr(
+        &mut self,
+        access: &Access,
+        row_ptr: V<'c>,
+        lane: V<'c>,
+    ) -> Result<V<'c>, Error> {
         let stride = self.ops.i64(access.lane)?;
         let index = self.ops.muli(lane, stride)?;
         let elem = self.elem(access);

@@ -217,20 +217,20 @@ impl<'a> Site<'a> {
                         args.len()
                     ))
                 })?;
-                let launch = Launch {
-                    entry: generated.entry.clone(),
-                    args: args.iter().copied().map(Argument::Buffer).collect(),
-                };
+                let launches = generated.entries.iter().map(|entry| {
+                    let launch = Launch {
+                        entry: entry.clone(),
+                        args: args.iter().copied().map(Argument::Buffer).collect(),
+                    };
+                    self.launch(rank, &launch)
+                });
+                let launches = launches.collect::<Result<Vec<_>>>()?;
                 let written = args.iter().zip(&generated.writes);
                 // A kernel may read what it writes.
                 let writes = written
                     .filter(|(_, is_written)| **is_written)
                     .map(|(arg, _)| *arg);
-                (
-                    args.clone(),
-                    writes.collect(),
-                    vec![self.launch(rank, &launch)?],
-                )
+                (args.clone(), writes.collect(), launches)
             }
             Action::Contract {
                 a,
