@@ -227,8 +227,7 @@ fn run(
     assert_eq!(
         on_device[0], on_device[1],
         "a race in {}\n{}",
-        fragment.name,
-        fragment.kernel
+        fragment.name, fragment.kernel
     );
     for result in &fragment.results {
         let host = &buffers[buffer_of(result)];

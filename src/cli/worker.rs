@@ -16,7 +16,7 @@ use meshweave_dsl::diagnostics::Class;
 use meshweave_dsl::program::Program;
 use meshweave_dsl::timeline::{Event, Timeline};
 use meshweave_runtime::collective::Communicator;
-use meshweave_runtime::collective::mpi::MpiCommunicator;
+use meshweave_runtime::collective::mpi::{Listener, MpiCommunicator};
 use meshweave_runtime::data::DataSource;
 use meshweave_runtime::device::cuda::{Cuda, Precision, n_devices};
 use meshweave_runtime::executor::{Drill, KernelTable, Session as Execution, SessionOptions};
@@ -78,7 +78,7 @@ pub fn worker(args: &WorkerArgs, format: Format) -> Result<()> {
     let timeout = Duration::from_secs_f64(args.job.timeout_s());
     let communicator = MpiCommunicator::new(Arc::clone(&mpi), timeout);
     let mut communicator = Box::new(communicator.map_err(runtime_error)?);
-    let rank = communicator.rank();
+    let (rank, listener) = (communicator.rank(), communicator.listener());
     let (loaded, roster) = match meet(args, &mpi, communicator.as_mut()) {
         Ok(agreed) => agreed,
         Err(error) => {
@@ -111,29 +111,28 @@ pub fn worker(args: &WorkerArgs, format: Format) -> Result<()> {
     };
     let mut execution = match started {
         Ok(execution) => execution,
-        Err(error) => {
-            let error = runtime_error(error);
-            report(&error, format);
-            mpi.abort(error.exit_code());
-        }
+        Err(error) => end(&mpi, &listener, rank, &runtime_error(error), format),
     };
     match train(args, &mut execution, loaded.data, rank, format) {
         Ok(()) => execution.finish().map_err(runtime_error),
-        Err(error) => {
-            // A failure of this rank alone is one that the others have to hear of.
-            if execution.settle(Duration::ZERO).is_none() {
-                execution.abort(&meshweave_runtime::Error::Exhausted(error.to_string()));
-            }
-            let known = execution.settle(PATIENCE);
-            let reporter = known.as_ref().map_or(rank, |(reporter, _)| *reporter);
-            if reporter != rank {
-                std::thread::sleep(LINGER);
-            } else {
-                report(&error, format);
-            }
-            mpi.abort(error.exit_code())
-        }
+        Err(error) => end(&mpi, &listener, rank, &error, format),
     }
+}
+
+/// Ends the job after a failure: one rank reports.
+fn end(mpi: &Mpi, listener: &Listener, rank: usize, error: &Error, format: Format) -> ! {
+    // A failure of this rank alone is one that the others have to hear of.
+    if listener.settle(Duration::ZERO).is_none() {
+        listener.abort(&meshweave_runtime::Error::Exhausted(error.to_string()));
+    }
+    let known = listener.settle(PATIENCE);
+    let reporter = known.as_ref().map_or(rank, |(reporter, _)| *reporter);
+    if reporter != rank {
+        std::thread::sleep(LINGER);
+    } else {
+        report(error, format);
+    }
+    mpi.abort(error.exit_code())
 }
 
 /// Loads the artifact and compares notes with all others.

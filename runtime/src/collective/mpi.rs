@@ -15,7 +15,7 @@ mod watch;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_int;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use meshweave_dsl::layout::ReduceKind;
@@ -55,7 +55,7 @@ pub struct MpiCommunicator {
     /// Parcels under way, by the number of their shipment.
     shipments: BTreeMap<usize, Vec<Handle>>,
     n_shipments: usize,
-    watch: std::sync::Mutex<Watch>,
+    listener: Listener,
     /// Messages under way, by their receiver.
     sends: BTreeMap<usize, VecDeque<(Handle, Vec<u32>)>>,
     depths: BTreeMap<usize, usize>,
@@ -67,6 +67,29 @@ pub struct MpiCommunicator {
     /// Reused from call to call: what is sent, and what has been received.
     packed: Vec<u32>,
     received: Vec<u32>,
+}
+
+/// A rank's word with the others about failures, which outlives its communicator.
+#[derive(Clone)]
+pub struct Listener {
+    mpi: Arc<Mpi>,
+    watch: Arc<Mutex<Watch>>,
+}
+
+impl Listener {
+    fn watch(&self) -> MutexGuard<'_, Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Communicator::abort`].
+    pub fn abort(&self, error: &Error) {
+        self.watch().fail(&self.mpi, error);
+    }
+
+    /// As [`Communicator::settle`].
+    pub fn settle(&self, patience: Duration) -> Option<(usize, Error)> {
+        self.watch().settle(&self.mpi, patience)
+    }
 }
 
 struct Member {
@@ -103,6 +126,10 @@ impl MpiCommunicator {
             }
         }
         let rank = rank as usize;
+        let listener = Listener {
+            mpi: Arc::clone(&mpi),
+            watch: Arc::new(Mutex::new(Watch::new(control, rank, n_ranks))),
+        };
         Ok(MpiCommunicator {
             mpi,
             rank,
@@ -113,7 +140,7 @@ impl MpiCommunicator {
             parcels,
             shipments: BTreeMap::new(),
             n_shipments: 0,
-            watch: std::sync::Mutex::new(Watch::new(control, rank, n_ranks)),
+            listener,
             sends: BTreeMap::new(),
             depths: BTreeMap::new(),
             n_received: BTreeMap::new(),
@@ -126,10 +153,13 @@ impl MpiCommunicator {
         })
     }
 
-    fn lock_watch(&self) -> std::sync::MutexGuard<'_, Watch> {
-        self.watch
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    /// Hears and tells of failures also when this communicator is gone.
+    pub fn listener(&self) -> Listener {
+        self.listener.clone()
+    }
+
+    fn lock_watch(&self) -> MutexGuard<'_, Watch> {
+        self.listener.watch()
     }
 
     fn member(&self, group: GroupIdx) -> Result<&Member> {
@@ -656,11 +686,11 @@ impl Communicator for MpiCommunicator {
     }
 
     fn abort(&self, error: &Error) {
-        self.lock_watch().fail(&self.mpi, error);
+        self.listener.abort(error);
     }
 
     fn settle(&self, patience: Duration) -> Option<(usize, Error)> {
-        self.lock_watch().settle(&self.mpi, patience)
+        self.listener.settle(patience)
     }
 
     fn finish(&mut self) -> Result<()> {
