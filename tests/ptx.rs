@@ -52,6 +52,10 @@ fn a_training_step_assembles_without_spills() {
                 return;
             };
             assert_eq!(all.len(), ptx.entries.iter().flatten().count());
+            // Sums by column, then rows that are free of one another.
+            let norms = ptx.entries.iter().filter(|entries| entries.len() == 2);
+            let free = norms.filter(|entries| entries[1].1.blocks > 1);
+            assert!(free.count() > 0);
             for resources in &all {
                 assert_eq!(resources.spilled, 0, "{resources:?}");
                 // 512 threads of 128 registers fill a multiprocessor.
