@@ -14,6 +14,8 @@ use meshweave_dsl::dtype::DType;
 
 use crate::support::ptx::assemble;
 
+mod wide;
+
 /// The kernels of a training step of the golden model, with activations of a type.
 fn kernels(capacity_factor: Option<f64>, dtype: DType) -> Vec<Kernel> {
     let size = GoldenSize::named("small").unwrap();

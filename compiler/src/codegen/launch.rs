@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::columns::split;
-use super::kernel::{Kernel, RowProgram};
+use super::kernel::{Access, Inst, Kernel, RowProgram, Span};
 
 /// Threads that execute one instruction together.
 pub const WARP: usize = 32;
@@ -16,8 +16,10 @@ pub const WARP: usize = 32;
 const BLOCK: usize = 256;
 /// Beyond this many blocks every device is full; the rest of the rows follow in a loop.
 const MAX_BLOCKS: usize = 8192;
-/// Lanes that a thread of a block-wide team should get at least: one 128-bit access.
+/// Lanes that a thread of a block-wide team should get at least.
 const LANES_PER_THREAD: usize = 4;
+/// Bytes of the widest access of a thread. Buffers begin at multiples of this.
+pub const ACCESS_BYTES: usize = 16;
 /// Most threads of a block: with these, each may have 128 of a multiprocessor's 65,536 registers.
 const MAX_THREADS: usize = 512;
 
@@ -43,16 +45,19 @@ pub struct Launch {
     pub teams: usize,
     /// Blocks of the grid.
     pub blocks: usize,
+    /// Neighboring lanes that a thread takes at once, a power of two that divides the lanes.
+    pub adjacent: usize,
 }
 
 impl Launch {
     /// The launch of `program`.
     pub fn of(program: &RowProgram) -> Self {
         let lanes = program.lanes();
+        let adjacent = adjacent_lanes(program);
         let team = match lanes {
             0..=1 => 1,
             2..=BLOCK => WARP,
-            _ => (lanes / LANES_PER_THREAD)
+            _ => (lanes / LANES_PER_THREAD.max(adjacent))
                 .next_power_of_two()
                 .clamp(2 * WARP, MAX_THREADS),
         };
@@ -62,6 +67,7 @@ impl Launch {
                 team,
                 teams: 1,
                 blocks: 1,
+                adjacent,
             };
         }
         let teams = if team > WARP { 1 } else { BLOCK / team };
@@ -71,6 +77,7 @@ impl Launch {
             team,
             teams,
             blocks,
+            adjacent,
         }
     }
 
@@ -81,6 +88,7 @@ impl Launch {
             team: WARP,
             teams: program.n_rows().next_power_of_two().min(MAX_COLUMN_TEAMS),
             blocks: program.lanes().div_ceil(WARP),
+            adjacent: 1,
         }
     }
 
@@ -103,4 +111,47 @@ impl Launch {
     pub fn threads(&self) -> usize {
         self.team * self.teams
     }
+
+    /// Blocks for which a multiprocessor must have room, so that an assembler does not spill to have
+    /// more: those of [`MAX_THREADS`] threads, which leaves each 128 registers.
+    pub fn blocks_at_once(&self) -> usize {
+        (MAX_THREADS / self.threads()).max(1)
+    }
+}
+
+/// Lanes that a thread loads and stores with one access of the narrowest element, where all accesses
+/// over lanes are contiguous and aligned, and a warp has enough of them; else 1.
+fn adjacent_lanes(program: &RowProgram) -> usize {
+    if program.limit().is_some() {
+        return 1;
+    }
+    let accesses = program.body().iter().filter_map(|inst| match inst {
+        Inst::Load(access) | Inst::Store(access, _) | Inst::Accumulate { access, .. } => {
+            (access.span() == Span::Lane).then_some(access)
+        }
+        _ => None,
+    });
+    let size = |access: &Access| program.args()[access.arg.index()].elem.size();
+    let Some(narrowest) = accesses.clone().map(size).min() else {
+        return 1;
+    };
+    let is_aligned = |access: &Access, n: usize| {
+        let strides = access.outer.iter().zip(program.rows());
+        let strides = strides.filter(|(_, n_rows)| **n_rows > 1);
+        let indexed = access.indexed.iter().map(|indexed| indexed.stride);
+        let mut steps = strides
+            .map(|(stride, _)| *stride)
+            .chain(indexed)
+            .chain([access.offset]);
+        access.lane == 1 && steps.all(|step| step % n as i64 == 0)
+    };
+    let mut n = ACCESS_BYTES / narrowest;
+    while n > 1
+        && !(n * WARP <= program.lanes()
+            && program.lanes().is_multiple_of(n)
+            && accesses.clone().all(|access| is_aligned(access, n)))
+    {
+        n /= 2;
+    }
+    n
 }

@@ -100,7 +100,7 @@ pub fn compile_ptx_module(
         let machine = Machine::new(GpuTarget::TRIPLE, target.chip(), target.ptx_version())?;
         let (llvm, stages) = lower(context, module, &machine, wanted, |llvm| {
             for (kernel, launch) in kernels {
-                llvm.make_entry(kernel.name(), launch.threads())?;
+                llvm.make_entry(kernel.name(), *launch)?;
             }
             Ok(())
         })?;
@@ -198,8 +198,8 @@ impl LlvmModule {
         Ok(this)
     }
 
-    /// Makes the function `name` an entry of PTX, with at most `n_threads` threads in a block.
-    fn make_entry(&self, name: &str, n_threads: usize) -> Result<(), Error> {
+    /// Makes the function `name` an entry of PTX, with the bounds of its launch.
+    fn make_entry(&self, name: &str, launch: Launch) -> Result<(), Error> {
         /// LLVM's number of the calling convention `ptx_kernel`.
         const PTX_KERNEL: u32 = 71;
         let c = |text: String| {
@@ -207,8 +207,11 @@ impl LlvmModule {
                 message: error.to_string(),
             })
         };
-        let (name_c, key) = (c(name.to_string())?, c("nvvm.maxntid".to_string())?);
-        let value = c(n_threads.to_string())?;
+        let name_c = c(name.to_string())?;
+        let bounds = [
+            ("nvvm.maxntid", launch.threads()),
+            ("nvvm.minctasm", launch.blocks_at_once()),
+        ];
         // SAFETY: the module is live, and the strings outlive the calls, which copy them.
         unsafe {
             let function = LLVMGetNamedFunction(self.module, name_c.as_ptr());
@@ -218,7 +221,10 @@ impl LlvmModule {
                 });
             }
             LLVMSetFunctionCallConv(function, PTX_KERNEL);
-            LLVMAddTargetDependentFunctionAttr(function, key.as_ptr(), value.as_ptr());
+            for (key, value) in bounds {
+                let (key, value) = (c(key.to_string())?, c(value.to_string())?);
+                LLVMAddTargetDependentFunctionAttr(function, key.as_ptr(), value.as_ptr());
+            }
         }
         Ok(())
     }

@@ -4,6 +4,8 @@
 //! Invariant: every operation made here is appended to a block of the module under construction,
 //! and nothing is erased while the builder lives, so the values it hands out stay valid for `'c`.
 
+mod neighbors;
+
 use melior::Context;
 use melior::dialect::llvm;
 use melior::ir::attribute::{DenseElementsAttribute, FloatAttribute, IntegerAttribute};
@@ -345,7 +347,7 @@ impl<'c> Ops<'c> {
         )
     }
 
-    // Memory. All accesses claim the alignment of one element only.
+    // Memory. Accesses claim the alignment of one element only; those of neighbors are in a module.
 
     /// `base + index · size_of(elem)`.
     pub fn element_ptr(&mut self, base: V<'c>, index: V<'c>, elem: Elem) -> Result<V<'c>, Error> {

@@ -1,7 +1,8 @@
 //! Walks over the lanes of a row by the threads of a GPU.
 //!
 //! Enters: a row program and its [`Launch`]. Leaves: a kernel `void name(arg pointers…)` in which a
-//! team of threads shares a row: thread `t` of `T` takes the lanes `t, t + T, …`.
+//! team of threads shares a row: of its groups of neighboring lanes, one access each, thread `t` of `T`
+//! takes the groups `t, t + T, …`.
 //! Invariant: a lane belongs to the same thread in every pass and every row, so what a lane loads
 //! and later stores or accumulates needs no barrier; what a row loads is loaded by all threads
 //! before any of them stores.
@@ -13,9 +14,10 @@ use super::super::ops::{Form, V};
 use super::Function;
 use crate::codegen::kernel::{Access, Elem, Inst, ReduceKind, Span, Val};
 use crate::codegen::lanes::LanePass;
-use crate::codegen::launch::{Launch, WARP};
+use crate::codegen::launch::{ACCESS_BYTES, Launch, WARP};
 
-/// Lanes that a thread has in flight.
+/// Lanes that a thread has in flight, unless one group is more; with twice as many, kernels of several
+/// arguments (adamw) take so many registers that half as many threads fit.
 const UNROLL: usize = 4;
 
 /// Who a thread is.
@@ -121,26 +123,32 @@ impl<'c> Function<'_, 'c> {
         }
 
         let (launch, lane) = (self.threads()?.launch, self.threads()?.lane);
-        let team = launch.team;
-        let step = self.ops.i64(team as i64)?;
+        let stride = launch.team * launch.adjacent;
+        let step = self.ops.i64(stride as i64)?;
         let (rest, end) = match program.limit() {
             Some(limit) => (lane, self.widen(limit.visible)?),
             None => {
                 let lanes = program.lanes();
-                let unrolled = lanes / (team * UNROLL) * (team * UNROLL);
+                let adjacent = self.ops.i64(launch.adjacent as i64)?;
+                let first = self.ops.muli(lane, adjacent)?;
+                let n_groups = (UNROLL / launch.adjacent).max(1);
+                let unrolled = match n_groups {
+                    1 => 0,
+                    _ => lanes / (stride * n_groups) * (stride * n_groups),
+                };
                 let end = self.ops.i64(unrolled as i64)?;
                 if unrolled > 0 {
-                    let big_step = self.ops.i64((team * UNROLL) as i64)?;
-                    sums = self.loop_over(lane, end, big_step, &sums, |this, start, sums| {
+                    let big_step = self.ops.i64((stride * n_groups) as i64)?;
+                    sums = self.loop_over(first, end, big_step, &sums, |this, start, sums| {
                         let mut starts = vec![start];
-                        for idx in 1..UNROLL {
-                            let offset = this.ops.i64((idx * team) as i64)?;
+                        for idx in 1..n_groups {
+                            let offset = this.ops.i64((idx * stride) as i64)?;
                             starts.push(this.ops.addi(start, offset)?);
                         }
                         this.emit_lanes(pass, &row_ptrs, &starts, sums.to_vec())
                     })?;
                 }
-                let rest = self.ops.addi(lane, end)?;
+                let rest = self.ops.addi(first, end)?;
                 (rest, self.ops.i64(lanes as i64)?)
             }
         };
@@ -174,8 +182,8 @@ impl<'c> Function<'_, 'c> {
         Ok(())
     }
 
-    /// One thread's lanes `starts`: instruction by instruction, so that their loads are in flight
-    /// together.
+    /// One thread's groups of lanes that begin at `starts`: instruction by instruction, so that their
+    /// loads are in flight together.
     pub(super) fn emit_lanes(
         &mut self,
         pass: &LanePass,
@@ -184,31 +192,39 @@ impl<'c> Function<'_, 'c> {
         mut sums: Vec<V<'c>>,
     ) -> Result<Vec<V<'c>>, Error> {
         let program = self.program;
+        let adjacent = self.threads()?.launch.adjacent;
+        let n_lanes = starts.len() * adjacent;
         let mut lanes: HashMap<Val, Vec<V<'c>>> = HashMap::new();
         for &val in &pass.lane_values {
             let inst = program.inst(val);
-            let mut values = Vec::with_capacity(starts.len());
-            for (idx, &start) in starts.iter().enumerate() {
-                values.push(match inst {
-                    Inst::Load(access) => {
-                        let elem = self.elem(access);
-                        let ptr = self.lane_ptr(access, row_ptrs[&val], start)?;
-                        self.ops.load(ptr, elem, Form::Scalar)?
+            let mut values = Vec::with_capacity(n_lanes);
+            match inst {
+                Inst::Load(access) => {
+                    for &start in starts {
+                        values.extend(self.load_group(access, row_ptrs[&val], start)?);
                     }
-                    Inst::LaneIndex => {
-                        let ty = self.ops.ty(Elem::I32, Form::Scalar);
-                        self.ops.op1("arith.trunci", &[start], &[], ty)?
+                }
+                Inst::LaneIndex => {
+                    let ty = self.ops.ty(Elem::I32, Form::Scalar);
+                    for &start in starts {
+                        for idx in 0..adjacent {
+                            let offset = self.ops.i64(idx as i64)?;
+                            let lane = self.ops.addi(start, offset)?;
+                            values.push(self.ops.op1("arith.trunci", &[lane], &[], ty)?);
+                        }
                     }
-                    _ => {
-                        let mut ids = Vec::new();
-                        inst.for_each_operand(|v| ids.push(v));
+                }
+                _ => {
+                    let mut ids = Vec::new();
+                    inst.for_each_operand(|v| ids.push(v));
+                    for idx in 0..n_lanes {
                         let mut operands = Vec::with_capacity(ids.len());
-                        for id in ids {
+                        for &id in &ids {
                             operands.push(self.lane_or_row(&lanes, id, idx)?);
                         }
-                        self.compute(val, Form::Scalar, &operands)?
+                        values.push(self.compute(val, Form::Scalar, &operands)?);
                     }
-                });
+                }
             }
             lanes.insert(val, values);
         }
@@ -218,17 +234,19 @@ impl<'c> Function<'_, 'c> {
             else {
                 continue;
             };
-            for idx in 0..starts.len() {
+            for idx in 0..n_lanes {
                 let value = self.lane_or_row(&lanes, *v, idx)?;
                 *sum = self.combine(*kind, Form::Scalar, *sum, value)?;
             }
         }
         for &val in &pass.effects {
-            for (idx, &start) in starts.iter().enumerate() {
+            for (group, &start) in starts.iter().enumerate() {
+                let own = group * adjacent..(group + 1) * adjacent;
                 match program.inst(val) {
                     Inst::Store(access, v) => {
-                        let value = self.lane_or_row(&lanes, *v, idx)?;
-                        self.store_lane(access, row_ptrs[&val], start, value)?;
+                        let values = own.map(|idx| self.lane_or_row(&lanes, *v, idx));
+                        let values = values.collect::<Result<Vec<_>, _>>()?;
+                        self.store_group(access, row_ptrs[&val], start, &values)?;
                     }
                     Inst::Accumulate {
                         access,
@@ -236,18 +254,61 @@ impl<'c> Function<'_, 'c> {
                         value,
                         ..
                     } => {
-                        let value = self.lane_or_row(&lanes, *value, idx)?;
-                        let elem = self.elem(access);
-                        let ptr = self.lane_ptr(access, row_ptrs[&val], start)?;
-                        let old = self.ops.load(ptr, elem, Form::Scalar)?;
-                        let new = self.combine(*kind, Form::Scalar, old, value)?;
-                        self.ops.store(ptr, new, elem)?;
+                        let mut values = self.load_group(access, row_ptrs[&val], start)?;
+                        for (old, idx) in values.iter_mut().zip(own) {
+                            let value = self.lane_or_row(&lanes, *value, idx)?;
+                            *old = self.combine(*kind, Form::Scalar, *old, value)?;
+                        }
+                        self.store_group(access, row_ptrs[&val], start, &values)?;
                     }
                     _ => {}
                 }
             }
         }
         Ok(sums)
+    }
+
+    /// The lanes of a group, one access where there are several.
+    fn load_group(
+        &mut self,
+        access: &Access,
+        row_ptr: V<'c>,
+        start: V<'c>,
+    ) -> Result<Vec<V<'c>>, Error> {
+        let adjacent = self.threads()?.launch.adjacent;
+        let elem = self.elem(access);
+        let ptr = self.lane_ptr(access, row_ptr, start)?;
+        if adjacent == 1 {
+            return Ok(vec![self.ops.load(ptr, elem, Form::Scalar)?]);
+        }
+        let mut values = Vec::with_capacity(adjacent);
+        for (first, n) in pieces(elem, adjacent) {
+            let offset = self.ops.i64(first as i64)?;
+            let ptr = self.ops.element_ptr(ptr, offset, elem)?;
+            values.extend(self.ops.load_neighbors(ptr, elem, n)?);
+        }
+        Ok(values)
+    }
+
+    fn store_group(
+        &mut self,
+        access: &Access,
+        row_ptr: V<'c>,
+        start: V<'c>,
+        values: &[V<'c>],
+    ) -> Result<(), Error> {
+        let elem = self.elem(access);
+        let ptr = self.lane_ptr(access, row_ptr, start)?;
+        if let &[value] = values {
+            return self.ops.store(ptr, value, elem);
+        }
+        for (first, n) in pieces(elem, values.len()) {
+            let offset = self.ops.i64(first as i64)?;
+            let ptr = self.ops.element_ptr(ptr, offset, elem)?;
+            self.ops
+                .store_neighbors(ptr, &values[first..first + n], elem)?;
+        }
+        Ok(())
     }
 
     fn lane_or_row(
@@ -347,4 +408,10 @@ impl<'c> Function<'_, 'c> {
         })?;
         Ok(())
     }
+}
+
+/// Accesses of so many neighbors: the first element of each, and how many it has.
+fn pieces(elem: Elem, n: usize) -> impl Iterator<Item = (usize, usize)> {
+    let widest = (ACCESS_BYTES / elem.size()).min(n);
+    (0..n).step_by(widest).map(move |first| (first, widest))
 }

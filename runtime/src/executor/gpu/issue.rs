@@ -26,6 +26,9 @@ use crate::device::gpu::{
 };
 use crate::error::{Error, Result};
 
+/// Of the addresses of a row kernel's arguments, in bytes: its widest access.
+const KERNEL_ALIGNMENT: u64 = 16;
+
 /// Where a rank's memory lies.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
@@ -217,6 +220,14 @@ impl<'a> Site<'a> {
                         args.len()
                     ))
                 })?;
+                for arg in args {
+                    if !self.address(rank, *arg)?.is_multiple_of(KERNEL_ALIGNMENT) {
+                        return Err(damaged(format!(
+                            "buffer {} of a kernel begins at no multiple of {KERNEL_ALIGNMENT} bytes",
+                            arg.index()
+                        )));
+                    }
+                }
                 let launches = generated.entries.iter().map(|entry| {
                     let launch = Launch {
                         entry: entry.clone(),
