@@ -708,11 +708,10 @@ fn check_report(input: &ReportInput) {
         "{part} {}",
         timeline.idle_part()
     );
-    // The second stage waits for the first forward, in both.
-    for grid in [predicted, measured] {
-        let idle = grid.rows[2].idle.first().unwrap();
-        assert_eq!(idle.cause, Cause::Dependency);
-    }
+    // The second stage waits for the first forward; measured, perhaps for its message alone.
+    let first = [predicted, measured].map(|grid| grid.rows[2].idle.first().unwrap().cause);
+    assert_eq!(first[0], Cause::Dependency);
+    assert!([Cause::Dependency, Cause::Communication].contains(&first[1]));
 }
 
 /// Any order in which every action finds its operands made: a walk over the actions that are ready,

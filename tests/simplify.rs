@@ -405,6 +405,15 @@ fn random_graph(seed: u32, n_ops: usize) -> Graph {
     net.0
 }
 
+/// A graph of which the extraction would choose a slower one.
+#[test]
+fn what_would_be_slower_stays() {
+    let graphs = vec![random_graph(27407, 22)];
+    let (simplified, report) = simplify_ranks(&graphs, &Options::default()).unwrap();
+    assert_eq!(report.after_s, report.before_s);
+    assert_eq!(simplified, graphs);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
