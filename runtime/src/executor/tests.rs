@@ -477,7 +477,7 @@ fn damaged_programs_are_refused() {
         let session = Session::new(damaged, kernels(), &SessionOptions::default());
         session.map(|_| ()).unwrap_err().to_string()
     };
-    insta::assert_snapshot!(refusal(&|p| p.version = 99), @"the program is of version 99, this runtime executes version 2; compile again");
+    insta::assert_snapshot!(refusal(&|p| p.version = 99), @"the program is of version 99, this runtime executes version 3; compile again");
     insta::assert_snapshot!(refusal(&|p| { p.ranks.pop(); }), @"damaged program: 1 ranks on a mesh of 2; compile again");
     insta::assert_snapshot!(refusal(&|p| { p.kernels.pop(); }), @"damaged program: 1 kernels are listed, 2 were given; compile again");
     insta::assert_snapshot!(
