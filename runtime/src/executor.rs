@@ -350,9 +350,7 @@ impl Session {
         if self.program.sources.iter().any(is_step) {
             self.set(STEP_INPUT, &HostTensor::scalar((self.n_steps + 1) as f32))?;
         }
-        if self.gpu_drill.is_some() {
-            self.rehearse_on_gpu()?;
-        }
+        self.rehearse_on_gpu()?;
         if let Some(gpu) = &self.gpu {
             let timeline = self.step_gpu(gpu)?;
             self.n_steps += 1;

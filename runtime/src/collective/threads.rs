@@ -11,6 +11,7 @@
 
 mod barrier;
 mod mail;
+mod outside;
 mod parcels;
 mod reduce;
 pub(crate) mod route;
@@ -22,7 +23,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use meshweave_dsl::layout::ReduceKind;
 use meshweave_dsl::program::Program;
@@ -37,9 +38,6 @@ use barrier::Barrier;
 use mail::Mail;
 use parcels::{Expected, Parcels};
 use route::Route;
-
-/// Between two looks at something that does not wake who waits for it.
-const GLANCE: Duration = Duration::from_micros(50);
 
 /// How ranks wait for each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -415,38 +413,7 @@ impl Communicator for ThreadCommunicator {
         usual: Duration,
         is_done: &mut dyn FnMut(&mut dyn Communicator) -> Result<bool>,
     ) -> Result<()> {
-        self.world.attending[self.rank].store(step, Ordering::SeqCst);
-        let (started, patience) = (Instant::now(), self.world.options.timeout + usual);
-        loop {
-            self.world.check()?;
-            let error = match is_done(self) {
-                Ok(true) => break,
-                Ok(false) if started.elapsed() < patience => {
-                    std::thread::sleep(GLANCE);
-                    continue;
-                }
-                Ok(false) => {
-                    let missing = self.world.attending.iter().enumerate();
-                    let missing = missing.filter(|(_, at)| at.load(Ordering::SeqCst) < step);
-                    let missing: Vec<String> = missing.map(|(rank, _)| rank.to_string()).collect();
-                    Error::Exhausted(format!(
-                        "{what}: rank {} waited {:.1} s, {}",
-                        self.rank,
-                        started.elapsed().as_secs_f64(),
-                        match missing.as_slice() {
-                            [] => "all ranks have arrived, and it does not end".to_string(),
-                            missing =>
-                                format!("for rank {}, which did not arrive", missing.join(", ")),
-                        }
-                    ))
-                }
-                Err(error) => error,
-            };
-            self.world.fail(&error);
-            return Err(error);
-        }
-        self.stats.wait_s += started.elapsed().as_secs_f64();
-        Ok(())
+        self.wait_outside(what, step, usual, is_done)
     }
 
     unsafe fn ship(&mut self, tag: u32, sends: &[Parcel], recvs: &[Parcel]) -> Result<Shipment> {
